@@ -1,0 +1,580 @@
+"""The plumbing every stage shares, once: settings, models, checkpoints, logs.
+
+Read `data.py` and `rewards.py` first; come back here when a stage script calls one of these:
+
+    load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
+    load_processor, load_model, Policy      transformers' own classes, and a head that returns log-probs
+    make_accelerator                        Accelerate, with FSDP switched on from the config
+    save_model, save_checkpoint, resume     atomic: a half-written folder is never chosen
+    Log                                     metrics.jsonl, one dict a step
+
+Axes: B rows · L tokens of a row · N predicted tokens · D hidden size · V vocabulary
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+STAGES = ("sft", "tgrpo", "evaluate")
+
+
+class UserError(SystemExit):
+    """A mistake in the user's settings or files: Python prints the one line and exits with 1, no traceback."""
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def option(default, help, choices=None, low=None, high=None):
+    """A setting: its default, what it does to training, and the values it may take."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass
+class SharedConfig:
+    """What all stages share. Each stage's own class adds to it; a stage's section in the YAML may override these."""
+
+    model: str = option("", "checkpoint folder (or hub name) the stage starts from")
+    records: str = option("", "JSON or JSONL file of records (see data.py)")
+    data_root: str = option(".", "folder that the records' paths are relative to")
+    output_dir: str = option("", "folder for checkpoints, metrics.jsonl, and the final model")
+    seed: int = option(0, "seed of data order, frame shuffling and sampling", low=0)
+    prompt: str = option("", "prompt template with {problem}, {options} and {hint}; empty: data.PROMPT")
+    max_frames: int = option(16, "most frames taken from a video, spread uniformly", low=1)
+    min_pixels: int = option(16 * 28 * 28, "frames and images below this many pixels are enlarged to it", low=784)
+    max_pixels: int = option(128 * 28 * 28, "frames and images above this many pixels are shrunk to it", low=784)
+    max_prompt_tokens: int = option(16384, "longer prompts are skipped, counted and named, never cut", low=1)
+    shuffle_unit: str = option("frame", "what shuffling moves: single frames, or temporal patches (pairs of frames)",
+                               choices=("frame", "patch"))
+    max_unreadable: float = option(0.01, "share of the records that may be unreadable before the run stops", low=0, high=1)
+    num_workers: int = option(4, "processes that decode and prepare clips beside the training step", low=0)
+    fsdp: str = option("none", "full_shard: shard weights, gradients and optimizer over the GPUs",
+                       choices=("none", "full_shard"))
+    bf16: bool = option(False, "compute in bfloat16 (master weights stay float32)")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a quarter slower")
+
+    def __post_init__(self):
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+
+
+@dataclass
+class TrainConfig(SharedConfig):
+    """What the two training stages share."""
+
+    steps: int = option(1000, "optimizer steps", low=1)
+    batch_size: int = option(8, "records of one optimizer step, over all GPUs", low=1)
+    micro_batch_size: int = option(1, "records of one forward pass on one GPU; changes memory, not the result", low=1)
+    lr: float = option(1e-6, "peak learning rate", low=0)
+    lr_schedule: str = option("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
+    min_lr_ratio: float = option(0.0, "last learning rate as a share of the peak", low=0, high=1)
+    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    adam_beta1: float = option(0.9, "AdamW beta 1", low=0, high=1)
+    adam_beta2: float = option(0.999, "AdamW beta 2", low=0, high=1)
+    weight_decay: float = option(0.01, "AdamW weight decay", low=0)
+    max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
+    freeze_vision: bool = option(False, "train the language model only")
+    save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
+    keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
+    resume: bool = option(True, "continue from the newest checkpoint in output_dir if there is one")
+
+
+def convert(value, kind, choices=None, low=None, high=None):
+    """`value` as the type of its setting, or ValueError that says what was expected.
+
+    >>> convert("1e-6", float), convert("false", bool), convert(3, float)     # YAML reads 1e-6 as text
+    (1e-06, False, 3.0)
+    """
+    if kind is bool:
+        converted = {"true": True, "false": False}.get(str(value).lower())
+        if converted is None:
+            raise ValueError(f"expected true or false, got {value!r}")
+        return converted
+    if kind is list:
+        return [str(v) for v in (value if isinstance(value, list) else str(value).replace(",", " ").split())]
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"expected text, got {value!r}")
+        converted = value
+    else:
+        name = {int: "a whole number", float: "a number"}[kind]
+        try:
+            if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+                raise ValueError
+            converted = kind(value)
+            if not math.isfinite(converted):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {name}, got {value!r}") from None
+    if choices and converted not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
+    if low is not None and converted < low:
+        raise ValueError(f"expected at least {low}, got {value!r}")
+    if high is not None and converted > high:
+        raise ValueError(f"expected at most {high}, got {value!r}")
+    return converted
+
+
+def load_config(cls, stage, argv=None, doc=None, partial=False):
+    """Settings of a stage: defaults, then the YAML's shared keys, then its section, then --name value.
+
+    Raises UserError (one line: file, field, value) for an unknown name, a wrong type, a value out of range.
+    With `partial` the section may hold settings that `cls` does not know.
+    """
+    known = {f.name: f for f in fields(cls)}
+    parser = argparse.ArgumentParser(usage="%(prog)s --config FILE [--name value ...]", description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help=f"YAML file: shared settings at the top level, then a section '{stage}:'")
+    for name, f in known.items():
+        default = f.default if f.default is not MISSING else f.default_factory()
+        several = {"nargs": "*"} if f.type is list else {"nargs": "?", "const": "true"} if f.type is bool else {}
+        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        help_text = f"{f.metadata['help']}{choices}; default: {default if default not in ('', []) else 'none'}"
+        parser.add_argument(f"--{name}", metavar=f.type.__name__, help=help_text.replace("%", "%%"), **several)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config")
+
+    values = {}
+
+    def take(source, settings):
+        for name, value in settings.items():
+            if name not in known:
+                hint = difflib.get_close_matches(str(name), known, 1)
+                raise UserError(f"{source}{name}: no such setting" + (f"; did you mean {hint[0]}?" if hint else ""))
+            f = known[name]
+            try:
+                values[name] = convert(value, f.type, f.metadata["choices"], f.metadata["low"], f.metadata["high"])
+            except ValueError as error:
+                raise UserError(f"{source}{name}: {error}") from None
+
+    if path:
+        tree = read_yaml(path)
+        sections = {name: tree.pop(name) or {} for name in STAGES if name in tree}
+        shared = {f.name for f in fields(SharedConfig)}
+        for name in tree:                                  # a stage's own setting must stand in its section
+            if name not in shared:
+                where = f" here; put it into the section '{stage}:'" if name in known else ""
+                hint = difflib.get_close_matches(str(name), shared, 1)
+                raise UserError(f"{path}: {name}: no such setting{where or (f'; did you mean {hint[0]}?' if hint else '')}")
+        take(f"{path}: ", tree)
+        if not isinstance(sections.get(stage, {}), dict):
+            raise UserError(f"{path}: {stage}: expected a section of settings, got {sections[stage]!r}")
+        section = sections.get(stage, {})
+        take(f"{path}: {stage}.", {k: v for k, v in section.items() if k in known} if partial else section)
+    take("command line: --", {k: v for k, v in given.items() if v is not None})
+    return cls(**values)
+
+
+def read_yaml(path):
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected settings 'name: value', got {type(tree).__name__}")
+    return tree
+
+
+def config_path():
+    """The --config this script was started with, for messages."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="CONFIG")
+    return parser.parse_known_args()[0].config
+
+
+def require(cfg, stage, *names):
+    """UserError for the first setting that this stage cannot do without and that is empty."""
+    for name in names:
+        if not getattr(cfg, name):
+            raise UserError(f"{stage}.{name}: missing; set it in the config's section '{stage}:' or with --{name}")
+
+
+# ------------------------------------------------------------------------------------ files, written whole
+
+
+def write_atomic(path, text):
+    """The file holds either its old content or all of the new one, whatever happens meanwhile."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_jsonl(path):
+    """Rows of a JSONL file; a last line cut short by a crash is left out (its work is done again)."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+# ------------------------------------------------------------------------------------- processor and model
+
+
+def check_model(cfg, stage, made_by=None):
+    """UserError if `cfg.model` is a local path without a checkpoint; `made_by` is the command that makes one."""
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
+    if (Path(cfg.model) / "config.json").is_file() or (is_hub_name and not Path(cfg.model).exists()):
+        return
+    hint = f"; make one with: {made_by}" if made_by else ""
+    raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
+
+
+def load_processor(cfg):
+    """The checkpoint's own processor (tokenizer, image and video processor)."""
+    return AutoProcessor.from_pretrained(cfg.model)
+
+
+class LogpHead(nn.Linear):
+    """The language-model head. Given targets, it returns their log-probs without ever holding (N, V) logits."""
+
+    def forward(self, hidden_ND, targets_N=None, temperature=1.0, banned=(), chunk=512):
+        if targets_N is None:
+            return super().forward(hidden_ND)
+        step = lambda h, t: self._logps(h, t, temperature, banned)
+        if torch.is_grad_enabled():                       # keep the (chunk, V) logits of one chunk only
+            step = lambda h, t: checkpoint(self._logps, h, t, temperature, banned, use_reentrant=False)
+        parts = [step(h, t) for h, t in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _logps(self, hidden_ND, targets_N, temperature, banned):
+        logits_NV = F.linear(hidden_ND, self.weight).float() / temperature      # log-softmax is always float32
+        if banned:                                        # never sampled, so they have no probability here either
+            logits_NV[:, list(banned)] = torch.finfo(torch.float32).min
+        log_norm_N = logits_NV.logsumexp(-1)
+        logps_N = logits_NV.gather(-1, targets_N[:, None])[:, 0] - log_norm_N
+        with torch.no_grad():
+            entropy_N = log_norm_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
+        return logps_N, entropy_N
+
+
+class Policy(Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL whose forward can return log-probs of chosen tokens. Its weights are those of the base class.
+
+    forward(**inputs, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points into the
+    flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
+    forward, because under FSDP its weight exists only there. Without `targets` it is the plain model.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.__class__ = LogpHead
+
+    def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
+        if targets is None:
+            return super().forward(*args, **inputs)
+        hidden_BLD = self.model(*args, use_cache=False, **inputs).last_hidden_state
+        return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
+
+
+def load_model(cfg, path=None):
+    """Policy with float32 master weights on the CPU, dropout-free, PyTorch's own attention."""
+    model = Policy.from_pretrained(path or cfg.model, dtype=torch.float32, attn_implementation="sdpa")
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def trainable(model, cfg):
+    """The parameters the optimizer gets: all, or the language model only."""
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ---------------------------------------------------------------------------------- Accelerate, sharded or not
+
+
+def make_accelerator(cfg, **kwargs):
+    """Accelerator for this launch; with `fsdp: full_shard` the model handed to prepare() is sharded (FSDP2).
+
+    The plugin is built here, so that `accelerate launch` needs no config file; a user's own FSDP config wins.
+    """
+    plugin = None
+    if cfg.fsdp == "full_shard" and "ACCELERATE_USE_FSDP" not in os.environ:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=WRAPPED_LAYERS,
+            state_dict_type="SHARDED_STATE_DICT",
+            mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.bf16 else None,
+                                                        reduce_dtype=torch.float32, cast_forward_inputs=False))
+    on_cpu = not torch.cuda.is_available()
+    autocast = "bf16" if cfg.bf16 and plugin is None else "no"        # under FSDP the policy above casts
+    accelerator = Accelerator(cpu=on_cpu, fsdp_plugin=plugin, mixed_precision=autocast, **kwargs)
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RuntimeError("accelerate did not join the launched processes")
+    if plugin and on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate knows no FSDP on CPUs; PyTorch does. This turns accelerate's own FSDP2 code on (for the tests).
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def to_device(inputs, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def learning_rate(step, cfg):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then `lr_schedule` down to min_lr_ratio."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_schedule]
+    return cfg.lr * (shape if cfg.lr_schedule == "constant" else cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+
+
+def make_optimizer(model, cfg):
+    return torch.optim.AdamW(trainable(model, cfg), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                             weight_decay=cfg.weight_decay)
+
+
+def update(accelerator, model, optimizer, step, cfg):
+    """One clipped AdamW step. Returns the gradient norm before clipping; no step is taken if it is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
+    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def all_sum(accelerator, values):
+    """Sum of each number over the ranks. Collective: every rank must call it, with the same keys."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(total, "sum").tolist()))
+
+
+# ------------------------------------------------------------------------------------ checkpoints and the end
+
+
+def save_model(accelerator, model, processor, folder, dtype=None):
+    """`folder` becomes a checkpoint that from_pretrained and AutoProcessor load. Collective; written whole or not at all."""
+    state = accelerator.get_state_dict(model)             # every rank must call it; full on rank 0
+    if accelerator.is_main_process:
+        inner = accelerator.unwrap_model(model)
+        temporary = Path(f"{folder}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        if dtype is not None:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
+            inner.config.dtype = dtype
+        inner.save_pretrained(temporary, state_dict=state)
+        config = json.loads((temporary / "config.json").read_text())
+        config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]        # Policy is ours alone
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
+        processor.save_pretrained(temporary)
+        replace_folder(temporary, Path(folder))
+    accelerator.wait_for_everyone()
+
+
+def replace_folder(new, old):
+    """Put the finished folder `new` where `old` is."""
+    if old.exists():
+        trash = old.with_name(f".{old.name}.old")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.replace(old, trash)
+        os.replace(new, old)
+        shutil.rmtree(trash)
+    else:
+        os.replace(new, old)
+
+
+def checkpoints(output_dir):
+    """Finished checkpoints, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def save_checkpoint(accelerator, cfg, step, state):
+    """All that is needed to go on after `step` finished steps. Collective. A checkpoint appears whole or not at all."""
+    temporary = Path(cfg.output_dir) / f"checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_atomic(temporary / "state.json", json.dumps({"step": step, **state}))
+        replace_folder(temporary, Path(cfg.output_dir) / f"checkpoint-{step}")
+        for old in checkpoints(cfg.output_dir)[:-cfg.keep_checkpoints]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator, cfg):
+    """Load the newest checkpoint into what was prepared. Returns its state dict, {"step": 0} if there is none."""
+    found = checkpoints(cfg.output_dir) if cfg.resume else []
+    if not found:
+        return {"step": 0}
+    accelerator.load_state(str(found[-1]))
+    accelerator.print(f"resumed from {found[-1]}")
+    return json.loads((found[-1] / "state.json").read_text())
+
+
+class StopSignal:
+    """True once the process was asked to stop (SIGTERM): the loop then saves and leaves with exit status 0."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+
+def after_step(accelerator, cfg, step, stop, state):
+    """Checkpoint where one is due. True if the run was asked to stop: it is saved, and the caller leaves.
+
+    Collective: the ranks decide together, or one would leave while the others wait for it.
+    """
+    asked = all_sum(accelerator, {"stop": float(stop.asked)})["stop"] > 0
+    due = cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps
+    if asked or due:
+        save_checkpoint(accelerator, cfg, step + 1, state)
+    if asked:
+        accelerator.print(f"stopped after step {step}; the same command goes on from {cfg.output_dir}/checkpoint-{step + 1}")
+    return asked
+
+
+# --------------------------------------------------------------------------------------------- batches of a step
+
+
+def check_batches(cfg, accelerator):
+    """UserError, at start-up, for a batch that the processes cannot share evenly."""
+    ranks = accelerator.num_processes
+    if cfg.batch_size % ranks:
+        raise UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
+    if cfg.batch_size // ranks % min(cfg.micro_batch_size, cfg.batch_size // ranks):
+        raise UserError(f"the {cfg.batch_size // ranks} records of one process do not divide into micro-batches of {cfg.micro_batch_size}")
+
+
+def micro_batches(items, cfg, accelerator):
+    """The rank's share of a step, `micro_batch_size` at a time."""
+    for first in range(0, len(items), cfg.micro_batch_size):
+        yield items[first:first + cfg.micro_batch_size]
+
+
+class Skipped:
+    """Counts and names the records whose media are unusable; stops the run past `max_unreadable` of all records."""
+
+    def __init__(self, cfg, n_records):
+        self.limit, self.n_records, self.seen = cfg.max_unreadable, n_records, {}
+
+    def __len__(self):
+        return len(self.seen)
+
+    def drop(self, accelerator, batch):
+        """The readable samples of this rank's batch. Collective: all ranks learn of every unusable record."""
+        found = gather_object([(str(s["record"]["problem_id"]), s["error"]) for s in batch if "error" in s])
+        for problem_id, reason in found:
+            if problem_id not in self.seen:
+                accelerator.print(f"skipped {problem_id}: {reason}")
+                self.seen[problem_id] = reason
+        if len(self.seen) > self.limit * self.n_records:
+            raise UserError(f"{len(self.seen)} of {self.n_records} records are unusable, more than max_unreadable "
+                            f"{self.limit} allows; `python data.py --check` lists them. The last: {found[-1][1]}")
+        return [s for s in batch if "error" not in s]
+
+    def report(self, accelerator):
+        if self.seen:
+            accelerator.print(f"{len(self.seen)} unusable records were skipped: " + ", ".join(self.seen))
+
+
+class Means:
+    """Means over everything added on all ranks, each with its own weight."""
+
+    def __init__(self):
+        self.sums, self.weights = {}, {}
+
+    def add(self, values, weight=1.0):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def reduce(self, accelerator):
+        """{name: mean}. Collective; a name need not be known on every rank."""
+        parts = gather_object([(self.sums, self.weights)])
+        names = sorted({name for sums, _ in parts for name in sums})
+        total = lambda index, name: sum(part[index].get(name, 0.0) for part in parts)
+        return {name: total(0, name) / total(1, name) for name in names}
+
+
+class Timer:
+    """Seconds between laps, by name."""
+
+    def __init__(self):
+        self.last, self.laps = time.perf_counter(), {}
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self.last
+        self.last = now
+
+    def report(self):
+        laps, self.laps = self.laps, {}
+        return laps
+
+
+# -------------------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """metrics.jsonl, one dict a step; TensorBoard beside it if installed. Only rank 0 writes."""
+
+    def __init__(self, accelerator, cfg, stage, start_step):
+        self.accelerator, self.path = accelerator, Path(cfg.output_dir) / "metrics.jsonl"
+        if accelerator.is_main_process:
+            kept = [row for row in read_jsonl(self.path) if row["step"] < start_step]
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomic(Path(cfg.output_dir) / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
+        if accelerator.log_with:
+            accelerator.init_trackers(stage)
+
+    def __call__(self, step, metrics):
+        if self.accelerator.is_main_process:
+            row = {"step": step, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.accelerator.log_with:
+            self.accelerator.log(metrics, step=step)
+
+
+def trackers(cfg):
+    """Arguments of Accelerator for TensorBoard, empty where it is not installed."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return {}
+    return {"log_with": "tensorboard", "project_dir": cfg.output_dir}

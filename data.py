@@ -1,0 +1,393 @@
+"""Records, frames, prompts: everything between a JSON file and the tensors the model sees.
+
+One record (the format Video-R1 released; unknown extra keys are kept):
+
+    {"problem_id": 7, "problem": "Which way does the disc move?", "data_type": "video",
+     "problem_type": "multiple choice", "options": ["A. left", "B. right"], "solution": "<answer>B</answer>",
+     "process": "<think>It starts left and ends right.</think>", "path": "./clips/7.mp4", "data_source": "toy"}
+
+and the prompt made from it: the frames, then PROMPT filled with the problem, its options and a hint. For the cold start
+the answer is `process`, a newline, `solution`.
+
+    python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
+    python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
+
+Broken records (our own files) are an error before anything starts, all at once. Broken media are skipped, counted and
+named; they are never replaced by another clip, and no question is ever trained without its pixels.
+
+Axes: F frames · H height · W width · C channels · P tokens of a prompt
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import decord
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers.video_utils import VideoMetadata
+
+import common
+from common import UserError, option
+from rewards import PROBLEM_TYPES, parse_solution
+
+PROMPT = """{problem}
+{options}
+
+Look at the frames and think it through step by step between <think> and </think>. Then state the result between \
+<answer> and </answer>. {hint}"""
+
+HINTS = {
+    "multiple choice": "The result is the letter of one option.",
+    "numerical": "The result is one number.",
+    "regression": "The result is one number.",
+    "OCR": "The result is the text exactly as it is written in the picture.",
+    "free-form": "The result is a short text.",
+}
+
+DATA_TYPES = ("video", "image", "frame")                  # frame: a folder of numbered stills
+FOLDER_FPS = 3.0                                          # their rate
+
+
+class Unusable(Exception):
+    """This record's media cannot be read, or its prompt is too long: skip it, count it, name it."""
+
+
+# --------------------------------------------------------------------------------------------------- records
+
+
+def load_records(path, data_root, need_process=False):
+    """The records of a JSON or JSONL file as a list of dicts, in the file's order.
+
+    Raises UserError that lists every bad row with its number (from 1) and what is wrong with which field.
+    """
+    rows = read_rows(path)
+    problems = []
+    for number, row in enumerate(rows, 1):
+        try:
+            check_record(row, data_root, need_process)
+        except ValueError as error:
+            problems.append(f"  row {number}: {error}")
+    if problems:
+        raise UserError(f"{path}: {len(problems)} of {len(rows)} rows are bad:\n" + "\n".join(problems))
+    return rows
+
+
+def read_rows(path):
+    """List of a JSON file, or the lines of a JSONL file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read these records: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    rows, number = [], 0
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f", line {number}" if number else ""
+        raise UserError(f"{path}{where}: not JSON: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: no records in this file")
+    return rows
+
+
+def check_record(row, data_root, need_process):
+    """ValueError naming the first field of `row` that is wrong, with its value."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a record, got {row!r:.80}")
+    for name in ("problem_id", "problem", "data_type", "problem_type", "solution", "path"):
+        if row.get(name) in (None, ""):
+            raise ValueError(f"{name}: missing")
+        if name != "problem_id" and not isinstance(row[name], str):
+            raise ValueError(f"{name}: expected text, got {row[name]!r:.80}")
+    if row["data_type"] not in DATA_TYPES:
+        raise ValueError(f"data_type: expected one of {', '.join(DATA_TYPES)}, got {row['data_type']!r}")
+    if row["problem_type"] not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {row['problem_type']!r}")
+    options = row.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+        raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
+    if row["problem_type"] == "multiple choice" and not options:
+        raise ValueError("options: a multiple choice question without options")
+    try:
+        parse_solution(row["solution"], row["problem_type"], options)
+    except ValueError as error:
+        raise ValueError(f"solution: {error}") from None
+    if need_process and not (isinstance(row.get("process"), str) and row["process"].strip()):
+        raise ValueError("process: missing; the cold start needs a chain of thought")
+    media_path(row, data_root)
+
+
+def media_path(row, data_root):
+    """Where the record's video, image or folder lies. ValueError if the path leaves the data root."""
+    root = os.path.abspath(data_root)
+    path = os.path.abspath(os.path.join(root, row["path"]))
+    if "\0" in path or os.path.commonpath([root, path]) != root:
+        raise ValueError(f"path: leaves the data root {data_root}: {row['path']!r}")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- frames
+
+
+def frame_indices(total, n):
+    """The middle frames of `n` equal parts of a clip of `total` frames; every frame if there are fewer.
+
+    >>> frame_indices(100, 4), frame_indices(3, 8)
+    ([12, 37, 62, 87], [0, 1, 2])
+    """
+    n = min(n, total)
+    return [int((i + 0.5) * total / n) for i in range(n)]
+
+
+def load_media(record, cfg):
+    """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
+
+    The metadata hold the true frame rate and indices, from which the processor derives the time between frames.
+    Raises Unusable with file and reason. Frame times are the same in SFT, rollout, loss and evaluation.
+    """
+    path = media_path(record, cfg.data_root)
+    read = {"video": read_video, "frame": read_folder, "image": read_image}[record["data_type"]]
+    try:
+        return read(path, cfg.max_frames)
+    except Exception as error:                            # a hostile file may raise anything: name it and go on
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise Unusable(f"{record['path']}: {reason:.200}") from error
+
+
+def read_video(path, max_frames):
+    if os.path.getsize(path) == 0:
+        raise ValueError("empty file")
+    reader = decord.VideoReader(path, num_threads=1)
+    total, fps = len(reader), float(reader.get_avg_fps())
+    if total < 1 or not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{total} frames at {fps} frames a second")
+    indices = frame_indices(total, max_frames)
+    frames_FHWC = reader.get_batch(indices).asnumpy()
+    return frames_FHWC, VideoMetadata(total_num_frames=total, fps=fps, frames_indices=indices)
+
+
+def read_folder(path, max_frames):
+    files = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        raise ValueError("no .jpg or .png in this folder")
+    indices = frame_indices(len(files), max_frames)
+    frames_FHWC = np.stack([np.asarray(read_image(files[i])[0]) for i in indices])
+    return frames_FHWC, VideoMetadata(total_num_frames=len(files), fps=FOLDER_FPS, frames_indices=indices)
+
+
+def read_image(path, max_frames=1):
+    with Image.open(path) as image:
+        return image.convert("RGB"), None
+
+
+def shuffled_order(n_frames, rng, unit="frame", patch=2):
+    """A random order of the frames that is not the given one, as a list of indices; None if there is only one unit.
+
+    unit="frame" permutes single frames, as published: the pair blended into one temporal patch then holds two distant
+    moments. unit="patch" moves whole pairs, which leaves the motion inside a pair readable.
+    """
+    size = patch if unit == "patch" else 1
+    units = [list(range(i, min(i + size, n_frames))) for i in range(0, n_frames, size)]
+    if len(units) < 2:
+        return None
+    order = list(range(len(units)))
+    while order == list(range(len(units))):               # never the identity: it would be the ordered group again
+        rng.shuffle(order)
+    return [frame for u in order for frame in units[u]]
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+
+
+def messages(record, cfg):
+    """The record as a conversation of one turn: the picture part, then the question."""
+    question = (cfg.prompt or PROMPT).format(problem=record["problem"], options="\n".join(record.get("options") or []),
+                                             hint=HINTS[record["problem_type"]])
+    picture = {"type": "image"} if record["data_type"] == "image" else {"type": "video"}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": question.strip()}]}]
+
+
+def encode(processor, record, media, metadata, cfg):
+    """Model inputs of one prompt: input_ids, attention_mask, mm_token_type_ids (1, P), pixels, grid, frame times.
+
+    Raises Unusable if the prompt is longer than max_prompt_tokens: cutting it would part pixels from their tokens.
+    """
+    text = processor.apply_chat_template(messages(record, cfg), tokenize=False, add_generation_prompt=True)
+    size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}      # pixels a frame, despite the names
+    if record["data_type"] == "image":
+        inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
+    else:
+        inputs = processor(text=[text], videos=[media], return_tensors="pt", videos_kwargs={
+            "size": size, "cap_pixels_per_frame": False, "video_metadata": [metadata], "do_sample_frames": False})
+    inputs = dict(inputs)
+    length = inputs["input_ids"].shape[1]
+    if length > cfg.max_prompt_tokens:
+        raise Unusable(f"{record['path']}: prompt of {length} tokens, max_prompt_tokens is {cfg.max_prompt_tokens}")
+    if "second_per_grid_ts" in inputs:
+        inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
+    return inputs
+
+
+def target_ids(processor, record):
+    """What the cold start learns to say: process, newline, solution, end of turn. Tensor of token ids."""
+    end = processor.tokenizer.eos_token
+    text = record["process"].strip() + "\n" + record["solution"].strip() + end
+    return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+
+
+# ------------------------------------------------------------------------------------------ from files to batches
+
+
+class Samples(Dataset):
+    """Item `position` of the endless training order (or of the file, with shuffle=False), encoded for the model.
+
+    An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips), `target` for
+    the cold start; or record and `error` if its media are unusable. Frames are shuffled from (seed, position).
+    """
+
+    def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True):
+        self.records, self.processor, self.cfg = records, processor, cfg
+        self.orders, self.targets, self.shuffle = orders, targets, shuffle
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, position):
+        record = self.records[data_index(position, len(self.records), self.cfg.seed) if self.shuffle else position]
+        sample = {"record": record, "position": position}
+        try:
+            media, metadata = load_media(record, self.cfg)
+            for order in self.orders:
+                sample[order] = self.encode(record, media, metadata, position, order)
+        except Unusable as error:
+            return {"record": record, "position": position, "error": str(error)}
+        if self.targets:
+            sample["target"] = target_ids(self.processor, record)
+        return sample
+
+    def encode(self, record, media, metadata, position, order):
+        if order == "shuffled":
+            if metadata is None:
+                return None
+            rng = random.Random(f"{self.cfg.seed}/{position}/frames")
+            permutation = shuffled_order(len(media), rng, self.cfg.shuffle_unit)
+            if permutation is None:
+                return None
+            media = media[permutation]
+        return encode(self.processor, record, media, metadata, self.cfg)
+
+
+def data_index(position, n, seed):
+    """Which record stands at `position` of the endless order: a new permutation of all `n` each epoch."""
+    epoch, place = divmod(position, n)
+    return epoch_order(epoch, n, seed)[place]
+
+
+def epoch_order(epoch, n, seed, cache={}):
+    if (epoch, n, seed) not in cache:
+        cache.clear()
+        cache[epoch, n, seed] = np.random.default_rng([seed, epoch]).permutation(n)
+    return cache[epoch, n, seed]
+
+
+def loader(samples, batches, cfg, device_pins=False):
+    """DataLoader over lists of positions; each batch is a list of samples, made in worker processes."""
+    return DataLoader(samples, batch_sampler=batches, collate_fn=list, num_workers=cfg.num_workers,
+                      prefetch_factor=4 if cfg.num_workers else None)
+
+
+def rank_batches(cfg, start_step, rank, ranks):
+    """Positions of this rank's share of each step's batch, from `start_step` on: resuming needs only the step."""
+    share = cfg.batch_size // ranks
+    for step in range(start_step, cfg.steps):
+        first = step * cfg.batch_size + rank * share
+        yield list(range(first, first + share))
+
+
+# ------------------------------------------------------------------------------------------------- collators
+
+
+def join_media(inputs):
+    """The pixels, grids and frame times of several prompts, concatenated in their order: one call of the vision tower each."""
+    joined = {}
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+        parts = [x[name] for x in inputs if name in x]
+        if parts:
+            joined[name] = torch.cat(parts)
+    return joined
+
+
+def pad(rows, value, side):
+    """1-D tensors of unequal length as one (B, L) tensor, padded on the left or right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+def collate_prompts(inputs, pad_id):
+    """Prompts of unequal length as one left-padded batch, ready for generate."""
+    return {
+        "input_ids": pad([x["input_ids"][0] for x in inputs], pad_id, "left"),
+        "attention_mask": pad([x["attention_mask"][0] for x in inputs], 0, "left"),
+        "mm_token_type_ids": pad([x["mm_token_type_ids"][0] for x in inputs], 0, "left"),
+        **join_media(inputs),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+
+@dataclass
+class DataConfig(common.SharedConfig):
+    """Looks at a stage's records without a model."""
+
+    stage: str = option("tgrpo", "whose records", choices=common.STAGES)
+    check: bool = option(False, "decode every file once and list what cannot be read")
+
+
+def check_media(records, cfg):
+    """Reads every record's media in worker processes. Returns the reasons of those that cannot be read."""
+    class Media(Dataset):
+        def __len__(self):
+            return len(records)
+
+        def __getitem__(self, i):
+            try:
+                load_media(records[i], cfg)
+            except Unusable as error:
+                return f"row {i + 1}: {error}"
+
+    results = DataLoader(Media(), batch_size=None, num_workers=cfg.num_workers)
+    return [reason for reason in tqdm(results, total=len(records), desc="reading media", unit="file") if reason]
+
+
+def main():
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--stage", default="tgrpo")
+    stage = chooser.parse_known_args()[0].stage
+    cfg = common.load_config(DataConfig, stage, doc=__doc__, partial=True)
+    common.require(cfg, stage, "records")
+    records = load_records(cfg.records, cfg.data_root, need_process=stage == "sft")
+    if cfg.check:
+        unreadable = check_media(records, cfg)
+        print("\n".join(unreadable + [f"{len(records) - len(unreadable)} of {len(records)} files can be read"]))
+        sys.exit(1 if len(unreadable) > cfg.max_unreadable * len(records) else 0)
+    print(json.dumps(records[0], indent=2, ensure_ascii=False))
+    print("\nprompt:\n" + messages(records[0], cfg)[0]["content"][1]["text"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""T-GRPO: reinforcement learning that asks whether the order of the frames helped.
+
+    accelerate launch tgrpo.py --config configs/toy.yaml       # the tiny model, on a CPU
+    accelerate launch tgrpo.py --config configs/7b.yaml        # Qwen2.5-VL-7B, FSDP over the GPUs of this machine
+
+Each step:
+    1. a batch of prompts; every video comes twice, with its frames in order and shuffled
+    2. rollout: the policy samples G completions with the frames in order and S with the frames shuffled
+    3. score: accuracy, format and length of each completion; p and p̃, the shares of correct ones in order and shuffled
+    4. advantages: rewards relative to their group, plus the temporal term α (p − p̃) for the correct ones
+    5. loss: clipped ratio times advantage, minus β KL to the frozen cold start; mean over the tokens of a completion,
+       then over completions. Only the completions of ordered frames are trained
+    6. backward, clip, AdamW step
+Without the temporal term (`temporal_rule: none`), and always for images, this is GRPO.
+
+Differs from the paper, and why: rollouts sample from the whole distribution (no top-p), so that the log-probs of step 5
+are those of the distribution sampled from; the temporal term joins the advantage, because division by the group's std
+cancels it in the reward (`temporal_target: reward` is the published way).
+
+Axes: N prompts (or prompt variants) · G ordered completions of a prompt · S shuffled ones · T completion tokens
+      B packed rows · L tokens of a packed row · P prompt tokens
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import common
+import data
+from common import UserError, option
+from rewards import CORRECT, accuracy_reward, format_reward, length_reward, temporal_reward
+
+
+@dataclass
+class TGRPOConfig(common.TrainConfig):
+    """Settings of T-GRPO. Defaults are the paper's values unless the help says otherwise."""
+
+    num_generations: int = option(8, "G: completions a prompt with the frames in order", low=1)
+    shuffled_generations: int = option(-1, "S: completions a video with the frames shuffled; -1: half of num_generations", low=-1)
+    temperature: float = option(1.0, "sampling temperature, and that of the log-probs", low=1e-3)
+    max_new_tokens: int = option(768, "longest completion", low=1)
+    beta: float = option(0.04, "weight of the KL to the frozen cold start; 0: no reference model", low=0)
+    clip_epsilon: float = option(0.2, "the ratio of new to old probability is clipped to 1 ± this", low=0)
+    updates_per_rollout: int = option(1, "optimizer steps on one batch of completions (then the ratio leaves 1)", low=1)
+    temporal_rule: str = option("margin", "how p and p̃ make the temporal term; none: plain GRPO",
+                                choices=("margin", "paper", "released", "none"))
+    temporal_target: str = option("advantage", "where the term enters; reward: as published, where the std cancels it",
+                                  choices=("advantage", "reward"))
+    alpha: float = option(0.3, "size of the temporal term", low=0)
+    advantage_std: str = option("group", "group: divide by the group's std; none: only subtract the mean",
+                                choices=("group", "none"))
+    length_min: int = option(320, "a correct completion of at least this many tokens ...", low=0)
+    length_max: int = option(512, "... and at most this many ...", low=0)
+    length_omega: float = option(0.2, "... earns this", low=0)
+    print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shuffled_generations < 0:
+            self.shuffled_generations = self.num_generations // 2
+        if self.temporal_rule == "none":
+            self.shuffled_generations = 0
+
+
+# ---------------------------------------------------------------------------------------- the method, in equations
+
+
+def group_advantages(rewards_G, std="group"):
+    """A_i = (r_i − mean r) / (std r + 1e-4), the std unbiased; exactly 0 if all rewards are equal (GRPO, eq. 1).
+
+    std="none" only subtracts the mean, so that easy and hard prompts keep their weight (Dr. GRPO).
+    """
+    if bool((rewards_G == rewards_G[0]).all()):
+        return torch.zeros_like(rewards_G)
+    centred_G = rewards_G - rewards_G.mean()
+    return centred_G / (rewards_G.std() + 1e-4) if std == "group" else centred_G
+
+
+def temporal_advantages(rewards_G, correct_G, r_t, target="advantage", std="group"):
+    """Advantages (G,) of a group with the temporal term r_t given to its correct completions.
+
+    target="reward" is the published form. If the rewards take two values, dividing by the std then cancels r_t exactly:
+    it only rescales r. target="advantage" (ours, default) adds r_t after normalisation, where nothing cancels it.
+    """
+    bonus_G = r_t * correct_G.to(rewards_G.dtype)
+    if target == "reward":
+        return group_advantages(rewards_G + bonus_G, std)
+    return group_advantages(rewards_G, std) + bonus_G
+
+
+def kl_k3(logps, ref_logps):
+    """Schulman's k3 = e^d − d − 1, d = log π_ref − log π: never negative; its mean over samples of π is KL(π ‖ π_ref)."""
+    d = (ref_logps - logps).clamp(-10, 10)
+    return torch.expm1(d) - d
+
+
+def completion_mask(ids_GT, eos_ids):
+    """True up to and including the first end-of-turn token: stopping is an action, so it is trained too."""
+    is_eos_GT = torch.isin(ids_GT, torch.tensor(eos_ids, device=ids_GT.device)).int()
+    return is_eos_GT.cumsum(1) - is_eos_GT == 0
+
+
+def grpo_loss(logps_GT, old_logps_GT, ref_logps_GT, advantages_G, mask_GT, epsilon, beta):
+    """Loss of each completion (G,): −mean over its tokens of min(ρA, clip(ρ, 1±ε)A) − β KL, ρ = π / π_old.
+
+    Also returns (G, T) KL and where the clipping was active, for the log. `ref_logps_GT` None: no KL term.
+    """
+    ratio_GT = torch.exp(logps_GT - old_logps_GT)
+    clipped_GT = ratio_GT.clamp(1 - epsilon, 1 + epsilon)
+    advantages_G1 = advantages_G[:, None]
+    surrogate_GT = torch.min(ratio_GT * advantages_G1, clipped_GT * advantages_G1)
+    kl_GT = torch.zeros_like(logps_GT) if ref_logps_GT is None else kl_k3(logps_GT, ref_logps_GT)
+    loss_G = -masked_mean(surrogate_GT - beta * kl_GT, mask_GT)
+    return loss_G, kl_GT, clipped_GT * advantages_G1 < ratio_GT * advantages_G1
+
+
+def masked_mean(values_GT, mask_GT):
+    """Mean over the tokens of each completion (G,)."""
+    return (values_GT * mask_GT).sum(1) / mask_GT.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------- rollout and log-probs
+
+
+@torch.no_grad()
+def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0):
+    """Sample `counts[n]` completions of prompt n, all prompts in one batch. temperature 0 is greedy.
+
+    The vision tower and the prompt run once a prompt; the cache is then repeated and HF generate goes on from there.
+    Positions are handed over, so the model's own `rope_deltas` (state of whatever ran last) are never used.
+    Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
+    """
+    was_training = model.training
+    model.eval()                                          # generate() under gradient checkpointing drops its cache
+    batch = common.to_device(data.collate_prompts(prompts, tokenizer.pad_token_id), model.device)
+    ids, mask, kinds = (batch.pop(k) for k in ("input_ids", "attention_mask", "mm_token_type_ids"))
+    positions = rope_positions(model, ids, kinds, batch, mask)
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], **batch,
+          cache=cache, use_cache=True, logits_to_keep=1)  # the last prompt token is left to generate()
+
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
+    cache.batch_select_indices(rows)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    output = model.generate(
+        input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache,
+        max_new_tokens=max_new_tokens, repetition_penalty=1.0, suppress_tokens=placeholder_ids(model),
+        eos_token_id=eos_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id, **sampling)
+    model.train(was_training)
+    completions_BT = output[:, ids.shape[1]:]
+    lengths_B = completion_mask(completions_BT, eos_ids(model, tokenizer)).sum(1)
+    return [row[:n] for row, n in zip(completions_BT, lengths_B)]
+
+
+def placeholder_ids(model):
+    """Tokens that stand for pixels: a completion that held one would have no pixels for it. Banned in sampling."""
+    return [model.config.image_token_id, model.config.video_token_id]
+
+
+def eos_ids(model, tokenizer):
+    """Tokens that end a completion: the tokenizer's, and those of the checkpoint's generation config."""
+    listed = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])})
+
+
+def rope_positions(model, ids, kinds, media, mask=None):
+    """M-RoPE positions (3, B, L): time, height, width."""
+    grids = {k: media[k] for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if k in media}
+    return model.model.get_rope_index(ids, kinds, attention_mask=mask, **grids)[0]
+
+
+def pack(model, prompts, completions, pad_id):
+    """Rows [prompt, completion 1 … completion G]: every prompt is computed once for its whole group.
+
+    `prompts` N inputs, `completions` N lists of 1-D tensors. A completion sees the prompt and itself (4-D mask), and its
+    positions go on from the prompt's. Returns (inputs, predict, targets) as Policy.forward wants them.
+    """
+    ids, segments, positions, predict, targets = [], [], [], [], []
+    for x, group in zip(prompts, completions):
+        P = x["input_ids"].shape[1]
+        prompt_positions = rope_positions(model, x["input_ids"], x["mm_token_type_ids"], x)[:, 0].cpu()
+        lengths = [len(c) for c in group]
+        ids.append(torch.cat([x["input_ids"][0], *(c.cpu() for c in group)]))
+        segments.append(torch.arange(len(group) + 1).repeat_interleave(torch.tensor([P, *lengths])))    # 0: the prompt
+        own = torch.cat([torch.arange(n) for n in lengths]) + prompt_positions.max() + 1
+        positions.append(torch.cat([prompt_positions, own.expand(3, -1)], 1))
+        predict.append(torch.cat([torch.tensor([P - 1, *range(start, start + n - 1)])
+                                  for start, n in zip(P + torch.tensor([0, *lengths]).cumsum(0), lengths)]))
+        targets.extend(group)
+    L = max(len(row) for row in ids)
+    segments_BL = data.pad(segments, -1, "right")
+    causal_LL = torch.ones(L, L, dtype=torch.bool).tril()
+    same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
+    mask_BLL = causal_LL & (same_BLL | (segments_BL[:, None, :] == 0))
+    inputs = {"input_ids": data.pad(ids, pad_id, "right"), "attention_mask": mask_BLL[:, None],
+              "position_ids": torch.stack([torch.nn.functional.pad(p, (0, L - p.shape[1])) for p in positions], 1),
+              **data.join_media(prompts)}
+    return inputs, torch.cat([b * L + p for b, p in enumerate(predict)]), torch.cat([t.cpu() for t in targets])
+
+
+def token_logps(model, packed, lengths, temperature, banned):
+    """Log-probs and entropies (G, T) of the packed completions, zero-padded to the longest; G over all packed groups."""
+    inputs, predict, targets = packed
+    logps_N, entropy_N = model(**inputs, predict=predict, targets=targets, temperature=temperature, banned=banned)
+    return data.pad(logps_N.split(lengths), 0.0, "right"), data.pad(entropy_N.split(lengths), 0.0, "right")
+
+
+# ------------------------------------------------------------------------------------------------- scoring a group
+
+
+@dataclass
+class Group:
+    """One prompt of the step, with all that happened to it."""
+
+    sample: dict
+    completions: list                                     # G 1-D tensors
+    texts: list
+    shuffled_texts: list                                  # S of them; empty for images and one-frame clips
+    parts: dict = field(default_factory=dict)             # every reward term (G,), for the log
+    advantages_G: torch.Tensor = None
+    old_logps_GT: torch.Tensor = None
+
+
+def score(group, cfg, eos):
+    """Rewards, p and p̃, the temporal term, advantages of one group (steps 3 and 4)."""
+    record = group.sample["record"]
+    judge = lambda texts: torch.tensor([accuracy_reward(t, record["solution"], record["problem_type"]) for t in texts])
+    accuracy_G, accuracy_S = judge(group.texts), judge(group.shuffled_texts)
+    correct_G = accuracy_G > CORRECT
+    lengths = [len(c) for c in group.completions]
+    length_G = torch.tensor([length_reward(n, bool(ok), cfg.length_min, cfg.length_max, cfg.length_omega)
+                             for n, ok in zip(lengths, correct_G)])
+    format_G = torch.tensor([format_reward(t) for t in group.texts])
+    rewards_G = accuracy_G + format_G + length_G                                     # 3. score
+
+    p, r_t = correct_G.double().mean().item(), 0.0
+    if group.shuffled_texts:
+        p_shuffled = (accuracy_S > CORRECT).double().mean().item()
+        r_t = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule)
+        variance = p * (1 - p) / max(1, len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / max(1, len(accuracy_S) - 1)
+        group.parts |= {"temporal/p": p, "temporal/p_shuffled": p_shuffled, "temporal/gap": p - p_shuffled,
+                        "temporal/gap_se": variance, "temporal/order_helped": float(p > p_shuffled),
+                        "reward/temporal": r_t * p}
+    group.advantages_G = temporal_advantages(rewards_G, correct_G, r_t, cfg.temporal_target, cfg.advantage_std)  # 4.
+    without_G = group_advantages(rewards_G, cfg.advantage_std)
+    mean = lambda values_G: values_G.double().mean().item()
+    group.parts |= {
+        "reward/accuracy": mean(accuracy_G), "reward/format": mean(format_G), "reward/length": mean(length_G),
+        "reward/total": mean(rewards_G) + (r_t * p if cfg.temporal_target == "reward" else 0.0),
+        f"accuracy/{record['problem_type'].replace(' ', '_')}": mean(accuracy_G),
+        "group/zero_std": float((rewards_G == rewards_G[0]).all()),
+        "temporal/advantage_change": mean((group.advantages_G - without_G).abs()),
+        "completion/length": sum(lengths) / len(lengths),
+        "completion/truncated": sum(int(c[-1]) not in eos for c in group.completions) / len(lengths),
+    }
+
+
+def sample_groups(model, samples, processor, cfg):
+    """Steps 2 to 4 for this rank's prompts: a list of scored Groups."""
+    shuffled = [s for s in samples if cfg.shuffled_generations and s["shuffled"] is not None]
+    prompts = [s["ordered"] for s in samples] + [s["shuffled"] for s in shuffled]
+    counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
+    completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens)  # 2.
+    texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    completions, texts = iter(completions), iter(texts)
+    take = lambda source, n: [next(source) for _ in range(n)]
+    groups = [Group(s, take(completions, cfg.num_generations), take(texts, cfg.num_generations), []) for s in samples]
+    for group in (g for g in groups if any(g.sample is s for s in shuffled)):
+        group.shuffled_texts = take(texts, cfg.shuffled_generations)
+    for group in groups:
+        score(group, cfg, eos_ids(model, processor.tokenizer))                       # 3. and 4.
+    return groups
+
+
+def print_rollouts(step, groups):
+    """One ordered and one shuffled completion of the first group, as text."""
+    group = groups[0]
+    record = group.sample["record"]
+    lines = [f"step {step}: {record['problem']} {' '.join(record.get('options') or [])}  truth {record['solution']}",
+             f"  in order (A = {group.advantages_G[0]:+.2f}): {group.texts[0]}"]
+    lines += [f"  shuffled: {group.shuffled_texts[0]}"] if group.shuffled_texts else [f"  in order: {group.texts[-1]}"]
+    tqdm.write("\n".join(lines))
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+
+def main():
+    cfg = common.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
+    common.require(cfg, "tgrpo", "model", "records", "output_dir")
+    common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + common.config_path())
+    records = data.load_records(cfg.records, cfg.data_root)
+    accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
+    common.check_batches(cfg, accelerator)
+    common.seed_everything(cfg.seed + accelerator.process_index)
+
+    processor = common.load_processor(cfg)
+    model = common.load_model(cfg).train()
+    reference = common.load_model(cfg).eval().requires_grad_(False).to(accelerator.device) if cfg.beta else None
+    model, optimizer = accelerator.prepare(model, common.make_optimizer(model, cfg))
+    policy = accelerator.unwrap_model(model)
+    banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id
+    start = common.resume(accelerator, cfg)["step"]
+    log = common.Log(accelerator, cfg, "tgrpo", start)
+    stop = common.StopSignal()
+    skipped = common.Skipped(cfg, len(records))
+
+    orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
+    samples = data.Samples(records, processor, cfg, orders)
+    batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
+    timer = common.Timer()
+    bar = tqdm(batches, initial=start, total=cfg.steps, desc="tgrpo", disable=not accelerator.is_main_process)
+    for step, batch in enumerate(bar, start):
+        timer.lap("data_wait")
+        batch = skipped.drop(accelerator, batch)                                     # 1. prompts
+        groups = sample_groups(policy, batch, processor, cfg)                        # 2. rollout, 3. score, 4. advantages
+        timer.lap("rollout")
+        means = common.Means()
+        for group in groups:
+            means.add(group.parts)
+        total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
+
+        for _ in range(cfg.updates_per_rollout):
+            for micro in common.micro_batches(groups, cfg, accelerator):
+                lengths = [len(c) for g in micro for c in g.completions]
+                inputs, predict, targets = pack(policy, [g.sample["ordered"] for g in micro],
+                                                [g.completions for g in micro], pad_id)
+                packed = (common.to_device(inputs, accelerator.device), predict.to(accelerator.device),
+                          targets.to(accelerator.device))
+                advantages_G = torch.cat([g.advantages_G for g in micro]).to(accelerator.device)
+                mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(accelerator.device)
+
+                ref_logps_GT = None
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_logps_GT, _ = token_logps(reference, packed, lengths, cfg.temperature, banned)
+                logps_GT, entropy_GT = token_logps(model, packed, lengths, cfg.temperature, banned)
+                if micro[0].old_logps_GT is None:                                    # first update: ρ = 1
+                    micro[0].old_logps_GT = logps_GT.detach()
+                loss_G, kl_GT, clipped_GT = grpo_loss(logps_GT, micro[0].old_logps_GT, ref_logps_GT, advantages_G, mask_GT,
+                                                      cfg.clip_epsilon, cfg.beta)    # 5. loss
+                loss = loss_G.sum() / total
+                accelerator.backward(loss * accelerator.num_processes)               # ranks' gradients are averaged
+                means.add({"loss": loss_G.mean().item(), "policy/kl": masked_mean(kl_GT, mask_GT).mean().item(),
+                           "policy/entropy": masked_mean(entropy_GT, mask_GT).mean().item(),
+                           "policy/clip_frac": masked_mean(clipped_GT, mask_GT).mean().item()}, weight=len(loss_G))
+            grad_norm = common.update(accelerator, model, optimizer, step, cfg)      # 6. step
+        timer.lap("update")
+
+        metrics = {**means.reduce(accelerator), "policy/grad_norm": grad_norm, "lr": common.learning_rate(step, cfg),
+                   "data/skipped": len(skipped), **timer.report()}
+        if "temporal/gap_se" in metrics:
+            metrics["temporal/gap_se"] **= 0.5            # the mean variance of one group's p − p̃, as a standard error
+        log(step, metrics)
+        bar.set_postfix(accuracy=f"{metrics['reward/accuracy']:.2f}", kl=f"{metrics['policy/kl']:.3f}")
+        if cfg.print_every and step % cfg.print_every == 0 and accelerator.is_main_process:
+            print_rollouts(step, groups)
+        if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
+            return
+
+    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final")
+    skipped.report(accelerator)
+    accelerator.print(f"trained policy: {cfg.output_dir}/final")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
