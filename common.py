@@ -13,6 +13,7 @@ Axes: B rows · L tokens of a row · N predicted tokens · D hidden size · V vo
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import os
@@ -285,6 +286,7 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
         super().__init__(config)
         self.lm_head.__class__ = LogpHead
 
+    @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)       # generate() looks at the signature
     def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
         if targets is None:
             return super().forward(*args, **inputs)

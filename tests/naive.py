@@ -1,0 +1,68 @@
+"""The plain way, one prompt and one completion at a time: slow, obvious, and what tgrpo.py must equal."""
+
+import types
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from common import Policy, seed_everything
+
+IMAGE, VIDEO, START, END, EOS, PAD = 60, 61, 62, 63, 1, 2
+tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
+
+
+def tiny_policy(seed=0, **text):
+    """A random Qwen2.5-VL of about 100,000 parameters. Large initial weights, so that its distributions are not flat."""
+    seed_everything(seed)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=64, bos_token_id=0, eos_token_id=EOS, pad_token_id=PAD,
+                         initializer_range=0.2, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])) | text,
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=32,
+                           fullatt_block_indexes=[1], patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+                           window_size=28, tokens_per_second=2, initializer_range=0.2),
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+    config._attn_implementation = "sdpa"
+    return Policy(config).eval()
+
+
+def prompt(kind, grid, n_text, seed):
+    """Model inputs of a prompt with random pixels: kind "video", "image"; grid (T, H, W) in patches."""
+    generator = torch.Generator().manual_seed(seed)
+    placeholder = {"video": VIDEO, "image": IMAGE}[kind]
+    n_media = grid[0] * grid[1] * grid[2] // 4
+    text = torch.randint(3, 50, (n_text,), generator=generator).tolist()
+    ids = torch.tensor([[5, START, *[placeholder] * n_media, END, *text]])
+    pixels = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+              "mm_token_type_ids": (ids == IMAGE) * 1 + (ids == VIDEO) * 2}
+    if kind == "video":
+        return inputs | {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid]),
+                         "second_per_grid_ts": torch.tensor([1.0 + seed % 3])}
+    return inputs | {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}
+
+
+def mixed_prompts():
+    """One image and two videos, of different lengths."""
+    return [prompt("video", (2, 2, 4), 3, 1), prompt("image", (1, 4, 4), 9, 2), prompt("video", (4, 4, 2), 5, 3)]
+
+
+@torch.no_grad()
+def generate(model, x, n=1, **sampling):
+    """HF generate on one prompt. Returns (sequences (n, T), per-step scores)."""
+    model.model.rope_deltas = None
+    output = model.generate(**x, num_return_sequences=n, return_dict_in_generate=True, output_scores=True, top_k=0, top_p=1.0,
+                            repetition_penalty=1.0, suppress_tokens=[IMAGE, VIDEO], eos_token_id=EOS, pad_token_id=PAD, **sampling)
+    return output.sequences[:, x["input_ids"].shape[1]:], output.scores
+
+
+def completion_logps(model, x, completion, temperature=1.0):
+    """Log-probs (T,) of one completion from one whole row and its full logits, placeholders banned as in sampling."""
+    n, P = len(completion), x["input_ids"].shape[1]
+    ids = torch.cat([x["input_ids"], completion[None]], 1)
+    kinds = torch.cat([x["mm_token_type_ids"], torch.zeros(1, n, dtype=torch.long)], 1)
+    model.model.rope_deltas = None
+    logits = model(**{**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)},
+                   use_cache=False).logits[0, P - 1:-1] / temperature
+    banned = torch.zeros(64, dtype=torch.bool).index_fill(0, torch.tensor([IMAGE, VIDEO]), True)
+    return logits.masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, completion[:, None])[:, 0]

@@ -1,0 +1,259 @@
+"""The objective by its properties, and the fast rollout and loss against the plain ones of naive.py."""
+
+import math
+
+import pytest
+import torch
+
+import naive
+from tgrpo import (completion_mask, group_advantages, grpo_loss, kl_k3, pack, rollout, temporal_advantages, token_logps)
+
+torch.set_default_dtype(torch.float32)
+BANNED = (naive.IMAGE, naive.VIDEO)
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+
+
+@pytest.mark.parametrize("value", [0.0, 1.2, 0.1 + 0.2, 1 / 3, 1e6])
+@pytest.mark.parametrize("std", ["group", "none"])
+def test_equal_rewards_teach_nothing(value, std):
+    """Guards: a mean that rounds leaves 1e-17, which division by std + 1e-4 makes a gradient out of nothing."""
+    for size in (1, 2, 3, 8):
+        assert group_advantages(torch.full((size,), value, dtype=torch.float64), std).tolist() == [0.0] * size
+
+
+def test_advantages_are_relative_to_the_group():
+    """Guards: biased std, or a mean over the batch instead of the group."""
+    rewards = double(0, 1, 1, 2.2, 0.4)
+    normed = group_advantages(rewards)
+    assert abs(normed.mean()) < 1e-12
+    assert normed.pow(2).sum() / (len(rewards) - 1) == pytest.approx(1, abs=1e-3)       # unbiased: n − 1
+    assert torch.allclose(group_advantages(rewards + 5), normed)
+    assert torch.allclose(group_advantages(rewards * 3), normed, atol=1e-3)
+    plain = group_advantages(rewards, "none")
+    assert torch.allclose(group_advantages(rewards * 3, "none"), plain * 3)
+
+
+def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
+    """Guards: the published placement, under which T-GRPO is GRPO whenever rewards take two values (method.md)."""
+    correct = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0], dtype=torch.bool)
+    rewards = correct.double() + 1                        # accuracy + format
+    grpo = group_advantages(rewards)
+    as_published = temporal_advantages(rewards, correct, 0.3, "reward")
+    ours = temporal_advantages(rewards, correct, 0.3, "advantage")
+    assert (as_published - grpo).abs().max() < 2e-4       # all that is left is the 1e-4 beside the std
+    assert torch.allclose((ours - grpo)[correct], double(0.3))
+    assert torch.equal(ours[~correct], grpo[~correct])
+    assert (temporal_advantages(rewards, correct, 0.3, "reward", "none") - group_advantages(rewards, "none")).abs().max() > 0.1
+
+
+def test_advantage_functions_leave_their_inputs_alone():
+    """Guards: an in-place edit through a view that changes what a later term sees."""
+    rewards, correct = double(1, 2, 3), torch.tensor([True, False, True])
+    temporal_advantages(rewards, correct, 0.3)
+    assert rewards.tolist() == [1, 2, 3] and correct.tolist() == [True, False, True]
+
+
+# ---------------------------------------------------------------------------------------------- KL, ratio, loss
+
+
+def test_kl_k3_is_unbiased_and_never_negative():
+    """Guards: a sign flip, which a test that restates the formula would pass."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        policy = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
+        reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
+        estimate = kl_k3(policy, reference)
+        exact = (policy.exp() * (policy - reference)).sum()
+        assert (policy.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)      # E over the policy
+        assert (estimate >= 0).all()
+    assert kl_k3(policy, policy).abs().max() == 0
+    assert torch.isfinite(kl_k3(double(-500.0, 0.0), double(0.0, -500.0))).all()               # clamped
+
+
+def example(seed=0, G=3, T=5):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    logps = -normal(G, T).abs()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.float64)
+    return logps, logps + 0.3 * normal(G, T), logps + 0.3 * normal(G, T), normal(G), mask
+
+
+def test_loss_gradient_equals_finite_differences():
+    """Guards: a detach in the wrong place. Ratios here lie on both sides of the clip range."""
+    logps, old, ref, advantages, mask = example()
+    f = lambda x: grpo_loss(x, old, ref, advantages, mask, 0.2, 0.04)[0].sum()
+    x = logps.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(x), x)
+    for i in range(3):
+        for j in range(5):
+            step = torch.zeros_like(logps)
+            step[i, j] = 1e-6
+            assert gradient[i, j].item() == pytest.approx(((f(logps + step) - f(logps - step)) / 2e-6).item(), abs=1e-7)
+
+
+def test_first_update_is_the_policy_gradient():
+    """Guards: ρ = 1 and no KL must leave −A ∇log π, averaged over a completion's own tokens."""
+    logps, _, _, advantages, mask = example()
+    x = logps.clone().requires_grad_()
+    grpo_loss(x, x.detach(), None, advantages, mask, 0.2, 0.0)[0].sum().backward()
+    assert torch.allclose(x.grad, -advantages[:, None] * mask / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("advantage, log_ratio, moves", [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)])
+def test_clipping_stops_only_what_already_went_far_enough(advantage, log_ratio, moves):
+    """Guards: clipping both ways (min and max confused): a wrong move must always be pulled back."""
+    x = double(-1.0)[None].requires_grad_()
+    loss, _, clipped = grpo_loss(x, x.detach() - log_ratio, None, double(advantage), torch.ones(1, 1), 0.2, 0.0)
+    loss.sum().backward()
+    assert (x.grad.abs().item() > 0) == moves and bool(clipped) != moves
+
+
+def test_each_completion_counts_once_whatever_its_length():
+    """Guards: a mean over all tokens, which lets long completions outvote short ones."""
+    short, long = torch.ones(1, 4), torch.ones(1, 4)
+    short[0, 1:] = 0
+    logps = -torch.ones(1, 4)
+    loss = lambda mask: grpo_loss(logps, logps, None, double(1.0), mask, 0.2, 0.0)[0].item()
+    assert loss(short) == pytest.approx(loss(long)) == pytest.approx(-1.0)
+
+
+def test_padding_carries_no_loss():
+    """Guards: log-probs of padding leaking into the mean."""
+    logps, old, ref, advantages, mask = example()
+    wild = torch.where(mask.bool(), logps, logps - 40)
+    for padded in (logps, wild):
+        assert torch.allclose(grpo_loss(padded, old, ref, advantages, mask, 0.2, 0.04)[0],
+                              grpo_loss(logps, old, ref, advantages, mask, 0.2, 0.04)[0])
+
+
+def test_completion_mask_keeps_the_first_eos_and_nothing_after():
+    """Guards: pad = EOS habits, under which stopping is never trained."""
+    ids = torch.tensor([[7, 8, 1, 1, 2], [1, 7, 7, 7, 7], [7, 7, 7, 7, 7], [7, 9, 2, 1, 7]])
+    assert completion_mask(ids, [1]).int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert completion_mask(ids, [1, 9]).int().tolist()[3] == [1, 1, 0, 0, 0]
+
+
+# ------------------------------------------------------------------------- rollout and log-probs against the plain way
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return naive.tiny_policy()
+
+
+def trim(sequence):
+    return sequence[:int(completion_mask(sequence[None], [naive.EOS]).sum())]
+
+
+@pytest.mark.parametrize("G", [1, 3])
+def test_shared_rollout_says_what_plain_generate_says(policy, G):
+    """Guards: wrong positions after a repeated cache, rope_deltas of another prompt, left padding that leaks."""
+    prompts = naive.mixed_prompts()
+    counts = [G, 1, G + 1]
+    shared = iter(rollout(policy, prompts, counts, naive.tokenizer, temperature=0, max_new_tokens=20))
+    for x, n in zip(prompts, counts):
+        plain = trim(naive.generate(policy, x, do_sample=False, max_new_tokens=20)[0][0])
+        assert len(plain) > 3
+        for _ in range(n):
+            assert next(shared).tolist() == plain.tolist()
+
+
+def test_logps_are_those_generate_sampled_from(policy):
+    """Guards: top-k = 50 from generation defaults, a temperature in one place only, wrong positions, padding."""
+    prompts, T = naive.mixed_prompts(), 0.7
+    torch.manual_seed(0)
+    batch = __import__("data").collate_prompts(prompts, naive.PAD)
+    policy.model.rope_deltas = None
+    output = policy.generate(**batch, do_sample=True, temperature=T, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12,
+                             suppress_tokens=list(BANNED), eos_token_id=naive.EOS, pad_token_id=naive.PAD,
+                             return_dict_in_generate=True, output_scores=True)
+    completions = [trim(row) for row in output.sequences[:, batch["input_ids"].shape[1]:]]
+    said = torch.stack(output.scores, 1).log_softmax(-1)
+    lengths = [len(c) for c in completions]
+    with torch.no_grad():
+        logps_GT, _ = token_logps(policy, pack(policy, prompts, [[c] for c in completions], naive.PAD), lengths, T, BANNED)
+    for row, completion in enumerate(completions):
+        expected = said[row, :len(completion)].gather(1, completion[:, None])[:, 0]
+        assert (logps_GT[row, :len(completion)] - expected).abs().max() < 1e-4
+
+
+def sampled_groups(policy, G, seed=0):
+    torch.manual_seed(seed)
+    prompts = naive.mixed_prompts()
+    flat = rollout(policy, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
+    return prompts, [flat[i:i + G] for i in range(0, len(flat), G)]
+
+
+def loss_of(logps_by_group):
+    """Some function of all log-probs whose gradient weighs every token differently."""
+    return sum((logps * torch.linspace(0.3, 1.7, len(logps))).sum() for logps in logps_by_group)
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, [p for p in model.parameters()], allow_unused=True)
+
+
+@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logps_and_gradients_equal_the_plain_way(policy, G, temperature):
+    """Guards: a completion that sees its neighbour, wrong positions, mixed image and video batches, unequal lengths."""
+    prompts, groups = sampled_groups(policy, G)
+    lengths = [len(c) for group in groups for c in group]
+    assert G == 1 or len(set(lengths)) > 1
+    logps_GT, _ = token_logps(policy, pack(policy, prompts, groups, naive.PAD), lengths, temperature, BANNED)
+    packed = [row[:n] for row, n in zip(logps_GT, lengths)]
+    plain = [naive.completion_logps(policy, x, c, temperature) for x, group in zip(prompts, groups) for c in group]
+    assert max((a - b).abs().max().item() for a, b in zip(packed, plain)) < 1e-5
+    for a, b in zip(gradients(policy, loss_of(packed)), gradients(policy, loss_of(plain))):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() < 1e-4 * max(1, b.abs().max().item())
+
+
+def test_micro_batches_and_padding_change_nothing(policy):
+    """Guards: a normalisation per micro-batch, or a long neighbour in the batch that changes a short row."""
+    prompts, groups = sampled_groups(policy, 3)
+    together, _ = token_logps(policy, pack(policy, prompts, groups, naive.PAD), [len(c) for g in groups for c in g], 1.0, BANNED)
+    row = 0
+    for x, group in zip(prompts, groups):
+        alone, _ = token_logps(policy, pack(policy, [x], [group], naive.PAD), [len(c) for c in group], 1.0, BANNED)
+        for logps, completion in zip(alone, group):
+            assert (logps[:len(completion)] - together[row, :len(completion)]).abs().max() < 1e-5
+            row += 1
+
+
+def test_the_head_is_chunked_not_changed(policy):
+    """Guards: an off-by-one at a chunk border; entropy of the banned tokens."""
+    hidden, targets = torch.randn(11, 32), torch.arange(3, 14)
+    whole = policy.lm_head(hidden, targets, 0.5, BANNED, 512)
+    parts = policy.lm_head(hidden, targets, 0.5, BANNED, 4)
+    logits = (hidden @ policy.lm_head.weight.T / 0.5).clone()
+    logits[:, list(BANNED)] = -torch.inf
+    distribution = torch.distributions.Categorical(logits=logits)
+    for logps, entropy in (whole, parts):
+        assert torch.allclose(logps, distribution.log_prob(targets), atol=1e-5)
+        assert torch.allclose(entropy, distribution.entropy(), atol=1e-5)
+
+
+def test_placeholders_are_never_sampled():
+    """Guards: a sampled <|video_pad|>, whose missing pixels stop the next forward."""
+    model = naive.tiny_policy()
+    with torch.no_grad():
+        model.lm_head.weight[list(BANNED)] = model.lm_head.weight.abs().max() * 10 * model.lm_head.weight.sign().mean(0)
+    completions = rollout(model, naive.mixed_prompts(), [4, 4, 4], naive.tokenizer, temperature=3.0, max_new_tokens=20)
+    assert not set(BANNED) & {int(i) for c in completions for i in c}
+
+
+def test_rollout_works_from_a_training_model():
+    """Guards: generate() under train() with gradient checkpointing drops its cache and says something else."""
+    model = naive.tiny_policy()
+    expected = rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, temperature=0, max_new_tokens=8)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    got = rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, temperature=0, max_new_tokens=8)
+    assert [c.tolist() for c in got] == [c.tolist() for c in expected] and model.training
