@@ -191,6 +191,7 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
 def read_yaml(path):
     try:
         tree = yaml.safe_load(Path(path).read_text())
+        tree = {} if tree is None else tree                # an empty file: all defaults
     except OSError as error:
         raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -202,7 +202,8 @@ def shuffled_order(n_frames, rng, unit="frame", patch=2):
     moments. unit="patch" moves whole pairs, which leaves the motion inside a pair readable.
     """
     size = patch if unit == "patch" else 1
-    units = [list(range(i, min(i + size, n_frames))) for i in range(0, n_frames, size)]
+    # an odd last frame fills its patch by repeating itself, as the processor would make it do
+    units = [[min(i + k, n_frames - 1) for k in range(size)] for i in range(0, n_frames, size)]
     if len(units) < 2:
         return None
     order = list(range(len(units)))

@@ -1,0 +1,131 @@
+"""Settings, atomic writes, checkpoints: the mistakes a user makes, each with the one line it gets."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import common
+import data
+import evaluate
+import sft
+import tgrpo
+
+STAGES = {"sft": sft.SFTConfig, "tgrpo": tgrpo.TGRPOConfig, "evaluate": evaluate.EvalConfig}
+CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
+
+
+def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return common.load_config(cls, stage, ["--config", str(path), *argv])
+
+
+@pytest.mark.parametrize("text, argv, line", [
+    ("tgrpo:\n  lr: fast", [], "some.yaml: tgrpo.lr: expected a number, got 'fast'"),
+    ("tgrpo:\n  lrr: 1", [], "some.yaml: tgrpo.lrr: no such setting; did you mean lr?"),
+    ("max_frame: 3", [], "some.yaml: max_frame: no such setting; did you mean max_frames?"),
+    ("lr: 1e-6", [], "some.yaml: lr: no such setting here; put it into the section 'tgrpo:'"),
+    ("tgrpo:\n  steps: 1.5", [], "tgrpo.steps: expected a whole number, got 1.5"),
+    ("tgrpo:\n  steps: true", [], "tgrpo.steps: expected a whole number, got True"),
+    ("tgrpo:\n  steps: 0", [], "tgrpo.steps: expected at least 1, got 0"),
+    ("tgrpo:\n  lr: nan", [], "tgrpo.lr: expected a number, got 'nan'"),
+    ("tgrpo:\n  temporal_rule: magic", [], "tgrpo.temporal_rule: expected one of margin, paper, released, none, got 'magic'"),
+    ("bf16: maybe", [], "bf16: expected true or false, got 'maybe'"),
+    ("tgrpo: 3", [], "some.yaml: tgrpo: expected a section of settings, got 3"),
+    ("- a\n- b", [], "some.yaml: expected settings 'name: value', got list"),
+    ("a: [", [], "some.yaml: not YAML"),
+    ("", ["--lr", "fast"], "command line: --lr: expected a number, got 'fast'"),
+    ("min_pixels: 90000\nmax_pixels: 800", [], "min_pixels 90000 is larger than max_pixels 800"),
+])
+def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, argv, line):
+    """Guards: an unknown or ill-typed setting that is ignored, or found out after the model is loaded."""
+    with pytest.raises(common.UserError) as error:
+        load(tmp_path, text, *argv)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_later_sources_win_and_types_hold(tmp_path):
+    """Guards: 1e-6 read by YAML as text, "False" read as true, a section that does not override the shared value."""
+    cfg = load(tmp_path, "seed: 3\nmax_frames: 4\ntgrpo:\n  lr: 1e-6\n  max_frames: 8\n  resume: false", "--seed", "5")
+    assert (cfg.lr, cfg.seed, cfg.max_frames, cfg.resume) == (1e-6, 5, 8, False)
+    assert load(tmp_path, "", "--gradient_checkpointing").gradient_checkpointing is True
+    assert load(tmp_path, "", "--resume", "False").resume is False
+
+
+def test_missing_config_file_is_one_line():
+    """Guards: a traceback for a mistyped path."""
+    with pytest.raises(common.UserError, match="no/such.yaml: cannot read this config"):
+        common.load_config(sft.SFTConfig, "sft", ["--config", "no/such.yaml"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_shipped_config_loads(path, stage):
+    """Guards: a setting renamed in the code and not in the configs."""
+    cfg = common.load_config(STAGES[stage], stage, ["--config", str(path)])
+    assert cfg.model and cfg.records
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains_every_field(stage, capsys):
+    """Guards: a setting nobody can find out about."""
+    with pytest.raises(SystemExit) as exit:
+        common.load_config(STAGES[stage], stage, ["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for f in fields(STAGES[stage]):
+        assert f"--{f.name}" in text and len(f.metadata["help"]) > 10
+        assert f.metadata["help"].split()[-1] in text
+
+
+def test_missing_cold_start_names_the_command(tmp_path):
+    """Guards: a hub lookup or a traceback where the user forgot the first stage."""
+    cfg = load(tmp_path, "tgrpo:\n  model: runs/nowhere/final")
+    with pytest.raises(common.UserError) as error:
+        common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
+    assert "no checkpoint at runs/nowhere/final" in str(error.value) and "accelerate launch sft.py" in str(error.value)
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    """Guards: a run killed while writing whose log can then never be read."""
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1]
+
+
+def test_half_written_checkpoints_are_never_chosen(tmp_path):
+    """Guards: resuming from checkpoint-9.tmp, or sorting 10 before 9."""
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.tmp", ".checkpoint-12.old", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in common.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_rises_then_falls_to_its_floor(schedule):
+    """Guards: a schedule off by one, that begins at 0 or ends above the floor."""
+    cfg = sft.SFTConfig(lr=2.0, steps=100, warmup_steps=10, lr_schedule=schedule, min_lr_ratio=0.1)
+    rates = [common.learning_rate(step, cfg) for step in range(100)]
+    assert 0 < rates[0] < rates[5] < rates[9] == 2.0 == max(rates)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2, abs=0.03)
+
+
+def test_the_data_order_is_a_permutation_each_epoch_and_resumes_anywhere():
+    """Guards: samples lost or seen twice at an epoch's end or after a resume."""
+    order = [data.data_index(position, 7, seed=1) for position in range(21)]
+    for epoch in range(3):
+        assert sorted(order[7 * epoch:7 * epoch + 7]) == list(range(7))
+    assert order[:7] != order[7:14]
+    cfg = sft.SFTConfig(batch_size=4, steps=5)
+    whole = [p for rank in (0, 1) for batch in data.rank_batches(cfg, 0, rank, 2) for p in batch]
+    assert sorted(whole) == list(range(20))
+    assert list(data.rank_batches(cfg, 3, 1, 2)) == list(data.rank_batches(cfg, 0, 1, 2))[3:]
+
+
+def test_write_atomic_leaves_nothing_else(tmp_path):
+    """Guards: temporary files left beside the result, or a result cut short."""
+    common.write_atomic(tmp_path / "a.json", json.dumps([1]))
+    common.write_atomic(tmp_path / "a.json", json.dumps([1, 2]))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == [1, 2]

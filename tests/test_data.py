@@ -1,0 +1,222 @@
+"""Records, frames, shuffling, prompts: hostile files get a name and a reason, never a replacement."""
+
+import json
+import random
+from fractions import Fraction
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import SharedConfig, UserError
+
+GOOD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem_type": "multiple choice",
+        "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "process": "<think>It does.</think>",
+        "path": "./clip.mp4", "data_source": "test"}
+
+
+def write_video(path, n_frames, fps=4, size=(56, 56), **container_options):
+    """Frame i is a grey of brightness 10 + 20 i, so that a read frame tells its number."""
+    with av.open(str(path), "w", options=container_options) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(n_frames):
+            frame = np.full((size[1], size[0], 3), min(10 + 20 * i, 250), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_audio(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def config(root, **settings):
+    return SharedConfig(data_root=str(root), **settings)
+
+
+def numbers(frames):
+    return [round((float(f.mean()) - 10) / 20) for f in frames]
+
+
+# --------------------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"problem_type": "maths"}, "problem_type: expected one of"),
+    ({"data_type": "audio"}, "data_type: expected one of video, image, frame, got 'audio'"),
+    ({"options": []}, "options: a multiple choice question without options"),
+    ({"options": None}, "options: a multiple choice question without options"),
+    ({"options": "A. left"}, "options: expected a list"),
+    ({"solution": "<answer>C</answer>"}, "solution:"),
+    ({"solution": "B"}, "solution:"),
+    ({"solution": "<answer>seven</answer>", "problem_type": "numerical"}, "solution:"),
+    ({"path": "../../secret.mp4"}, "path: leaves the data root"),
+    ({"path": "/etc/passwd"}, "path: leaves the data root"),
+    ({"path": ""}, "path: missing"),
+    ({"path": 7}, "path: expected text, got 7"),
+    ({"problem": None}, "problem: missing"),
+    ({"process": " "}, "process: missing"),
+])
+def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
+    """Guards: a bad record that is scored 0, or trained on, instead of being an error before anything starts."""
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps([GOOD, GOOD | change]))
+    with pytest.raises(UserError) as error:
+        data.load_records(file, tmp_path, need_process=True)
+    assert f"row 2: {message}" in str(error.value) and "row 1" not in str(error.value) and str(file) in str(error.value)
+
+
+def test_all_bad_rows_are_listed_at_once(tmp_path):
+    """Guards: one error a run, so that ten bad rows take ten runs."""
+    file = tmp_path / "records.jsonl"
+    rows = [GOOD | {"problem_type": "x"} if i % 3 == 0 else GOOD for i in range(30)]
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    with pytest.raises(UserError) as error:
+        data.load_records(file, tmp_path)
+    assert [f"row {i + 1}:" in str(error.value) for i in range(30)] == [i % 3 == 0 for i in range(30)]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "no records"), ("[]", "no records"), ("   \n", "no records"), ("{", "line 1: not JSON"), ("[1, 2", "not JSON"),
+    ('{"problem_id": 1}\n{"a"', "line 2: not JSON"), ("[" * 100_000, "not JSON"), ("[3]", "row 1: expected a record, got 3"),
+])
+def test_broken_record_files_are_one_clear_error(tmp_path, text, message):
+    """Guards: a traceback, or a training run over no data at all."""
+    file = tmp_path / "records.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        data.load_records(file, tmp_path)
+
+
+def test_json_and_jsonl_are_the_same_and_unknown_keys_are_kept(tmp_path):
+    """Guards: a reader that drops what it does not know."""
+    rows = [GOOD | {"problem_id": i, "mine": [i]} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert data.load_records(tmp_path / "a.json", tmp_path) == data.load_records(tmp_path / "a.jsonl", tmp_path) == rows
+
+
+def test_a_root_that_is_a_prefix_is_not_the_root(tmp_path):
+    """Guards: comparing paths as text, where /data/media2 begins with /data/media."""
+    with pytest.raises(ValueError, match="leaves the data root"):
+        data.media_path(GOOD | {"path": "../media2/clip.mp4"}, tmp_path / "media")
+    assert data.media_path(GOOD | {"path": "./a/../b.mp4"}, tmp_path) == str(tmp_path / "b.mp4")
+
+
+# ------------------------------------------------------------------------------------------------------ media
+
+
+def bad_file(kind, path):
+    if kind == "zero-byte":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("this is no video " * 50)
+    elif kind == "audio-only":
+        write_audio(path)
+    elif kind == "index cut off":                         # the index stands at the end of an mp4
+        write_video(path, 40)
+        path.write_bytes(path.read_bytes()[:-700])
+    elif kind == "frames cut off":                        # here it stands at the beginning, the frames are gone
+        write_video(path, 40, movflags="faststart")
+        path.write_bytes(path.read_bytes()[:-600])
+    elif kind == "folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["zero-byte", "text", "audio-only", "index cut off", "frames cut off", "folder", "missing"])
+@pytest.mark.parametrize("data_type", ["video", "image", "frame"])
+def test_unreadable_media_are_named_and_nothing_else_is_shown(tmp_path, kind, data_type):
+    """Guards: another clip in place of the unreadable one, while question and answer stay."""
+    bad_file(kind, tmp_path / "clip.mp4")
+    record = GOOD | {"data_type": data_type}
+    with pytest.raises(data.Unusable, match="clip.mp4: .+"):
+        data.load_media(record, config(tmp_path))
+    sample = data.Samples([record], None, config(tmp_path), ("ordered", "shuffled"))[0]
+    assert set(sample) == {"record", "position", "error"} and "clip.mp4" in sample["error"]
+
+
+@pytest.mark.parametrize("total, expected", [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (12, [1, 4, 7, 10])])
+def test_frames_are_uniform_and_their_times_true(tmp_path, total, expected):
+    """Guards: frames from the beginning only; frame times that assume 2 fps (M-RoPE then disagrees with the clip)."""
+    write_video(tmp_path / "clip.mp4", total, fps=5)
+    frames, metadata = data.load_media(GOOD, config(tmp_path, max_frames=4))
+    assert numbers(frames) == expected == metadata.frames_indices
+    assert metadata.fps == pytest.approx(5) and metadata.total_num_frames == total
+
+
+def test_a_folder_of_stills_is_a_video_at_3_fps(tmp_path):
+    """Guards: data_type "frame" turned into a question without pixels; files in listing order."""
+    (tmp_path / "stills").mkdir()
+    for i in (3, 1, 0, 2):
+        Image.new("RGB", (56, 56), (10 + 20 * i,) * 3).save(tmp_path / "stills" / f"{i:05}.png")
+    frames, metadata = data.load_media(GOOD | {"data_type": "frame", "path": "stills"}, config(tmp_path))
+    assert numbers(frames) == [0, 1, 2, 3] and metadata.fps == 3
+
+
+# --------------------------------------------------------------------------------------------------- shuffling
+
+
+@pytest.mark.parametrize("unit", ["frame", "patch"])
+@pytest.mark.parametrize("n", range(2, 12))
+def test_shuffling_is_a_permutation_and_never_the_identity(unit, n):
+    """Guards: a shuffled group that is the ordered one; frames lost; a partial last pair."""
+    seen = set()
+    for seed in range(60):
+        order = data.shuffled_order(n, random.Random(seed), unit)
+        if n <= (2 if unit == "patch" else 1):
+            assert order is None
+            continue
+        padded = list(range(n)) + [n - 1] * (unit == "patch" and n % 2)
+        assert sorted(order) == padded and order != padded
+        seen.add(tuple(order))
+        if unit == "patch":                                              # the motion inside a pair stays
+            pairs = set(zip(order[::2], order[1::2]))
+            assert pairs == set(zip(padded[::2], padded[1::2]))
+    assert not seen or len(seen) >= {2: 1, 3: 5, 4: 20}.get(n if unit == "frame" else (n + 1) // 2, 20)
+    assert data.shuffled_order(1, random.Random(0), unit) is None
+
+
+def test_shuffling_comes_from_its_seed():
+    """Guards: a permutation nobody can reproduce, or the same one for every clip."""
+    orders = [data.shuffled_order(8, random.Random(f"0/{i}/frames")) for i in range(20)]
+    assert orders == [data.shuffled_order(8, random.Random(f"0/{i}/frames")) for i in range(20)]
+    assert len({tuple(o) for o in orders}) > 15
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+def test_the_rendered_prompt_exactly():
+    """Guards: options or the hint lost from the prompt, a template that is not the config's."""
+    cfg = SharedConfig()
+    content = data.messages(GOOD, cfg)[0]["content"]
+    assert content[0] == {"type": "video"}
+    assert content[1]["text"] == (
+        "Which way?\nA. left\nB. right\n\nLook at the frames and think it through step by step between <think> and </think>. "
+        "Then state the result between <answer> and </answer>. The result is the letter of one option.")
+    assert data.messages(GOOD, SharedConfig(prompt="{problem} {hint}"))[0]["content"][1]["text"] == \
+        "Which way? The result is the letter of one option."
+    braces = data.messages(GOOD | {"problem": "What is {x} or {0}?"}, cfg)[0]["content"][1]["text"]
+    assert braces.startswith("What is {x} or {0}?")
+
+
+def test_collators_pad_on_the_right_side():
+    """Guards: left padding in training, right padding in sampling, pixels out of their prompts' order."""
+    a = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2), "mm_token_type_ids": torch.tensor([[0, 2]]),
+         "pixel_values_videos": torch.full((1, 3), 1.0), "video_grid_thw": torch.tensor([[1, 1, 1]])}
+    b = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3), "mm_token_type_ids": torch.tensor([[0, 1, 0]]),
+         "pixel_values": torch.full((1, 3), 2.0), "image_grid_thw": torch.tensor([[1, 1, 1]])}
+    c = a | {"pixel_values_videos": torch.full((1, 3), 3.0)}
+    batch = data.collate_prompts([a, b, c], 0)
+    assert batch["input_ids"].tolist() == [[0, 5, 6], [7, 8, 9], [0, 5, 6]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
+    assert batch["pixel_values_videos"][:, 0].tolist() == [1, 3] and batch["pixel_values"][:, 0].tolist() == [2]
