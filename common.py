@@ -31,9 +31,11 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -295,12 +297,42 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
         return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
 
 
-def load_model(cfg, path=None):
-    """Policy with float32 master weights on the CPU, dropout-free, PyTorch's own attention."""
-    model = Policy.from_pretrained(path or cfg.model, dtype=torch.float32, attn_implementation="sdpa")
+def load_model(cfg, dtype=torch.float32):
+    """Policy on the CPU, with PyTorch's own attention. Master weights are float32: bfloat16 would lose updates of 1e-6."""
+    model = Policy.from_pretrained(cfg.model, dtype=dtype, attn_implementation="sdpa")
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def load_frozen(accelerator, cfg):
+    """A frozen copy of the starting checkpoint: the reference. Sharded like the policy, but without optimizer state."""
+    model = load_model(cfg, torch.bfloat16 if cfg.bf16 else torch.float32).eval().requires_grad_(False)
+    return fsdp2_prepare_model(accelerator, model) if is_sharded(accelerator) else model.to(accelerator.device)
+
+
+def rollout_copy(accelerator, model, cfg):
+    """The model to sample from: the policy itself, or, where it is sharded or trained in bfloat16, a whole copy of it.
+
+    generate() on sharded weights would gather all of them for every token. The copy also lets ranks finish on their own.
+    """
+    if not is_sharded(accelerator) and not cfg.bf16:
+        return accelerator.unwrap_model(model)
+    return load_model(cfg, torch.bfloat16 if cfg.bf16 else torch.float32).eval().requires_grad_(False).to(accelerator.device)
+
+
+@torch.no_grad()
+def refresh(copy, model):
+    """Copy the weights of `model` into `copy`, one parameter at a time: extra memory of the largest one only.
+
+    Every rank must call it: full_tensor() gathers a parameter's shards from all ranks. The shard is cast first.
+    """
+    if copy is model:
+        return
+    target = dict(copy.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter = parameter.detach().to(target[name].dtype)
+        target[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
 
 def trainable(model, cfg):
@@ -338,6 +370,10 @@ def make_accelerator(cfg, **kwargs):
     return accelerator
 
 
+def is_sharded(accelerator):
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
 def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -363,15 +399,27 @@ def make_optimizer(model, cfg):
 
 
 def update(accelerator, model, optimizer, step, cfg):
-    """One clipped AdamW step. Returns the gradient norm before clipping; no step is taken if it is not finite."""
+    """One clipped AdamW step. Returns the gradient norm before clipping, of all ranks together.
+
+    A norm that is not finite means no step, on any rank; three in a row end the run (RuntimeError).
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
     norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(norm):
         optimizer.step()
+        update.skipped_in_a_row = 0
+    else:
+        update.skipped_in_a_row += 1
+        accelerator.print(f"step {step}: the gradient norm is {norm}; this step is skipped")
+        if update.skipped_in_a_row == 3:
+            raise RuntimeError(f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or look at the data")
     optimizer.zero_grad()
     return norm
+
+
+update.skipped_in_a_row = 0
 
 
 def all_sum(accelerator, values):
@@ -483,10 +531,17 @@ def check_batches(cfg, accelerator):
         raise UserError(f"the {cfg.batch_size // ranks} records of one process do not divide into micro-batches of {cfg.micro_batch_size}")
 
 
-def micro_batches(items, cfg, accelerator):
-    """The rank's share of a step, `micro_batch_size` at a time."""
-    for first in range(0, len(items), cfg.micro_batch_size):
-        yield items[first:first + cfg.micro_batch_size]
+def micro_batches(items, cfg, accelerator, blank):
+    """This rank's share of a step, `micro_batch_size` at a time, each with its weight: 1, or 0 for a blank one.
+
+    Sharded weights are gathered by all ranks together, so every rank must run the same number of forwards. Where an
+    unusable record left a rank short, it runs `blank` with weight 0 instead; nothing is learned from it.
+    """
+    size = min(cfg.micro_batch_size, cfg.batch_size // accelerator.num_processes)
+    for first in range(0, cfg.batch_size // accelerator.num_processes, size):
+        chunk = items[first:first + size]
+        if chunk or accelerator.num_processes > 1:
+            yield (chunk, 1.0) if chunk else ([blank], 0.0)
 
 
 class Skipped:
@@ -531,7 +586,7 @@ class Means:
         parts = gather_object([(self.sums, self.weights)])
         names = sorted({name for sums, _ in parts for name in sums})
         total = lambda index, name: sum(part[index].get(name, 0.0) for part in parts)
-        return {name: total(0, name) / total(1, name) for name in names}
+        return {name: total(0, name) / total(1, name) for name in names if total(1, name)}
 
 
 class Timer:

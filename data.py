@@ -293,6 +293,15 @@ class Samples(Dataset):
         return encode(self.processor, record, media, metadata, self.cfg)
 
 
+def blank_sample(processor, cfg):
+    """Two black frames and nothing said: what a rank runs, with weight 0, to keep step with the others."""
+    record = {"problem": "", "problem_type": "free-form", "data_type": "video", "path": "", "process": "", "solution": ""}
+    frames_FHWC = np.zeros((2, 28, 28, 3), dtype=np.uint8)
+    metadata = VideoMetadata(total_num_frames=2, fps=1.0, frames_indices=[0, 1])
+    return {"record": record, "ordered": encode(processor, record, frames_FHWC, metadata, cfg),
+            "target": torch.tensor([processor.tokenizer.eos_token_id])}
+
+
 def data_index(position, n, seed):
     """Which record stands at `position` of the endless order: a new permutation of all `n` each epoch."""
     epoch, place = divmod(position, n)

@@ -66,6 +66,7 @@ def main():
     skipped = common.Skipped(cfg, len(records))
 
     samples = data.Samples(records, processor, cfg, targets=True)
+    blank = data.blank_sample(processor, cfg)
     batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
     timer = common.Timer()
     bar = tqdm(batches, initial=start, total=cfg.steps, desc="sft", disable=not accelerator.is_main_process)
@@ -74,11 +75,11 @@ def main():
         batch = skipped.drop(accelerator, batch)
         total = common.all_sum(accelerator, {"tokens": sum(len(s["target"]) for s in batch)})["tokens"]
         loss_sum = 0.0
-        for micro in common.micro_batches(batch, cfg, accelerator):
+        for micro, weight in common.micro_batches(batch, cfg, accelerator, blank):
             inputs, predict, targets = collate(micro, processor.tokenizer.pad_token_id)
             logps_N, _ = model(**common.to_device(inputs, accelerator.device), predict=predict.to(accelerator.device),
                                targets=targets.to(accelerator.device))               # 2. log-probs
-            loss = -logps_N.sum() / total                                            # 3. loss
+            loss = -weight * logps_N.sum() / max(1, total)                           # 3. loss
             accelerator.backward(loss * accelerator.num_processes)                   # ranks' gradients are averaged
             loss_sum += loss.item()
         grad_norm = common.update(accelerator, model, optimizer, step, cfg)          # 4. step

@@ -259,6 +259,8 @@ def score(group, cfg, eos):
 
 def sample_groups(model, samples, processor, cfg):
     """Steps 2 to 4 for this rank's prompts: a list of scored Groups."""
+    if not samples:                                       # all of this rank's records were unusable
+        return []
     shuffled = [s for s in samples if cfg.shuffled_generations and s["shuffled"] is not None]
     prompts = [s["ordered"] for s in samples] + [s["shuffled"] for s in shuffled]
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
@@ -298,9 +300,10 @@ def main():
 
     processor = common.load_processor(cfg)
     model = common.load_model(cfg).train()
-    reference = common.load_model(cfg).eval().requires_grad_(False).to(accelerator.device) if cfg.beta else None
+    reference = common.load_frozen(accelerator, cfg) if cfg.beta else None
     model, optimizer = accelerator.prepare(model, common.make_optimizer(model, cfg))
     policy = accelerator.unwrap_model(model)
+    sampler = common.rollout_copy(accelerator, policy, cfg)
     banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id
     start = common.resume(accelerator, cfg)["step"]
     log = common.Log(accelerator, cfg, "tgrpo", start)
@@ -309,13 +312,16 @@ def main():
 
     orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
     samples = data.Samples(records, processor, cfg, orders)
+    blank = data.blank_sample(processor, cfg)
+    blank = Group(blank, [blank["target"]], [""], [], advantages_G=torch.zeros(1))
     batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
     timer = common.Timer()
     bar = tqdm(batches, initial=start, total=cfg.steps, desc="tgrpo", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar, start):
         timer.lap("data_wait")
         batch = skipped.drop(accelerator, batch)                                     # 1. prompts
-        groups = sample_groups(policy, batch, processor, cfg)                        # 2. rollout, 3. score, 4. advantages
+        common.refresh(sampler, policy)
+        groups = sample_groups(sampler, batch, processor, cfg)                       # 2. rollout, 3. score, 4. advantages
         timer.lap("rollout")
         means = common.Means()
         for group in groups:
@@ -323,7 +329,7 @@ def main():
         total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
 
         for _ in range(cfg.updates_per_rollout):
-            for micro in common.micro_batches(groups, cfg, accelerator):
+            for micro, weight in common.micro_batches(groups, cfg, accelerator, blank):
                 lengths = [len(c) for g in micro for c in g.completions]
                 inputs, predict, targets = pack(policy, [g.sample["ordered"] for g in micro],
                                                 [g.completions for g in micro], pad_id)
@@ -341,11 +347,11 @@ def main():
                     micro[0].old_logps_GT = logps_GT.detach()
                 loss_G, kl_GT, clipped_GT = grpo_loss(logps_GT, micro[0].old_logps_GT, ref_logps_GT, advantages_G, mask_GT,
                                                       cfg.clip_epsilon, cfg.beta)    # 5. loss
-                loss = loss_G.sum() / total
+                loss = weight * loss_G.sum() / max(1, total)
                 accelerator.backward(loss * accelerator.num_processes)               # ranks' gradients are averaged
                 means.add({"loss": loss_G.mean().item(), "policy/kl": masked_mean(kl_GT, mask_GT).mean().item(),
                            "policy/entropy": masked_mean(entropy_GT, mask_GT).mean().item(),
-                           "policy/clip_frac": masked_mean(clipped_GT, mask_GT).mean().item()}, weight=len(loss_G))
+                           "policy/clip_frac": masked_mean(clipped_GT, mask_GT).mean().item()}, weight=weight * len(loss_G))
             grad_norm = common.update(accelerator, model, optimizer, step, cfg)      # 6. step
         timer.lap("update")
 
@@ -354,8 +360,8 @@ def main():
         if "temporal/gap_se" in metrics:
             metrics["temporal/gap_se"] **= 0.5            # the mean variance of one group's p − p̃, as a standard error
         log(step, metrics)
-        bar.set_postfix(accuracy=f"{metrics['reward/accuracy']:.2f}", kl=f"{metrics['policy/kl']:.3f}")
-        if cfg.print_every and step % cfg.print_every == 0 and accelerator.is_main_process:
+        bar.set_postfix(accuracy=f"{metrics.get('reward/accuracy', float('nan')):.2f}", length=f"{metrics.get('completion/length', 0):.0f}")
+        if cfg.print_every and step % cfg.print_every == 0 and accelerator.is_main_process and groups:
             print_rollouts(step, groups)
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
