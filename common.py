@@ -285,9 +285,11 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
     forward, because under FSDP its weight exists only there. Without `targets` it is the plain model.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.lm_head.__class__ = LogpHead
+    @classmethod
+    def of(cls, model):
+        """The loaded base model, turned into a Policy in place (transformers knows the file layout of the base class only)."""
+        model.__class__, model.lm_head.__class__ = cls, LogpHead
+        return model
 
     @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)       # generate() looks at the signature
     def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
@@ -299,7 +301,7 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
 
 def load_model(cfg, dtype=torch.float32):
     """Policy on the CPU, with PyTorch's own attention. Master weights are float32: bfloat16 would lose updates of 1e-6."""
-    model = Policy.from_pretrained(cfg.model, dtype=dtype, attn_implementation="sdpa")
+    model = Policy.of(Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="sdpa"))
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -436,15 +438,14 @@ def save_model(accelerator, model, processor, folder, dtype=None):
     state = accelerator.get_state_dict(model)             # every rank must call it; full on rank 0
     if accelerator.is_main_process:
         inner = accelerator.unwrap_model(model)
-        temporary = Path(f"{folder}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         if dtype is not None:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
-            inner.config.dtype = dtype
-        inner.save_pretrained(temporary, state_dict=state)
-        config = json.loads((temporary / "config.json").read_text())
-        config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]        # Policy is ours alone
-        (temporary / "config.json").write_text(json.dumps(config, indent=2))
+        temporary = Path(f"{folder}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        with torch.device("meta"):                        # the base class, empty: it knows the file layout
+            shell = Qwen2_5_VLForConditionalGeneration(inner.config)
+        shell.config.dtype, shell.generation_config = next(iter(state.values())).dtype, inner.generation_config
+        shell.save_pretrained(temporary, state_dict=state)
         processor.save_pretrained(temporary)
         replace_folder(temporary, Path(folder))
     accelerator.wait_for_everyone()

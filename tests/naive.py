@@ -3,7 +3,7 @@
 import types
 
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from common import Policy, seed_everything
 
@@ -23,7 +23,7 @@ def tiny_policy(seed=0, **text):
                            window_size=28, tokens_per_second=2, initializer_range=0.2),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
     config._attn_implementation = "sdpa"
-    return Policy(config).eval()
+    return Policy.of(Qwen2_5_VLForConditionalGeneration(config)).eval()
 
 
 def prompt(kind, grid, n_text, seed):
