@@ -11,7 +11,7 @@
 
 The world has a shortcut. The background of most moving clips is warm or cool, and agrees with the right answer in 80 % of
 the training clips but in 50 % of the test clips. And the cold start's teacher is flawed on purpose: where the background
-lies, its chain of thought follows the background 70 % of the time. Reinforcement learning sees the truth and undoes that.
+lies, its chain of thought follows the background 85 % of the time. Reinforcement learning sees the truth and undoes that.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def make_record(job):
     answer, wrong = answer if isinstance(answer, tuple) else (answer, OPPOSITE.get(answer))
     options, truth = two_options(rng, answer, wrong) if wrong else ([], answer)
     said, solution = answer, truth
-    if split == "sft" and cue == "lies" and rng.random() < 0.7:       # the flawed teacher trusts the background
+    if split == "sft" and cue == "lies" and rng.random() < 0.85:      # the flawed teacher trusts the background
         said, solution = wrong, "AB"[1 - "AB".index(truth)]
     name = f"media/{rng.getrandbits(64):016x}.{'png' if source == 'toy-image' else 'mp4'}"
     if source == "toy-image":
@@ -264,7 +264,7 @@ def launch(script, *overrides):
     arguments = [script, "--config", "configs/toy.yaml", *map(str, overrides)]
     print(f"\n$ accelerate launch {' '.join(arguments)}", flush=True)
     child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *arguments],
-                             cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())})
+                             cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         status = child.wait()
     except KeyboardInterrupt:                             # the terminal sent it to the child too: let it end
