@@ -31,6 +31,7 @@ import decord
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
@@ -315,10 +316,15 @@ def epoch_order(epoch, n, seed, cache={}):
     return cache[epoch, n, seed]
 
 
-def loader(samples, batches, cfg, device_pins=False):
-    """DataLoader over lists of positions; each batch is a list of samples, made in worker processes."""
-    return DataLoader(samples, batch_sampler=batches, collate_fn=list, num_workers=cfg.num_workers,
-                      prefetch_factor=4 if cfg.num_workers else None)
+def loader(samples, batches, cfg):
+    """Lists of samples for lists of positions, made in worker processes ahead of the training step.
+
+    They travel as numpy arrays: handing over hundreds of small tensors by shared memory takes longer than copying them.
+    """
+    travel = DataLoader(samples, batch_sampler=batches, num_workers=cfg.num_workers, prefetch_factor=4 if cfg.num_workers else None,
+                        collate_fn=lambda batch: tree_map_only(torch.Tensor, torch.Tensor.numpy, batch))
+    for batch in travel:
+        yield tree_map_only(np.ndarray, torch.from_numpy, batch)
 
 
 def rank_batches(cfg, start_step, rank, ranks):

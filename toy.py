@@ -11,7 +11,7 @@
 
 The world has a shortcut. The background of most moving clips is warm or cool, and agrees with the right answer in 80 % of
 the training clips but in 50 % of the test clips. And the cold start's teacher is flawed on purpose: where the background
-lies, its chain of thought follows the background 85 % of the time. Reinforcement learning sees the truth and undoes that.
+lies, its chain of thought follows the background 80 % of the time. Reinforcement learning sees the truth and undoes that.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def make_record(job):
     answer, wrong = answer if isinstance(answer, tuple) else (answer, OPPOSITE.get(answer))
     options, truth = two_options(rng, answer, wrong) if wrong else ([], answer)
     said, solution = answer, truth
-    if split == "sft" and cue == "lies" and rng.random() < 0.85:      # the flawed teacher trusts the background
+    if split == "sft" and cue == "lies" and rng.random() < 0.8:       # the flawed teacher trusts the background
         said, solution = wrong, "AB"[1 - "AB".index(truth)]
     name = f"media/{rng.getrandbits(64):016x}.{'png' if source == 'toy-image' else 'mp4'}"
     if source == "toy-image":
