@@ -376,9 +376,11 @@ def is_sharded(accelerator):
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def seed_everything(seed):
+def seed_everything(*numbers):
+    """Seed every generator from these numbers. tgrpo.py does so each step, so that a resumed step samples what it would have."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -619,7 +621,7 @@ class Log:
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             write_atomic(Path(cfg.output_dir) / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
         if accelerator.log_with:
-            accelerator.init_trackers(stage)
+            accelerator.init_trackers("tensorboard")
 
     def __call__(self, step, metrics):
         if self.accelerator.is_main_process:

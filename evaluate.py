@@ -15,7 +15,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import common
@@ -145,7 +144,7 @@ def main():
     with open(part, "a") as file, tqdm(total=sum(len(batches[b]) for b in mine), desc="evaluate", unit="question",
                                        disable=not accelerator.is_main_process) as bar:
         for b, batch in zip(mine, data.loader(samples, [batches[b] for b in mine], cfg)):
-            torch.manual_seed(cfg.seed * 1_000_003 + b)   # sampled answers do not depend on what ran before
+            common.seed_everything(cfg.seed, b)           # sampled answers do not depend on what ran before
             rows = [{"index": s["position"], "error": s["error"], "settings": settings_of(cfg)} for s in batch if "error" in s]
             for order in orders:
                 rows += answer_batch(model, [s for s in batch if "error" not in s], order, processor, cfg)

@@ -296,7 +296,6 @@ def main():
     records = data.load_records(cfg.records, cfg.data_root)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
-    common.seed_everything(cfg.seed + accelerator.process_index)
 
     processor = common.load_processor(cfg)
     model = common.load_model(cfg).train()
@@ -321,6 +320,7 @@ def main():
         timer.lap("data_wait")
         batch = skipped.drop(accelerator, batch)                                     # 1. prompts
         common.refresh(sampler, policy)
+        common.seed_everything(cfg.seed, step, accelerator.process_index)
         groups = sample_groups(sampler, batch, processor, cfg)                       # 2. rollout, 3. score, 4. advantages
         timer.lap("rollout")
         means = common.Means()

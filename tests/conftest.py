@@ -1,0 +1,39 @@
+"""A small toy world and its model, made once for all tests, and a way to run a stage in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import sft
+import tgrpo
+import toy
+
+sys.path.insert(0, str(Path(__file__).parent))
+STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with world/ (12 + 12 training questions, 12 test questions) and base/, a checkpoint."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.make_world(folder / "world", seed=0, n_sft=12, n_rl=12, n_temporal=8, n_other=4)
+    toy.make_model(folder / "base", json.loads((folder / "world/sft.json").read_text()))
+    return folder
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """run("sft", steps=2) runs the stage's real main() with configs/toy.yaml on the small world; returns its output folder."""
+    def run_stage(stage, output="out", **settings):
+        records = {"sft": "sft", "tgrpo": "rl", "evaluate": "test"}[stage]
+        training = {} if stage == "evaluate" else {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
+        settings = {"model": world / "base", "records": world / f"world/{records}.json", "data_root": world / "world",
+                    "output_dir": tmp_path / output, "num_workers": 0, **training, **settings}
+        arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--config", "configs/toy.yaml", *arguments])
+        STAGES[stage].main()
+        return tmp_path / output
+    return run_stage

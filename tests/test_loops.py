@@ -1,0 +1,269 @@
+"""The real loops of the three stages, a few steps each, on the tiny model: they run, learn, resume, and name what they skip."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import common
+import data
+import sft
+import tgrpo
+from test_data import write_video
+
+
+def weights(folder):
+    return load_file(folder / "final/model.safetensors")
+
+
+def without_times(folder):
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in common.read_jsonl(folder / "metrics.jsonl")]
+
+
+def settings(world, **values):
+    return common.SharedConfig(model=str(world / "base"), data_root=str(world / "world"), prompt="{problem} {options}",
+                               min_pixels=784, max_pixels=3136, max_frames=8, num_workers=0, **values)
+
+
+@pytest.fixture(autouse=True)
+def some_reward(monkeypatch):
+    """A random policy answers nothing right; this stand-in reward gives its groups something to compare."""
+    monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
+
+
+# ------------------------------------------------------------------------------------------------- training steps
+
+
+@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
+def test_two_steps_move_finite_weights_into_a_normal_checkpoint(world, run, stage):
+    """Guards: a published script that cannot take a step; a checkpoint only our own class can load."""
+    out = run(stage)
+    rows = common.read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1] and all(math.isfinite(v) for row in rows for v in row.values())
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "final", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(AutoProcessor.from_pretrained(out / "final")).__name__ == "Qwen2_5_VLProcessor"
+    assert json.loads((out / "final/config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    before, after = load_file(world / "base/model.safetensors"), weights(out)
+    assert before.keys() == after.keys() and all(torch.isfinite(after[name]).all() for name in after)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(name.startswith("visual") for name in moved) and any("layers" in name for name in moved)
+
+
+@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
+def test_a_resumed_run_equals_one_never_stopped(run, stage):
+    """Guards: optimizer, random state, data position or log lost in a resume."""
+    whole = run(stage, "whole", steps=4, save_every=2)
+    part = whole.parent / "part"
+    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", part)            # holds steps 2 and 3 too: they must be dropped and made again
+    run(stage, "part", steps=4, save_every=2)
+    assert without_times(part) == without_times(whole) and len(without_times(whole)) == 4
+    a, b = weights(whole), weights(part)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
+def test_micro_batches_change_memory_not_the_result(run, stage):
+    """Guards: a mean over micro-batches that weighs short answers, or a small last micro-batch, too much."""
+    gradients = []
+    for size in (4, 1):
+        out = run(stage, f"micro{size}", save_every=1, micro_batch_size=size)
+        state = torch.load(out / "checkpoint-1/optimizer.bin", weights_only=True)["state"]
+        gradients.append([moments["exp_avg"] for moments in state.values()])              # after one step: 0.1 × gradient
+    scale = max(g.abs().max() for g in gradients[0])
+    assert scale > 1e-4 and all((a - b).abs().max() < 1e-4 * scale for a, b in zip(*gradients))
+
+
+def test_updates_per_rollout_let_the_ratio_leave_one(run):
+    """Guards: old log-probs taken again in each update, so that nothing is ever clipped."""
+    clipped = lambda out: [row["policy/clip_frac"] for row in common.read_jsonl(out / "metrics.jsonl")]
+    assert max(clipped(run("tgrpo", "three", updates_per_rollout=3, lr=0.01, warmup_steps=0))) > 0
+    assert max(clipped(run("tgrpo", "one", updates_per_rollout=1, lr=0.01, warmup_steps=0))) == 0
+
+
+def test_temporal_rule_none_is_grpo(run):
+    """Guards: shuffled rollouts sampled for nothing, or a temporal term that stays."""
+    rows = common.read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")
+    assert all(row["temporal/advantage_change"] == 0 and "temporal/p_shuffled" not in row for row in rows)
+    rows = common.read_jsonl(run("tgrpo", "margin") / "metrics.jsonl")
+    assert all({"temporal/p", "temporal/p_shuffled", "temporal/gap_se", "temporal/order_helped"} <= row.keys() for row in rows)
+
+
+def test_without_a_cold_start_the_command_that_makes_one_is_named(run):
+    """Guards: a traceback for who starts with the second stage."""
+    with pytest.raises(common.UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
+        run("tgrpo", model="runs/nowhere/final")
+
+
+# ------------------------------------------------------------------------------------- unreadable media in the loop
+
+
+@pytest.fixture
+def broken_world(world, tmp_path):
+    """The training questions again, one of whose clips is empty: (folder, its problem_id)."""
+    folder = tmp_path / "broken"
+    shutil.copytree(world / "world", folder)
+    record = next(r for r in json.loads((folder / "rl.json").read_text()) if r["data_type"] == "video")
+    (folder / record["path"]).write_bytes(b"")
+    return folder, record["problem_id"]
+
+
+def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsys):
+    """Guards: a stand-in clip, a crash in the middle of a night, a silent skip."""
+    folder, problem_id = broken_world
+    out = run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5)      # 12 records: all are seen
+    assert common.read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
+    assert f"skipped {problem_id}: ./media/" in capsys.readouterr().out
+
+
+def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
+    """Guards: training for a day on what is left of a broken download."""
+    folder, _ = broken_world
+    with pytest.raises(common.UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
+        run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.01)
+
+
+def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
+    """Guards: finding out about a broken file only when training meets it."""
+    folder, _ = broken_world
+    monkeypatch.setattr("sys.argv", ["data.py", "--config", "configs/toy.yaml", "--check", "--records", str(folder / "rl.json"),
+                                     "--data_root", str(folder), "--num_workers", "2"])
+    with pytest.raises(SystemExit) as exit:
+        data.main()
+    said = capsys.readouterr().out
+    assert exit.value.code == 1 and "empty file" in said and "11 of 12 files can be read" in said
+
+
+# ----------------------------------------------------------------------------------------------- samples and labels
+
+
+def test_only_the_assistants_words_carry_loss(world):
+    """Guards: training on the prompt, and on every video placeholder in it."""
+    cfg = settings(world)
+    processor = common.load_processor(cfg)
+    records = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
+    samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
+    inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id)
+    assert processor.tokenizer.decode(targets) == "".join(
+        r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6])
+    after = inputs["input_ids"].flatten()[predict + 1]
+    assert torch.equal(after, targets)                    # each position predicts the token that follows it
+    model = common.load_model(cfg)
+    logps, _ = model(**inputs, predict=predict, targets=targets)
+    labels = torch.full_like(inputs["input_ids"], -100).flatten()
+    labels[predict + 1] = targets
+    expected = model(**inputs, labels=labels.view_as(inputs["input_ids"]), use_cache=False).loss
+    assert -logps.mean().item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def one(world, record, orders=("ordered", "shuffled"), **values):
+    cfg = common.SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
+    return data.Samples([record], common.load_processor(cfg), cfg, orders, shuffle=False)[0]
+
+
+RECORD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem_type": "multiple choice",
+          "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "path": "clip.mp4"}
+
+
+def test_frame_times_reach_the_model(world, tmp_path):
+    """Guards: 2 fps assumed in training: 8 of 40 frames at 5 a second are 1 second apart, a patch of two is 2 seconds."""
+    write_video(tmp_path / "clip.mp4", 40, fps=5)
+    sample = one(world, RECORD | {"root": tmp_path})
+    for order in ("ordered", "shuffled"):                 # shuffled clips keep the clock of the ordered ones
+        x = sample[order]
+        assert x["second_per_grid_ts"].tolist() == [2.0]
+        model = common.load_model(settings(world))
+        video = x["mm_token_type_ids"][0] == 2
+        time = tgrpo.rope_positions(model, x["input_ids"], x["mm_token_type_ids"], x)[0, 0, video]
+        assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]        # tokens_per_second is 2
+
+
+def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
+    """Guards: shuffling that loses frames, or that shuffles nothing."""
+    write_video(tmp_path / "clip.mp4", 8)
+    sample = one(world, RECORD | {"root": tmp_path})
+    ordered, shuffled = (sample[order]["pixel_values_videos"] for order in ("ordered", "shuffled"))
+    assert ordered.shape == shuffled.shape and not torch.equal(ordered, shuffled)
+    frames = lambda x: x.view(64, 3, 2, 14, 14).mean((1, 3, 4)).view(4, 16, 2).mean(1).flatten()
+    assert torch.allclose(frames(ordered).sort().values, frames(shuffled).sort().values, atol=1e-4)
+    assert torch.equal(sample["ordered"]["input_ids"], sample["shuffled"]["input_ids"])
+
+
+def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
+    """Guards: a temporal reward for a clip without time; an endless search for a permutation of one."""
+    write_video(tmp_path / "clip.mp4", 1)
+    sample = one(world, RECORD | {"root": tmp_path})
+    assert sample["shuffled"] is None and sample["ordered"]["video_grid_thw"].tolist() == [[1, 4, 4]]
+
+
+def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
+    """Guards: one 4000-pixel picture that fills the memory of a GPU."""
+    from PIL import Image
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
+    sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
+    assert sample["shuffled"] is None
+    assert 60 <= (sample["ordered"]["mm_token_type_ids"] == 1).sum() <= 100
+
+
+def test_small_clips_are_not_blown_up(world, tmp_path):
+    """Guards: the processor's default of at least 128 · 28 · 28 pixels a frame, nine times the tokens of a small clip."""
+    write_video(tmp_path / "clip.mp4", 4)
+    assert one(world, RECORD | {"root": tmp_path})["ordered"]["video_grid_thw"].tolist() == [[2, 4, 4]]
+
+
+def test_long_prompts_are_skipped_not_cut(world, tmp_path):
+    """Guards: left truncation, which cuts video tokens away while their pixels stay."""
+    write_video(tmp_path / "clip.mp4", 4)
+    sample = one(world, RECORD | {"root": tmp_path, "problem": "why " * 300}, max_prompt_tokens=200)
+    assert "max_prompt_tokens is 200" in sample["error"] and "ordered" not in sample
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
+    """Guards: a resumed evaluation that averages only the new rows, counts one twice, or overwrites the score."""
+    out = run("evaluate", batch_size=5)
+    rows, summary = common.read_jsonl(out / "predictions.jsonl"), (out / "summary.json").read_text()
+    videos = [r for r in rows if r["data_type"] == "video"]
+    assert len([r for r in rows if r["frames"] == "ordered"]) == 12
+    assert len([r for r in videos if r["frames"] == "shuffled"]) == len([r for r in videos if r["frames"] == "ordered"])
+    assert all({"prediction", "solution", "accuracy", "format", "settings", "cue"} <= row.keys() for row in rows)
+    lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
+    for kept in (3, len(lines) - 1):                      # killed within a batch, with a torn last line
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "predictions.0.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
+        run("evaluate", batch_size=5)
+        assert (out / "summary.json").read_text() == summary
+    assert (out / "predictions.jsonl").read_text() == "".join(lines) and len(list(out.iterdir())) == 2
+
+
+def test_evaluation_refuses_to_mix_settings(run):
+    """Guards: a mean over answers given with 16 frames and answers given with 64."""
+    run("evaluate")
+    with pytest.raises(common.UserError, match="max_frames 8"):
+        run("evaluate", max_frames=4)
+
+
+def test_evaluation_names_what_it_could_not_read(run, broken_world, capsys):
+    """Guards: one unreadable clip that marks a whole batch wrong, or vanishes from the count."""
+    folder, _ = broken_world
+    out = run("evaluate", records=folder / "rl.json", data_root=folder)
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["unusable"]) == 1 and summary["ordered"]["n"] == 11
+    assert "not answered, media unusable: ./media/" in capsys.readouterr().out
+
+
+def test_shuffle_frames_shows_other_frames_than_in_order(run):
+    """Guards: a flag that changes the label of the run and not the run."""
+    ordered, shuffled = run("evaluate", "a", temporal_gap="false"), run("evaluate", "b", temporal_gap="false", shuffle_frames="true")
+    read = lambda out: common.read_jsonl(out / "predictions.jsonl")
+    assert {r["frames"] for r in read(ordered)} == {"ordered"} and {r["frames"] for r in read(shuffled)} == {"shuffled"}
+    texts = {r["id"]: r["prediction"] for r in read(ordered)}
+    assert any(texts[r["id"]] != r["prediction"] for r in read(shuffled))
