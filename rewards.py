@@ -59,7 +59,7 @@ def parse_letter(text):
     [None, None, None, None, None]
     """
     core = text.strip(" \t\r\n()[]{}.,:;*_`'\"$")
-    if len(core) > 1 and core[1] in ".):":
+    if core[1:2] in (".", ")", ":") and core[2:3].isspace():
         rest = core[2:].strip(" .):")
         if len(rest) < 2 or rest.split()[0].lower() in ("or", "and"):       # "A. B", "A) or B)"
             return None
@@ -67,7 +67,7 @@ def parse_letter(text):
     return core.upper() if len(core) == 1 and core.isascii() and core.isalpha() else None
 
 
-NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def parse_number(text):
@@ -82,11 +82,10 @@ def parse_number(text):
     if not words or len(text) > 400:
         raise ValueError(f"not a number: {text!r:.40}")
     number, unit = words[0].lstrip("$€£"), words[1:]
-    is_unit = len(unit) <= 3 and not any(c.isdigit() for w in unit for c in w) and unit[:1] not in (["or"], ["and"], ["to"])
-    number = number.rstrip("%")
     match = NUMBER.match(number)
-    suffix = number[match.end():]                         # "3.5m"
-    if not is_unit or any(c.isdigit() or c in ",.+-" for c in suffix) or not any(c.isdigit() for c in match.group()):
+    suffix = number[match.end():] if match else ""        # "%", or the m of "3.5m"
+    one_number = not any(c.isdigit() or c in ",.+-" for c in suffix) and not any(c.isdigit() for word in unit for c in word)
+    if not match or not one_number or len(unit) > 3 or unit[:1] in (["or"], ["and"], ["to"]):
         raise ValueError(f"not a number: {text!r:.40}")
     value = float(match.group().replace(",", ""))
     if not math.isfinite(value):

@@ -263,7 +263,7 @@ def launch(script, *overrides):
     """Print and run `accelerate launch script …`, its output going straight through. Leaves with its exit status if it fails."""
     arguments = [script, "--config", "configs/toy.yaml", *map(str, overrides)]
     print(f"\n$ accelerate launch {' '.join(arguments)}", flush=True)
-    child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *arguments],
+    child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *arguments],
                              cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         status = child.wait()
@@ -362,8 +362,9 @@ def plot(out, results):
         bars = right.bar(np.arange(3) + shift, means, 0.38, yerr=errors, label=label, color=colour, capsize=3)
         right.bar_label(bars, [f"{100 * m:.0f}" for m in means], padding=2)
     right.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    right.text(2.45, 0.51, "chance", ha="right", va="bottom", fontsize=8)
-    right.set(title="3. held-out clips", xticks=range(3), xticklabels=[HEADINGS[n] for n in names], ylabel="accuracy", ylim=(0, 1.12))
+    right.text(2.6, 0.5, "chance", ha="left", va="center", fontsize=8)
+    right.set(title="3. held-out clips", xticks=range(3), xticklabels=[HEADINGS[n] for n in names], ylabel="accuracy", ylim=(0, 1.3),
+              yticks=np.arange(0, 1.1, 0.2))
     right.legend(loc="upper center", ncols=2, frameon=False)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
