@@ -1,0 +1,222 @@
+"""Seconds of one step: ours, the plain Hugging Face loop, and TRL's GRPOTrainer where it is installed. Not a test.
+
+    python tests/bench_tgrpo.py [--rounds 4] [--sizes 464x64 1112x128]
+
+One process, one model, one image prompt, G = 8 completions of exactly C tokens, the same reward, β = 0.04, float32. The
+contestants take turns step by step, so that noise of the machine meets all of them; medians and ranges are over rounds.
+The first round warms up and is not counted. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import common
+import data
+import toy
+from rewards import format_reward
+from tgrpo import group_advantages, grpo_loss, pack, placeholder_ids, rollout, token_logps
+
+G, S, BETA = 8, 4, 0.04
+# prompt tokens, completion tokens: picture size in pixels and the model that is slow enough to measure, quick enough to wait for
+SIZES = {"464x64": ((616, 560), 512, 8), "1112x128": ((952, 896), 256, 4)}
+
+
+class Clock:
+    """Adds up seconds by phase."""
+
+    def __init__(self):
+        self.last, self.parts = time.perf_counter(), {}
+
+    def lap(self, name):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.parts[name], self.last = self.parts.get(name, 0) + now - self.last, now
+
+
+def make_model(folder, hidden, layers):
+    """A random Qwen2.5-VL of the wanted width in `folder`, with the toy's processor."""
+    rows = [{"problem": f"{w} what is in the picture", "options": [], "process": "", "solution": ""} for w in "abcdefgh"]
+    toy.make_model(folder, rows)
+    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, 3 * hidden, layers
+    text.num_attention_heads, text.num_key_value_heads, text.rope_parameters["mrope_section"] = hidden // 64, 2, [8, 12, 12]
+    text.layer_types = None
+    vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.depth = hidden // 2, hidden, hidden // 128, layers // 2
+    vision.out_hidden_size, vision.fullatt_block_indexes = hidden, [layers // 2 - 1]
+    config = Qwen2_5_VLConfig(**config.to_dict())
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+
+
+def prompt_of(processor, picture, n_text, cfg):
+    """One image prompt whose text is filled up to P tokens."""
+    record = {"problem": "", "data_type": "image", "problem_type": "free-form", "options": [], "path": "x"}
+    bare = data.encode(processor, record, picture, None, cfg)["input_ids"].shape[1]
+    record["problem"] = "?" * (n_text - bare)
+    return record, data.encode(processor, record, picture, None, cfg)
+
+
+class NoEnd:
+    """The tokenizer with an end-of-turn token that is never sampled, so that every completion has C tokens."""
+
+    def __init__(self, tokenizer):
+        self.eos_token_id, self.pad_token_id = len(tokenizer) + 1, tokenizer.pad_token_id
+
+
+def rewards_of(processor, completions):
+    return torch.tensor([format_reward(t) + (i % 2) for i, t in enumerate(processor.tokenizer.batch_decode(completions))])
+
+
+def our_step(policy, reference, optimizer, prompts, counts, processor, C):
+    """tgrpo.py's own functions. Only the first prompt's completions are trained; a second one is the shuffled clip."""
+    clock = Clock()
+    completions = rollout(policy, prompts, counts, NoEnd(processor.tokenizer), 1.0, C)[:G]
+    clock.lap("rollout")
+    advantages = group_advantages(rewards_of(processor, completions))
+    packed, lengths, mask = pack(policy, prompts[:1], [completions], 0), [len(c) for c in completions], torch.ones(G, C)
+    with torch.no_grad():
+        ref, _ = token_logps(reference, packed, lengths, 1.0, ())
+    clock.lap("reference")
+    logps, _ = token_logps(policy, packed, lengths, 1.0, ())
+    grpo_loss(logps, logps.detach(), ref, advantages, mask, 0.2, BETA)[0].mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.lap("update")
+    return clock.parts
+
+
+def naive_step(policy, reference, optimizer, x, processor, C):
+    """generate() with num_return_sequences, then G whole rows with their full logits, under reference and policy."""
+    clock = Clock()
+    policy.model.rope_deltas = None
+    P = x["input_ids"].shape[1]
+    with torch.no_grad():
+        rows = policy.generate(**x, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=G, max_new_tokens=C,
+                               eos_token_id=NoEnd(processor.tokenizer).eos_token_id, pad_token_id=0,
+                               suppress_tokens=placeholder_ids(policy))
+    clock.lap("rollout")
+    advantages = group_advantages(rewards_of(processor, rows[:, P:]))
+    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows),
+              "mm_token_type_ids": torch.cat([x["mm_token_type_ids"].repeat(G, 1), torch.zeros(G, C, dtype=torch.long)], 1),
+              "pixel_values": x["pixel_values"].repeat(G, 1), "image_grid_thw": x["image_grid_thw"].repeat(G, 1)}
+
+    def logps(model):
+        model.model.rope_deltas = None
+        logits = model(**inputs, use_cache=False).logits[:, P - 1:-1]
+        return logits.log_softmax(-1).gather(2, rows[:, P:, None])[..., 0]
+    with torch.no_grad():
+        ref = logps(reference)
+    clock.lap("reference")
+    new = logps(policy)
+    grpo_loss(new, new.detach(), ref, advantages, torch.ones(G, C), 0.2, BETA)[0].mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.lap("update")
+    return clock.parts
+
+
+def run_trl(folder, picture, problem, processor, C, rounds, placeholders, between):
+    """`rounds` steps of TRL's trainer on the same prompt; `between()` runs before each of them. Seconds of each step."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    seconds = []
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            between()
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.begin)
+
+    rows = [{"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": problem}]}], "image": picture}] * 8
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=G, num_generations=G, max_completion_length=C, beta=BETA, temperature=1.0,
+        max_steps=rounds, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
+        generation_kwargs={"min_new_tokens": C, "suppress_tokens": placeholders}, disable_tqdm=True, logging_strategy="no", model_init_kwargs={"dtype": torch.float32})
+    reward = lambda completions, **_: [format_reward(c[0]["content"] if isinstance(c, list) else c) + (i % 2) for i, c in enumerate(completions)]
+    trainer = GRPOTrainer(model=str(folder), processing_class=processor, reward_funcs=reward, args=settings,
+                          train_dataset=Dataset.from_list(rows), callbacks=[Turns()])
+    trainer.train()
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    args = parser.parse_args()
+    try:
+        import trl
+        print(f"TRL {trl.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    except ImportError:
+        trl = None
+        print(f"TRL is not installed: its column stays empty. torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+    result = {}
+    for size in args.sizes:
+        (width, height), hidden, layers = SIZES[size]
+        P, C = map(int, size.split("x"))
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            make_model(folder, hidden, layers)
+            cfg = common.SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
+            processor = common.load_processor(cfg)
+            processor.image_processor.size = {"shortest_edge": 784, "longest_edge": width * height}
+            picture = Image.effect_noise((width, height), 80).convert("RGB")
+            record, x = prompt_of(processor, picture, P, cfg)
+            assert x["input_ids"].shape[1] == P, x["input_ids"].shape
+            policy, reference = common.load_model(cfg).eval(), common.load_model(cfg).eval().requires_grad_(False)
+            optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+            laps = {"ours": [], "ours, with 4 shuffled": [], "naive": []}
+
+            def turn():
+                laps["ours"].append(our_step(policy, reference, optimizer, [x], [G], processor, C))
+                laps["ours, with 4 shuffled"].append(our_step(policy, reference, optimizer, [x, x], [G, S], processor, C))
+                laps["naive"].append(naive_step(policy, reference, optimizer, x, processor, C))
+
+            if trl:
+                laps["TRL"] = [{"whole": s} for s in run_trl(folder, picture, record["problem"], processor, C, args.rounds + 1,
+                                                                       placeholder_ids(policy), turn)]
+            else:
+                for _ in range(args.rounds + 1):
+                    turn()
+
+        totals = {name: [sum(parts.values()) for parts in rows[1:]] for name, rows in laps.items()}
+        print(f"\nP = {P}, C = {C}, hidden {hidden}, {layers} layers: seconds a step, median (range) of {args.rounds}")
+        for name, rows in laps.items():
+            phases = "  ".join(f"{p} {statistics.median(r[p] for r in rows[1:]):.2f}" for p in rows[0] if p != "whole")
+            print(f"  {name:<22} {statistics.median(totals[name]):7.2f} ({min(totals[name]):.2f} to {max(totals[name]):.2f})  {phases}")
+
+        def ratio(a, b):                                  # of neighbours in time, so that slow minutes cancel
+            ratios = [p / q for p, q in zip(totals[a], totals[b])]
+            print(f"  {a} / {b}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            return round(statistics.median(ratios), 3)
+
+        result[size] = {"ours_s": round(statistics.median(totals["ours"]), 3), "naive_s": round(statistics.median(totals["naive"]), 3),
+                        "trl_s": round(statistics.median(totals["TRL"]), 3) if trl else None, "ratio_naive": ratio("naive", "ours"),
+                        "ratio_trl": ratio("TRL", "ours") if trl else None}
+        result["tgrpo_over_grpo"] = ratio("ours, with 4 shuffled", "ours")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
