@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import common
 import data
@@ -137,16 +137,18 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
     batch = common.to_device(data.collate_prompts(prompts, tokenizer.pad_token_id), model.device)
     ids, mask, kinds = (batch.pop(k) for k in ("input_ids", "attention_mask", "mm_token_type_ids"))
     positions = rope_positions(model, ids, kinds, batch, mask)
-    cache = DynamicCache(config=model.config.get_text_config())
+    prefix = DynamicCache(config=model.config.get_text_config())
     model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], **batch,
-          cache=cache, use_cache=True, logits_to_keep=1)  # the last prompt token is left to generate()
+          cache=prefix, use_cache=True, logits_to_keep=1)  # the last prompt token is left to generate()
 
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
-    cache.batch_select_indices(rows)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1] + max_new_tokens)
+    for layer, filled in zip(cache.layers, prefix.layers):                 # room for all tokens once: a growing cache is
+        layer.update(filled.keys[rows], filled.values[rows])               # copied whole for every token
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache,
-        max_new_tokens=max_new_tokens, repetition_penalty=1.0, suppress_tokens=placeholder_ids(model),
+        max_new_tokens=max_new_tokens, repetition_penalty=1.0, suppress_tokens=placeholder_ids(model), disable_compile=True,
         eos_token_id=eos_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id, **sampling)
     model.train(was_training)
     completions_BT = output[:, ids.shape[1]:]
