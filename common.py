@@ -36,8 +36,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 STAGES = ("sft", "tgrpo", "evaluate")
@@ -254,6 +257,46 @@ def load_processor(cfg):
     return AutoProcessor.from_pretrained(cfg.model)
 
 
+@dataclass
+class Packed:
+    """Which tokens of packed rows [prompt, completion 1 … completion G] are which; it takes the place of an attention mask."""
+
+    prompt_lengths_B: torch.Tensor
+    row_N: torch.Tensor                                   # the row of each of the N completions
+    index_NT: torch.Tensor                                # its tokens, in the flattened (B·L); padding repeats the first
+    valid_NT: torch.Tensor                                # False for that padding
+
+    def to(self, device, **_):
+        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention in which a completion sees its prompt and itself, without the (L, L) pairs of one completion with another.
+
+    Registered with transformers as "packed". query (B, H, L, D), key and value (B, H_kv, L, D); returns (B, L, H, D). With an
+    ordinary mask it is transformers' own SDPA. P is the longest prompt; what lies behind a shorter one is overwritten.
+    """
+    if not isinstance(mask := attention_mask, Packed):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+    (B, H, L, D), (N, T), P = query.shape, mask.index_NT.shape, int(mask.prompt_lengths_B.max())
+    prompts = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, scale=scaling)
+
+    own = lambda x: x.transpose(1, 2).reshape(B * L, H, D)[mask.index_NT].transpose(1, 2)                # (N, H, T, D)
+    seen = lambda x: torch.cat([x[mask.row_N, :, :P], own(x)], 2)                                        # (N, H, P + T, D)
+    prompt_NTP = (torch.arange(P, device=query.device) < mask.prompt_lengths_B[mask.row_N, None])[:, None].expand(N, T, P)
+    causal_NTT = torch.ones(T, T, dtype=torch.bool, device=query.device).tril().expand(N, T, T)
+    completions = F.scaled_dot_product_attention(own(query), seen(key), seen(value), scale=scaling,
+                                                 attn_mask=torch.cat([prompt_NTP, causal_NTT], 2)[:, None])
+    output = F.pad(prompts.transpose(1, 2), (0, 0, 0, 0, 0, L - P)).reshape(B * L, H, D)
+    output = output.index_put((mask.index_NT[mask.valid_NT],), completions.transpose(1, 2)[mask.valid_NT])
+    return output.view(B, L, H, D), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
 class LogpHead(nn.Linear):
     """The language-model head. Given targets, it returns their log-probs without ever holding (N, V) logits."""
 
@@ -300,8 +343,8 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
 
 
 def load_model(cfg, dtype=torch.float32):
-    """Policy on the CPU, with PyTorch's own attention. Master weights are float32: bfloat16 would lose updates of 1e-6."""
-    model = Policy.of(Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="sdpa"))
+    """Policy on the CPU, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6."""
+    model = Policy.of(Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="packed"))
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -385,7 +428,7 @@ def seed_everything(*numbers):
 
 
 def to_device(inputs, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    return tree_map_only((torch.Tensor, Packed), lambda x: x.to(device, non_blocking=True), inputs)
 
 
 def learning_rate(step, cfg):

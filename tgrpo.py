@@ -176,30 +176,31 @@ def rope_positions(model, ids, kinds, media, mask=None):
 def pack(model, prompts, completions, pad_id):
     """Rows [prompt, completion 1 … completion G]: every prompt is computed once for its whole group.
 
-    `prompts` N inputs, `completions` N lists of 1-D tensors. A completion sees the prompt and itself (4-D mask), and its
-    positions go on from the prompt's. Returns (inputs, predict, targets) as Policy.forward wants them.
+    `prompts` B inputs, `completions` B lists of 1-D tensors, N in all. A completion sees the prompt and itself (see
+    common.packed_attention), and its positions go on from the prompt's. Returns (inputs, predict, targets) as Policy.forward wants them.
     """
-    ids, segments, positions, predict, targets = [], [], [], [], []
+    ids, positions, lengths = [], [], [len(c) for group in completions for c in group]
     for x, group in zip(prompts, completions):
-        P = x["input_ids"].shape[1]
         prompt_positions = rope_positions(model, x["input_ids"], x["mm_token_type_ids"], x)[:, 0].cpu()
-        lengths = [len(c) for c in group]
+        own = torch.cat([torch.arange(len(c)) for c in group]) + prompt_positions.max() + 1
         ids.append(torch.cat([x["input_ids"][0], *(c.cpu() for c in group)]))
-        segments.append(torch.arange(len(group) + 1).repeat_interleave(torch.tensor([P, *lengths])))    # 0: the prompt
-        own = torch.cat([torch.arange(n) for n in lengths]) + prompt_positions.max() + 1
         positions.append(torch.cat([prompt_positions, own.expand(3, -1)], 1))
-        predict.append(torch.cat([torch.tensor([P - 1, *range(start, start + n - 1)])
-                                  for start, n in zip(P + torch.tensor([0, *lengths]).cumsum(0), lengths)]))
-        targets.extend(group)
     L = max(len(row) for row in ids)
-    segments_BL = data.pad(segments, -1, "right")
-    causal_LL = torch.ones(L, L, dtype=torch.bool).tril()
-    same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    mask_BLL = causal_LL & (same_BLL | (segments_BL[:, None, :] == 0))
-    inputs = {"input_ids": data.pad(ids, pad_id, "right"), "attention_mask": mask_BLL[:, None],
+
+    P_B = torch.tensor([x["input_ids"].shape[1] for x in prompts])
+    row_N = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(group) for group in completions]))
+    begins = [b * L + P + sum(map(len, group[:i])) for b, (P, group) in enumerate(zip(P_B.tolist(), completions)) for i in range(len(group))]
+    index_NT = data.pad([begin + torch.arange(n) for begin, n in zip(begins, lengths)], 0, "right")
+    valid_NT = data.pad([torch.ones(n, dtype=torch.bool) for n in lengths], False, "right")
+    # a completion's first token is predicted by the last of its prompt, each other one by the token before it
+    last_N = row_N * L + P_B[row_N] - 1
+    predict_NT = torch.cat([last_N[:, None], index_NT[:, :-1]], 1)
+
+    inputs = {"input_ids": data.pad(ids, pad_id, "right"),
+              "attention_mask": {"full_attention": common.Packed(P_B, row_N, index_NT, valid_NT)},
               "position_ids": torch.stack([torch.nn.functional.pad(p, (0, L - p.shape[1])) for p in positions], 1),
               **data.join_media(prompts)}
-    return inputs, torch.cat([b * L + p for b, p in enumerate(predict)]), torch.cat([t.cpu() for t in targets])
+    return inputs, predict_NT[valid_NT], torch.cat([c.cpu() for group in completions for c in group])
 
 
 def token_logps(model, packed, lengths, temperature, banned):

@@ -22,7 +22,7 @@ def tiny_policy(seed=3, **text):
                            fullatt_block_indexes=[1], patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
                            window_size=28, tokens_per_second=2, initializer_range=0.2),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "packed"
     return Policy.of(Qwen2_5_VLForConditionalGeneration(config)).eval()
 
 
