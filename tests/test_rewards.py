@@ -1,4 +1,7 @@
-"""Rewards: what counts as right, against the references of ROUGE and WER, and text nobody expected."""
+"""rewards.py: each test names the bug that it would catch.
+
+Three kinds: tables of (answer, truth, score); our ROUGE, WER and MRA beside the programs they must equal; hostile text.
+"""
 
 import math
 import random
@@ -6,212 +9,415 @@ import time
 
 import pytest
 
-from rewards import (PROBLEM_TYPES, accuracy_reward, extract_answer, format_reward, length_reward, mean_relative_accuracy, parse_letter,
-                     parse_number, parse_solution, relative_accuracy, rouge_l, rouge_n, temporal_reward, word_error_rate)
+import rewards
+from rewards import (ACCURACY, CORRECT, accuracy_reward, common_subsequence, edit_distance, extract_answer, format_reward,
+                     length_reward, mean_relative_accuracy, parse_letter, parse_number, parse_solution, relative_accuracy,
+                     rouge_l, rouge_n, temporal_reward, word_error_rate)
+
+
+def tagged(answer):
+    return f"<think>so it is</think>\n<answer>{answer}</answer>"
 
 
 def score(problem_type, answer, truth):
-    return accuracy_reward(f"<think>so</think><answer>{answer}</answer>", f"<answer>{truth}</answer>", problem_type)
+    return accuracy_reward(tagged(answer), f"<answer>{truth}</answer>", problem_type)
 
 
-# --------------------------------------------------------------------------------------------------- accuracy
+# ------------------------------------------------------------------------------------------------- finding the answer
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<answer>B</answer>", "B"),
+    ("<answer>\n B \t</answer>", "B"),                                            # stripped
+    ("<answer></answer>", ""), ("", None), ("B", None), ("<answer>B", None), ("B</answer>", None),
+    ("<answer>A</answer><answer>B</answer>", "B"),                                # last
+    ("<answer>A</answer><answer>B", "A"),                                         # last complete
+    ("<think><answer>A</answer></think>", None),                                  # inside think
+    ("<think><answer>A</answer></think><answer>B</answer>", "B"),
+    ("<answer>B</answer><think><answer>A</answer></think>", "B"),
+    ("<think><answer>A</answer>", None),                                          # think never closes
+    ("<answer>A</answer><think><answer>B</answer>", "A"),
+    ("<think>x</think><answer>A</answer><think>y</think><answer>B</answer>", "B"),
+    ("<think>x</think><answer>A</answer><think>y</think>", "A"),
+    ("<answer>A</answer></think><answer>B</answer>", "B"),                        # think opened by the prompt
+    ("<answer>A</answer></think>", None),
+    ("<think><think>x</think><answer>A</answer></think>", None),                  # nested think
+    ("<answer>A<answer>B</answer></answer>", "B"),                                # nested answer: innermost
+    ("<answer>A<think>B</think></answer>", None),                                 # answer torn by a think block
+    ("<think>x<answer></think>A</answer>", None),                                 # opened inside, closed outside
+    ("<answer>A<think></answer></think>", None),
+    ("<Answer>A</Answer>", None), ("< answer>A</ answer>", None), ("<<answer>A<</answer>>", "A<"), ("<answer>1<2</answer>", "1<2"),
+])
+def test_extract_answer(text, answer):
+    """Bug: an answer tried out while thinking is taken, or the first of two, or half a block."""
+    assert extract_answer(text) == answer
+
+
+def test_a_text_without_tags_never_matches():
+    """Bug (released code): without tags it compares whole texts, so "B" meets the solution "B"."""
+    for problem_type, truth in (("multiple choice", "B"), ("numerical", "4"), ("OCR", "no exit"), ("free-form", "a cat"), ("regression", "4")):
+        assert accuracy_reward(truth, f"<answer>{truth}</answer>", problem_type) == 0
+        assert accuracy_reward(f"<think><answer>{truth}</answer></think>", f"<answer>{truth}</answer>", problem_type) == 0
+        with pytest.raises(ValueError, match="no answer"):
+            accuracy_reward(truth, truth, problem_type)
+
+
+@pytest.mark.parametrize("text, reward", [
+    ("<think>a</think><answer>B</answer>", 1), ("\n <think>a</think> \n\t<answer>B</answer>\n", 1), ("<think></think><answer></answer>", 1),
+    ("<think>1 < 2, <b></think><answer>x > y</answer>", 1),                       # other angle brackets are text
+    ("x<think>a</think><answer>B</answer>", 0), ("<think>a</think>x<answer>B</answer>", 0), ("<think>a</think><answer>B</answer>.", 0),
+    ("<think>a</think><answer>B</answer>\x00", 0), ("<answer>B</answer><think>a</think>", 0), ("<answer>B</answer>", 0), ("<think>a</think>", 0),
+    ("<think>a</think><answer>A</answer><answer>B</answer>", 0), ("<think>a</think><think>b</think><answer>B</answer>", 0),
+    ("<think>a<think></think><answer>B</answer>", 0), ("<think>a</think><answer>B</answer></answer>", 0),
+    ("<think><answer>B</answer></think>", 0), ("<think>a<answer></think>B</answer>", 0), ("<THINK>a</THINK><answer>B</answer>", 0), ("", 0),
+])
+def test_format_reward(text, reward):
+    """Bug: a pattern like <think>.*</think> that swallows repeated tags, or does not look outside the blocks."""
+    assert format_reward(text) == reward
+
+
+# ------------------------------------------------------------------------------------------------------ multiple choice
+
+
+@pytest.mark.parametrize("text, letter", [
+    *[(text, "B") for text in ("B", "b", "B.", "B)", "(B)", "(b)", "[B]", "B:", " B ", "**B**", "**B.**", "`B`", "\"B\"", "$B$", "\xa0B", "B!")],
+    *[(text, "B") for text in ("B. the cat", "B) the cat", "B: the cat", "(B) the cat", "(B)the cat", "**B.** the cat", "**B**. the cat", "B.\nthe cat")],
+    *[(text, "B") for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")],   # option texts
+    *[(text, "B") for text in ("Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat")],
+    ("D. Both A and B", "D"), ("n", "N"), ("Z", "Z"), ("I. think", "I"),
+    *[(text, None) for text in ("", " ", ".", "()", "A or B", "A and B", "A, B", "A/B", "A & B", "A; B", "A B", "AB", "A\nB", "a or b", "Options A, B")],
+    *[(text, None) for text in ("A. B", "A.B", "A) or B)", "(A) and (B)", "A. cat, B. dog", "A. cat\nB. dog", "A. cat or B. dog", "A: cat / B: dog")],
+    *[(text, None) for text in ("A cat", "a cat", "I think B", "not B", "B because", "Bear", "the cat", "e.g. this", "U.S. Navy", "4", "4. B")],
+    *[(text, None) for text in ("Ｂ", "ß", "é", "Б", "ⓑ", "\ud800", "\x00")],
+])
+def test_parse_letter(text, letter):
+    """Bug (released code): "B.", "(B)", "b" earn 0. Bug (others): "A or B" is right for both, and the article in "A cat" for A."""
+    assert parse_letter(text) == letter
+    if letter:
+        assert score("multiple choice", text, letter) == 1 and parse_solution(f"<answer>{text}</answer>", "multiple choice") == letter
+    for wrong in {"A", "B", "C", "I", "E"} - {letter}:
+        assert score("multiple choice", text, wrong) == 0
+
+
+def test_every_letter_alone_is_itself():
+    """Bug: letters beyond D, or beyond the options of one benchmark, are not known."""
+    for i in range(26):
+        assert parse_letter(f"({chr(97 + i)})") == parse_letter(f"{chr(65 + i)}. text") == chr(65 + i)
+
+
+# --------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("text, number", [
+    ("4", 4), ("4.0", 4), ("4.", 4), ("004", 4), ("+4", 4), ("-3", -3), ("−3", -3), ("- 3", None), ("0", 0), ("-0.0", 0), (".5", 0.5), ("-.5", -0.5),
+    ("1,000", 1000), ("12,345,678.9", 12345678.9), ("1e3", 1000), ("1E3", 1000), ("2.5e-1", 0.25), ("1e+2", 100), ("50%", 50), ("50 %", 50), ("$5", 5),
+    ("$1,000.50", 1000.5), ("€5", 5), ("$4$", 4), ("**4**", 4), (" 4\n", 4), ("3.5.", 3.5), ("4" + " " * 600, 4), ("1e-999999", 0), ("0." + "3" * 9999, 1 / 3),
+    ("3.5 meters", 3.5), ("3.5m", 3.5), ("3.5 m.", 3.5), ("12 m^2", 12), ("12 m2", 12), ("12 m²", 12), ("12 square meters", 12), ("9.8 m/s^2", 9.8),
+    ("60 km/h", 60), ("60 miles per hour", 60), ("20 °C", 20), ("20 degrees Celsius", 20), ("3 cats", 3), ("3\ncats", 3), ("50 percent", 50),
+    *[(text, None) for text in ("", " ", ".", "-", "+", "%", ",", "e", "e3", ".e3", "four", "meters", "nan", "NaN", "inf", "-inf", "Infinity")],
+    *[(text, None) for text in ("1,00", "3,5", "1,0000", "1000,000", "1,000,00", "1,,000", ",000", "0,500", "1,000,", "1.000.000", "1 000", "1,2,3", "1_000")],
+    *[(text, None) for text in ("4, not 5", "4 not five", "between 3 and 4", "3 and 4", "3 or four", "3 to 4", "3-4", "3–4", "3 4", "3 meters 4", "4 5 meters")],
+    *[(text, None) for text in ("about 4", "x = 4", "4 (four)", "4 maybe five", "1/2", "3/4 cup", "2x3", "2x", "2 x 3", "2^3", "4²", "5:30", "1e", "1e+", "0x10")],
+    *[(text, None) for text in ("4 million", "4 thousand", "4k", "4 dozen", "--4", "+-4", "4-", "1e999", "-1e999999", "9" * 400, "٤", "４", "²", "½")],
+])
+def test_parse_number(text, number):
+    """Bug (released code): "4.0" for "4" and "1000" for "1,000" earn 0. Bug (first number found): "4, not 5" earns for 4."""
+    if number is None:
+        with pytest.raises(ValueError, match="number"):
+            parse_number(text)
+        assert score("numerical", text, "4") == score("regression", text, "4") == 0
+    else:
+        value = parse_number(text)
+        assert isinstance(value, float) and value == pytest.approx(number, rel=1e-15)
+
+
+def test_numbers_survive_being_written():
+    """Bug: a shape of number that Python itself writes is refused or read differently."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        x = rng.uniform(-1, 1) * 10 ** rng.randint(-12, 12)
+        assert parse_number(repr(x)) == parse_number(f" {x!r} meters.") == parse_number(f"{x:.17e}") == x
+        assert parse_number(f"{x:,.6f}") == float(f"{x:.6f}")
 
 
 @pytest.mark.parametrize("answer, truth, expected", [
-    ("B", "B", 1), ("B.", "B", 1), ("(B)", "B", 1), ("b", "B", 1), ("B. the cat", "B", 1), (" B ", "B", 1), ("**B**", "B", 1),
-    ("(b) the cat", "B", 1), ("B: the cat", "B", 1), ("B", "(B)", 1), ("B", "B. the cat", 1),
-    ("A", "B", 0), ("A or B", "B", 0), ("A or B", "A", 0), ("A, B", "A", 0), ("A and B", "B", 0), ("A. B", "A", 0), ("A) or B)", "A", 0),
-    ("", "B", 0), ("the cat", "B", 0), ("Bear", "B", 0), ("A cat", "A", 0), ("BB", "B", 0), ("Ｂ", "B", 0), ("ß", "B", 0), ("e.g. this", "E", 0),
+    ("4.0", "4", 1), ("4", "4.0", 1), ("1000", "1,000", 1), ("1,000", "1000", 1), ("50%", "50", 1), ("0.0", "0", 1), ("-0", "0", 1), ("1e308", "1e308", 1),
+    ("3.141", "3.14", 1), ("3.14159", "3.1416", 1), ("0.001", "0.004", 1), ("-0.001", "0", 1),
+    ("2.68", "2.675", 1), ("2.67", "2.675", 0), ("0.13", "0.125", 1), ("1.01", "1.005", 1), ("-2.68", "-2.675", 1),   # halves, as on paper
+    ("9007199254740993", "9007199254740992", 1), ("4503599627370496.5", "4503599627370496", 1), ("123456789012.35", "123456789012.345", 1),
+    ("4.01", "4", 0), ("3", "-3", 0), ("0.01", "0", 0), ("1e308", "4", 0), ("nan", "4", 0), ("inf", "4", 0), ("", "4", 0), ("4 or 5", "4", 0),
 ])
-def test_letters_with_decoration_count_and_two_letters_do_not(answer, truth, expected):
-    """Guards: string equality (released code: "B." earned 0), and leniency that pays for naming every option."""
-    assert score("multiple choice", answer, truth) == expected
-
-
-@pytest.mark.parametrize("answer, truth, expected", [
-    ("4.0", "4", 1), ("4", "4.0", 1), ("1,000", "1000", 1), ("1000", "1,000", 1), ("1e3", "1000", 1), ("-3", "-3", 1), ("50%", "50", 1),
-    ("0", "0", 1), ("-0.0", "0", 1), ("3.141", "3.14", 1), (".5", "0.5", 1), ("+7", "7", 1), ("3.5 meters", "3.5", 1), ("−3", "-3", 1), ("$12", "12", 1), ("3.5m", "3.5", 1),
-    ("4.02", "4", 0), ("3", "-3", 0), ("", "4", 0), ("four", "4", 0), ("nan", "4", 0), ("inf", "4", 0), ("-inf", "4", 0), ("1e999", "4", 0),
-    ("4 or 5", "4", 0), ("4, not 5", "4", 0), ("3 to 4", "3", 0), ("1,00", "100", 0), ("1,2,3", "123", 0), ("1.2.3", "1.2", 0), ("12-13", "12", 0),
-    ("٤", "4", 0), ("0x10", "16", 0), ("1_000", "1000", 0), ("--3", "3", 0), ("9" * 5000, "4", 0), ("%", "4", 0), ("e3", "1000", 0),
-])
-def test_numbers_are_compared_as_numbers(answer, truth, expected):
-    """Guards: comparing text ("4.0" for "4" earned 0), and float()'s own ideas (nan, 1_000, other digits)."""
+def test_numerical(answer, truth, expected):
+    """Bug: text compared, not numbers; round(2.675, 2) = 2.67; an overflow for large numbers."""
     assert score("numerical", answer, truth) == expected
 
 
 @pytest.mark.parametrize("answer, truth, expected", [
-    ("10", "10", 1), ("9", "10", 0.9), ("11", "10", 0.9), ("30", "10", 0), ("0", "0", 1), ("0.1", "0", 0), ("-9", "-10", 0.9), ("nan", "10", 0),
-    ("inf", "10", 0), ("many", "10", 0), ("1e308", "-1e-300", 0),
+    ("10", "10", 1), ("9", "10", 0.9), ("11", "10", 0.9), ("-9", "-10", 0.9), ("20", "10", 0), ("30", "10", 0), ("-10", "10", 0),
+    ("0", "0", 1), ("0.0", "0", 1), ("1e-9", "0", 0),                                                 # released code: 0 for 0 earns 0
+    ("nan", "10", 0), ("inf", "10", 0), ("-inf", "-10", 0), ("1e999", "10", 0), ("ten", "10", 0),     # released code: nan earns 1
+    ("1e308", "-1e308", 0), ("1e308", "1e-308", 0), ("5e-324", "5e-324", 1), ("9.0 m", "10 m", 0.9),
 ])
-def test_regression_pays_for_being_near(answer, truth, expected):
-    """Guards: "nan" that earns 1.0, and 0 answered to 0 that earns nothing (both in the released code)."""
-    assert score("regression", answer, truth) == pytest.approx(expected)
-    if answer not in ("many",):
-        assert relative_accuracy(float(answer), float(truth)) == pytest.approx(expected)
+def test_regression(answer, truth, expected):
+    """Bug (released code): "nan" earns 1.0, and 0 answered to 0 earns nothing."""
+    assert score("regression", answer, truth) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("prediction, truth, expected", [
-    (4, 4, 1.0), (3, 4, 0.6), (3, 2, 0.1), (5, 2, 0.0), (0, 0, 1.0), (1, 0, 0.0), (math.nan, 4, 0.0), (math.inf, 4, 0.0), (-3, -4, 0.6), (1e9, 1, 0),
-])
-def test_mean_relative_accuracy_has_the_official_ties(prediction, truth, expected):
-    """Guards: < for <=, which moves every tie by 0.1 (3 for 2 is 0.1 officially)."""
-    assert mean_relative_accuracy(prediction, truth) == pytest.approx(expected)
+@pytest.mark.parametrize("accuracy", [relative_accuracy, mean_relative_accuracy])
+def test_relative_scores_by_their_properties(accuracy):
+    """Bug: a score outside [0, 1], one that grows with the error, one that changes with the unit or sign; nan or inf that pays."""
+    rng = random.Random(1)
+    for _ in range(500):
+        truth, error = rng.choice([-1, 1]) * rng.randint(1, 500), rng.randint(0, 600)
+        near, far = accuracy(truth + error, truth), accuracy(truth + error + 1, truth)
+        assert 0 <= far <= near <= 1 and (near == 1) >= (error == 0)
+        assert accuracy(4 * (truth + error), 4 * truth) == accuracy(-truth - error, -truth) == near
+    for prediction in (math.nan, math.inf, -math.inf):
+        assert accuracy(prediction, 3.0) == accuracy(prediction, 0.0) == 0
+        with pytest.raises(ValueError, match="not a finite"):
+            accuracy(3.0, prediction)
+        with pytest.raises(ValueError, match="not a finite"):
+            accuracy(prediction, prediction)
+    assert accuracy(0.0, 0.0) == accuracy(-0.0, 0.0) == 1 and accuracy(1e-300, 0.0) == 0
+    assert accuracy(1e308, -1e308) == accuracy(1.0, 5e-324) == 0
+
+
+def test_mean_relative_accuracy_is_the_official_one():
+    """Bug: < for <= (3 for 2: 0.0), or thresholds one float away from numpy's: 54 of these pairs then differ."""
+    np = pytest.importorskip("numpy")
+    thresholds = np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))
+    for prediction in range(200):
+        for truth in range(1, 120):
+            assert mean_relative_accuracy(prediction, truth) == (abs(prediction - truth) / truth <= 1 - thresholds).mean()
+    assert mean_relative_accuracy(3, 2) == 0.1 and mean_relative_accuracy(3, 4) == mean_relative_accuracy(-3, -4) == 0.6
+
+
+# ------------------------------------------------------------------------------------------ words: OCR and free-form
+
+
+VOCABULARY = ["the", "The", "cat", "cat's", "sat", "on", "mats", "3.5", "e-mail", "naïve", "漢字", "İstanbul", "K", "ﬁn", "x_y", "ǅ", "\ud800", "--", "", "½"]
+
+
+def text_pairs(seed, n=400):
+    """Pairs of random texts: short and long, few words (so they repeat) or many, all kinds of white space, some empty."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        words = rng.sample(VOCABULARY, rng.choice([1, 2, 5, len(VOCABULARY)]))
+        spaces = rng.choice([[" "], [" ", "  ", "\t", "\n", " \n", "\xa0", "\u3000", "\x1f", "\r\n"]])
+        yield tuple("".join(rng.choice(words) + rng.choice(spaces) for _ in range(rng.choice([0, 1, 2, 8, 30]))) for _ in range(2))
+
+
+def test_rouge_is_googles():
+    """Bug: another tokeniser, stemming, n-grams counted once, precision for F1, a wrong LCS."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rouge3", "rougeL"], use_stemmer=False)
+    total = 0.0
+    for reference, hypothesis in [*text_pairs(2), ("", ""), ("a", ""), ("", "a"), ("a b a b", "b a b a b"), ("a", "a")]:
+        theirs = scorer.score(reference, hypothesis)
+        for n in (1, 2, 3):
+            assert rouge_n(reference, hypothesis, n) == pytest.approx(theirs[f"rouge{n}"].fmeasure, abs=1e-9)
+        assert rouge_l(reference, hypothesis) == pytest.approx(theirs["rougeL"].fmeasure, abs=1e-9)
+        total += rouge_l(reference, hypothesis)
+    assert total > 50                                                             # the pairs do overlap
+
+
+def test_word_error_rate_is_jiwers():
+    """Bug: edits per word of the longer text, free substitutions, words cut at a lone tab (jiwer does not), no empty reference."""
+    jiwer = pytest.importorskip("jiwer")
+    for reference, hypothesis in [*text_pairs(3), ("", ""), ("", "a b"), ("a b", ""), (" \n ", "a"), ("a\nb", "a b")]:
+        assert word_error_rate(reference, hypothesis) == pytest.approx(jiwer.wer(reference, hypothesis), abs=1e-9), (reference, hypothesis)
+
+
+def test_edits_and_common_words_by_their_properties():
+    """Bug: an asymmetry, or a broken triangle, that random sentences seldom show. No test-only package is needed."""
+    rng = random.Random(4)
+    for _ in range(300):
+        a, b, c = ([rng.choice("xyz") for _ in range(rng.randint(0, 12))] for _ in range(3))
+        assert edit_distance(a, b) == edit_distance(b, a) == edit_distance(a[::-1], b[::-1]) <= max(len(a), len(b))
+        assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c) and (edit_distance(a, b) == 0) == (a == b)
+        common = common_subsequence(a, b)
+        assert common == common_subsequence(b, a) == common_subsequence(a[::-1], b[::-1]) <= min(len(a), len(b))
+        assert common_subsequence(a, a + b) == len(a) and common_subsequence(a + c, b + c) >= common + len(c)
+        assert edit_distance(a, b) <= len(a) + len(b) - 2 * common <= 2 * edit_distance(a, b)
+    long_a, long_b = ([rng.choice("xyz") for _ in range(300)] for _ in range(2))  # more bits than a machine word
+    assert common_subsequence(long_a, long_a + long_b) == 300
 
 
 @pytest.mark.parametrize("answer, truth, expected", [
-    ("no smoking here", "no smoking here", 1), ("no smoking", "no smoking here", 2 / 3), ("yes", "no smoking here", 0), ("", "a", 0),
-    ("no  smoking\n\nhere", "no smoking here", 1), ("NO", "no", 0), ("a " * 50_000, "a", 0),
+    ("NO EXIT", "NO EXIT", 1), ("NO\nEXIT", "NO EXIT", 1), ("NO  EXIT", "NO\tEXIT", 1), ("NO EXIT HERE", "NO EXIT", 0.5), ("NO", "NO EXIT", 0.5),
+    ("no exit", "NO EXIT", 0), ("", "NO EXIT", 0), ("EXIT NO", "NO EXIT", 0), ("NO EXIT a b", "NO EXIT", 0), ("a b c d e NO EXIT", "NO EXIT", 0),
+    ("出口", "出口", 1),
 ])
-def test_ocr_is_one_minus_word_errors(answer, truth, expected):
-    """Guards: negative rewards for long answers, and time that grows with them."""
+def test_ocr(answer, truth, expected):
+    """Bug: a negative score for a long answer; a line break counted as an error."""
     assert score("OCR", answer, truth) == pytest.approx(expected)
 
 
-def test_free_form_is_the_mean_of_three_rouges():
-    """Guards: a score outside [0, 1]; word order that does not matter."""
-    assert score("free-form", "The cat sat.", "the cat sat") == pytest.approx(1)
-    assert score("free-form", "dogs run", "the cat sat") == 0
-    assert 0 < score("free-form", "sat cat the", "the cat sat") < score("free-form", "the cat sits", "the cat sat") < 1
+def test_ocr_shortcut_changes_no_score():
+    """Bug: answers cut as too long that still earn something."""
+    for reference, hypothesis in text_pairs(5):
+        reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
+        if reference and hypothesis:
+            assert score("OCR", hypothesis, reference) == max(0.0, 1 - word_error_rate(reference, hypothesis))
 
 
-@pytest.mark.parametrize("problem_type, solution, options", [
-    ("multiple choice", "<answer>A or B</answer>", None), ("multiple choice", "<answer>E</answer>", ["A. x", "B. y"]), ("numerical", "<answer>many</answer>", None),
-    ("regression", "<answer>nan</answer>", None), ("numerical", "<answer>1e999</answer>", None), ("OCR", "<answer> </answer>", None), ("free-form", "", None),
-    ("numerical", "4", None), ("free-form", "<answer>x", None),
+def test_free_form():
+    """Bug: one of the three ROUGE scores missing, or one counted twice."""
+    assert score("free-form", "The cat, sat!", "the cat sat") == 1
+    assert score("free-form", "sat", "sat") == pytest.approx(2 / 3)               # one word: no pairs
+    assert score("free-form", "dogs", "the cat sat") == score("free-form", "", "the cat sat") == 0
+    assert score("free-form", "sat cat the", "the cat sat") == pytest.approx((1 + 0 + 1 / 3) / 3)
+    assert score("free-form", "the cat", "the cat sat") == pytest.approx((4 / 5 + 2 / 3 + 4 / 5) / 3)
+
+
+# ------------------------------------------------------------------------------------------------------ our own data
+
+
+TEN = [f"{chr(65 + i)}. text {i}" for i in range(14)]
+
+
+@pytest.mark.parametrize("solution, problem_type, options, truth", [
+    ("<answer>B</answer>", "multiple choice", ["A. x", "B. y"], "B"), ("<answer>(b)</answer>", "multiple choice", None, "B"),
+    ("<answer>N</answer>", "multiple choice", TEN, "N"), ("<answer>B</answer>", "multiple choice", ["left", "A dog"], "B"),   # texts only
+    ("<answer>D</answer>", "multiple choice", ["C) x", "D) y"], "D"), ("<answer>1,000 m</answer>", "numerical", [], 1000.0),
+    ("<answer>0</answer>", "regression", None, 0.0), ("<answer> NO EXIT </answer>", "OCR", None, "NO EXIT"), ("<answer>A cat.</answer>", "free-form", None, "A cat."),
 ])
-def test_a_bad_solution_is_our_mistake(problem_type, solution, options):
-    """Guards: a truth nobody can meet, scored 0 for ever."""
-    with pytest.raises(ValueError):
+def test_parse_solution(solution, problem_type, options, truth):
+    """Bug: a good record refused: options without letters, fourteen of them, or an "A" that is an article."""
+    assert parse_solution(solution, problem_type, options) == truth
+
+
+@pytest.mark.parametrize("solution, problem_type, options, message", [
+    ("B", "multiple choice", None, "no answer"), ("", "OCR", None, "no answer"), ("<answer> </answer>", "free-form", None, "no answer"),
+    ("<answer>A or B</answer>", "multiple choice", None, "letter"), ("<answer>cat</answer>", "multiple choice", None, "letter"),
+    ("<answer>C</answer>", "multiple choice", ["A. x", "B. y"], "C is not among the options A, B"), ("<answer>O</answer>", "multiple choice", TEN, "O is not"),
+    ("<answer>C</answer>", "multiple choice", ["x", "y"], "C is not"), ("<answer>A</answer>", "multiple choice", ["C) x", "D) y"], "A is not"),
+    ("<answer>many</answer>", "numerical", None, "number"), ("<answer>nan</answer>", "regression", None, "number"),
+    ("<answer>1e999</answer>", "numerical", None, "finite"), ("<answer>1,00</answer>", "numerical", None, "number"),
+    ("<answer>漢字 √</answer>", "free-form", None, "ROUGE"), ("<answer>B</answer>", "multiple-choice", None, "no problem type 'multiple-choice'"),
+    ("<answer>" + "x\n" * 9999 + "</answer>", "numerical", None, "number"),
+])
+def test_a_solution_nobody_can_meet_is_an_error(solution, problem_type, options, message):
+    """Bug: our own bad record scores 0 for ever, in silence (released code: every exception is a 0)."""
+    with pytest.raises(ValueError, match=message) as caught:
         parse_solution(solution, problem_type, options)
-    if options is None:
-        with pytest.raises(ValueError):
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+    if not options:
+        with pytest.raises(ValueError, match=message):
             accuracy_reward("<answer>B</answer>", solution, problem_type)
 
 
-def test_fourteen_options_have_letters_up_to_n():
-    """Guards: A to D hard-wired (VideoMMMU has up to 14 options)."""
-    options = [f"{chr(65 + i)}. thing" for i in range(14)]
-    assert parse_solution("<answer>N</answer>", "multiple choice", options) == "N"
-    with pytest.raises(ValueError, match="O is not among"):
-        parse_solution("<answer>O</answer>", "multiple choice", options)
+def test_each_type_pays_its_own_truth():
+    """Bug (released code): one record's type judges its neighbours; a type without a rule earns 0."""
+    truths = {"multiple choice": "B", "numerical": "4", "OCR": "NO EXIT", "free-form": "the cat sat", "regression": "4"}
+    assert set(ACCURACY) == set(truths)
+    for problem_type, truth in truths.items():
+        assert score(problem_type, truth, truth) == 1 > CORRECT
 
 
-# ------------------------------------------------------------------------------------------------ tags and format
+# ------------------------------------------------------------------------------------------------------ hostile text
 
 
-@pytest.mark.parametrize("text, answer, form", [
-    ("<think>a</think><answer>B</answer>", "B", 1), (" <think>a</think>\n <answer>\nB\n</answer> \n", "B", 1), ("<think></think><answer>B</answer>", "B", 1),
-    ("<answer>B</answer>", "B", 0), ("<think>a</think><answer>B", None, 0), ("<think>a</think>B", None, 0), ("B", None, 0), ("", None, 0),
-    ("<think>a</think><answer>A</answer><answer>B</answer>", "B", 0), ("<think><answer>A</answer></think><answer>B</answer>", "B", 0),
-    ("<think><answer>A</answer></think>", None, 0), ("<think><answer>A</answer>", None, 0), ("<answer>B</answer><think>a</think>", "B", 0),
-    ("<think>a<think>b</think><answer>B</answer>", "B", 0), ("<think>a</think>x<answer>B</answer>", "B", 0), ("<think>a</think><answer>B</answer>.", "B", 0),
-    ("a</think><answer>B</answer>", "B", 0), ("<answer>A</answer></think><answer>B</answer>", "B", 0), ("<answer>A</answer></think>", None, 0),
-    ("<think>a</think><answer></answer>", "", 1), ("<THINK>a</THINK><ANSWER>B</ANSWER>", None, 0), ("<answer><answer>B</answer></answer>", "B", 0),
-    ("<think>a</think><answer>A</answer><think>no</think><answer>B</answer>", "B", 0), ("<think>a</think><answer>A</answer><answer>B", "A", 0),
-])
-def test_the_answer_is_the_last_block_outside_think(text, answer, form):
-    """Guards: an answer read from inside the reasoning, and text without tags that matches a solution without tags."""
-    assert extract_answer(text) == answer
-    assert format_reward(text) == form
+TRUTHS = {"multiple choice": "B", "numerical": "4", "OCR": "no exit on this side " * 20, "free-form": "the cat sat on the mat " * 20, "regression": "4"}
+UNITS = ["<", "<answer>", "</answer>", "<think>", "</think>", "<think></think>", "<answer></answer>", "<answer>B</answer>", "<think><answer>", "<answ", "</",
+         " ", "\n", "\x00", "\ud800", "é", "９", "0", "9", "1,", ",000", "1e", "e", ".", "-", "+", "%", "$", "*", "(", "B", "B ", "B.", "B. ", "A) or ", ",B. x",
+         "the ", "answer is ", "option", "the cat ", "m/", "m^2", "square ", " per m", "x y\n", "\t\t", "𝟗", "\u0301\u0327"]
 
 
-# ------------------------------------------------------------------------------------------- references of others
+def score_all(text):
+    scores = [accuracy_reward(text, f"<answer>{truth}</answer>", problem_type) for problem_type, truth in TRUTHS.items()]
+    parse_letter(text)
+    assert all(0 <= s <= 1 for s in scores) and format_reward(text) in (0, 1) and (extract_answer(text) is None or "</answer>" not in extract_answer(text))
 
 
-def random_texts(seed, n=300):
-    rng = random.Random(seed)
-    words = ["the", "cat", "sat", "on", "a", "mat", "Cat", "cats", "running", "it's", "3.5", "e-mail", "naïve", "漢字", "İ", "ﬁ", "x_y", "", "  ", "\n", "\t", "--"]
-    for _ in range(n):
-        yield tuple(rng.choice([" ", " ", "  "]).join(rng.choices(words, k=rng.randint(1, 25))) for _ in range(2))
+def fastest(text, repeats=3):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        score_all(text)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def test_rouge_equals_googles():
-    """Guards: another tokenizer, stemming, clipped counts, or an LCS that is off by one."""
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
-    for reference, hypothesis in [*random_texts(0), ("a", ""), ("a b", "b"), ("a b a b", "b a b a b b")]:
-        theirs = scorer.score(reference, hypothesis)
-        for name, ours in (("rouge1", rouge_n(reference, hypothesis, 1)), ("rouge2", rouge_n(reference, hypothesis, 2)), ("rougeL", rouge_l(reference, hypothesis))):
-            assert ours == pytest.approx(theirs[name].fmeasure, abs=1e-9), (name, reference, hypothesis)
+@pytest.mark.parametrize("unit", UNITS, ids=ascii)
+def test_long_repeats_are_scored_in_linear_time(unit):
+    """Bug: a pattern that backtracks, or a scan that starts again: 16 times the text then takes 256 times as long, not 16.
+
+    Below 0.2 s nothing is compared: a machine's noise is not our bug, and no quadratic scan of 100 kB is that quick.
+    """
+    for before, after in (("<answer>", "</answer>"), ("<answer>4", "</answer>"), ("<answer>B. ", "x</answer>"), ("", "")):
+        small, large = (before + unit * (size // len(unit)) + after for size in (100_000 // 16, 100_000))
+        seconds = fastest(large, 1)
+        if seconds > 0.2:
+            assert fastest(large) < 80 * fastest(small)
 
 
-def test_word_error_rate_equals_jiwers():
-    """Guards: errors per word of the longer text, or words split elsewhere."""
-    jiwer = pytest.importorskip("jiwer")
-    compared = 0
-    for reference, hypothesis in random_texts(1):
-        if reference.strip():
-            assert word_error_rate(reference, hypothesis) == pytest.approx(jiwer.wer(reference, hypothesis), abs=1e-9), (reference, hypothesis)
-            compared += 1
-    assert compared > 250
-    with pytest.raises(ValueError):
-        word_error_rate(" ", "a")
+def test_tags_are_found_in_one_pass(monkeypatch):
+    """Bug: from each opening tag a search to the end of the text. Counted, so no clock is needed."""
+    class Counting(str):
+        looked_at = 0
+
+        def find(self, part, start=0, *rest):
+            found = str.find(self, part, start, *rest)
+            Counting.looked_at += (found if found >= 0 else len(self)) - start + 1
+            return found
+    for unit in ("<answer>", "<think>", "</answer>", "<", "<answer>x</answer>", "x"):
+        text, Counting.looked_at = Counting(unit * (100_000 // len(unit))), 0
+        assert len(list(rewards.tags_in(text))) == (0 if unit in "<x" else text.count("<"))
+        assert len(text) <= Counting.looked_at <= 3 * len(text)
 
 
-# ---------------------------------------------------------------------------------------------------- hostile text
-
-
-HOSTILE = ["<answer>" * 12_500, "<think>" * 14_000, "</answer>" * 11_000, "<think></think><answer>" * 4_500, "<answer>" + "B " * 50_000 + "</answer>",
-           "<answer>" + "9" * 100_000 + "</answer>", "<answer>" + "1," * 50_000 + "</answer>", "<answer>" + "(" * 100_000 + "</answer>",
-           "<answer>" + "the cat " * 12_500 + "</answer>", "<answer>\ud800\x00\u202e\U0010ffff</answer>", "<" * 100_000, "<answer>" + "\u0660" * 1000 + "</answer>",
-           "<answer>" + " " * 100_000 + "B</answer>", "<answer>" + "1e" * 50_000 + "</answer>", "<answer>-</answer>", "<answer>.</answer>", "<answer>,</answer>", "<answer>" + "." * 100_000 + "</answer>",
-           "<answer>" + "A. " * 33_000 + "</answer>"]
-TRUTHS = {"multiple choice": "B", "numerical": "4", "OCR": "no smoking on the deck", "free-form": "the cat sat on the mat", "regression": "4"}
-
-
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_any_text_has_a_score_soon(number):
-    """Guards: an exception, a score outside [0, 1], or quadratic time: 100 kB would then take minutes, not seconds."""
-    text = HOSTILE[number]
-    begin = time.perf_counter()
-    for problem_type, truth in TRUTHS.items():
-        assert 0 <= accuracy_reward(text, f"<answer>{truth}</answer>", problem_type) <= 1
-    assert format_reward(text) == 0
-    assert time.perf_counter() - begin < 20
-
-
-def test_random_bytes_of_tags_never_raise():
-    """Guards: the one text in a million that stops a night's training."""
-    rng = random.Random(0)
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", "B", "4", ".", ",", "-", "%", " ", "\n", "or", "é", "\x00", "\ud800", "e", "(", ")"]
-    for _ in range(3000):
-        text = "".join(rng.choices(pieces, k=rng.randint(0, 30)))
-        answer = extract_answer(text)
-        assert answer is None or ("<answer>" not in answer and answer == answer.strip())
-        assert format_reward(text) in (0, 1) and (parse_letter(text) is None or len(parse_letter(text)) == 1)
-        for problem_type, truth in TRUTHS.items():
-            assert 0 <= accuracy_reward(text, f"<answer>{truth}</answer>", problem_type) <= 1
+def test_random_pieces_of_tags_and_text_always_have_a_score():
+    """Bug: the one text in a million whose exception ends a night of training."""
+    rng = random.Random(6)
+    answered = 0
+    for _ in range(4000):
+        text = "".join(rng.choices(UNITS, k=rng.randint(0, 12)))
+        score_all(text)
+        score_all(f"<answer>{text}</answer>")
+        answered += extract_answer(text) is not None
         try:
             assert math.isfinite(parse_number(text))
         except ValueError as error:
-            assert "number" in str(error)
+            str(error).encode("utf-8")                                            # a lone surrogate must not break the log
+    assert answered > 200
 
 
-# ------------------------------------------------------------------------------------------------ the other rewards
+def test_random_characters_always_have_a_score():
+    """Bug: a character class (digits, spaces, letters of other scripts) that one function admits and the next cannot read."""
+    rng = random.Random(7)
+    for _ in range(3000):
+        characters = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(rng.randint(0, 8)))
+        score_all(tagged(characters))
+        score_all(tagged(f"4{characters}"))
+        score_all(tagged(f"B{characters}"))
 
 
-def test_every_problem_type_has_a_rule():
-    """Guards: a type of the released data that scores 0 for ever."""
-    assert set(PROBLEM_TYPES) == set(TRUTHS)
-    for problem_type, truth in TRUTHS.items():
-        assert score(problem_type, truth, truth) == pytest.approx(1)
+@pytest.mark.parametrize("answer", ["9" * 100_000, "-" + "9" * 100_000, "0." + "9" * 100_000, "1e" + "9" * 100_000, "1e-" + "9" * 100_000, "9" * 100_000 + "e-99999"])
+def test_huge_numbers_have_a_score(answer):
+    """Bug: Python's limit of 4,300 digits for int(), an OverflowError, or inf that equals inf."""
+    assert score("numerical", answer, "4") == 0 == score("regression", answer, "-4")
 
 
-@pytest.mark.parametrize("p, p_shuffled, expected", [
-    (1.0, 0.0, {"margin": 0.3, "paper": 0.3, "released": 0.3, "none": 0}), (0.5, 0.25, {"margin": 0.075, "paper": 0.3, "released": 0.3, "none": 0}),
-    (0.5, 0.5, {"margin": 0, "paper": 0.3, "released": 0.3, "none": 0}), (0.45, 0.5, {"margin": 0, "paper": 0, "released": 0.3, "none": 0}),
-    (0.25, 0.5, {"margin": 0, "paper": 0, "released": 0, "none": 0}), (0.0, 0.0, {"margin": 0, "paper": 0.3, "released": 0.3, "none": 0}),
+# ----------------------------------------------------------------------------------------------- temporal and length
+
+
+@pytest.mark.parametrize("p, p_shuffled, margin, paper, released", [
+    (1.0, 0.0, 0.3, 0.3, 0.3), (0.75, 0.25, 0.15, 0.3, 0.3), (0.5, 0.5, 0, 0.3, 0.3), (0.0, 0.0, 0, 0.3, 0.3), (1.0, 1.0, 0, 0.3, 0.3),
+    (0.45, 0.5, 0, 0, 0.3), (0.4, 0.5, 0, 0, 0.3), (0.375, 0.5, 0, 0, 0), (0.0, 0.25, 0, 0, 0),
 ])
-def test_temporal_rules(p, p_shuffled, expected):
-    """Guards: one source's rule under another's name."""
-    for rule, value in expected.items():
-        assert temporal_reward(p, p_shuffled, 0.3, rule) == pytest.approx(value)
-    assert temporal_reward(p, p_shuffled) == temporal_reward(p, p_shuffled, 0.3, "margin")
-    with pytest.raises(ValueError, match="magic"):
+def test_temporal_rules(p, p_shuffled, margin, paper, released):
+    """Bug: one source's rule under another's name, above all at ties."""
+    assert temporal_reward(p, p_shuffled) == temporal_reward(p, p_shuffled, rule="margin") == pytest.approx(margin)
+    assert temporal_reward(p, p_shuffled, rule="paper") == paper and temporal_reward(p, p_shuffled, rule="released") == released
+    assert temporal_reward(p, p_shuffled, rule="none") == 0
+    for rule in ("margin", "paper", "released", "none"):
+        assert temporal_reward(p, p_shuffled, 0.6, rule) == pytest.approx(2 * temporal_reward(p, p_shuffled, 0.3, rule))
+    with pytest.raises(ValueError, match="no temporal rule 'magic'"):
         temporal_reward(p, p_shuffled, rule="magic")
 
 
-@pytest.mark.parametrize("n, correct, expected", [(319, True, 0), (320, True, 0.2), (512, True, 0.2), (513, True, 0), (400, False, 0)])
-def test_length_pays_only_for_correct_completions_in_range(n, correct, expected):
-    """Guards: borders, and a reward for long wrong answers."""
-    assert length_reward(n, correct) == expected
+@pytest.mark.parametrize("n_tokens, correct, expected", [(319, True, 0), (320, True, 0.2), (512, True, 0.2), (513, True, 0), (400, False, 0), (0, True, 0)])
+def test_length_reward(n_tokens, correct, expected):
+    """Bug: an end of the range left out, or wrong answers paid for their length."""
+    assert length_reward(n_tokens, correct) == expected
+    assert length_reward(n_tokens, correct, l_min=n_tokens, l_max=n_tokens, omega=0.5) == (0.5 if correct else 0)
