@@ -483,6 +483,8 @@ def save_model(accelerator, model, processor, folder, dtype=None):
     state = accelerator.get_state_dict(model)             # every rank must call it; full on rank 0
     if accelerator.is_main_process:
         inner = accelerator.unwrap_model(model)
+        if inner.config.get_text_config().tie_word_embeddings:
+            state.pop("lm_head.weight", None)             # the embedding once more; gathered shards hide that
         if dtype is not None:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
         temporary = Path(f"{folder}.tmp")
@@ -635,6 +637,11 @@ class Means:
         return {name: total(0, name) / total(1, name) for name in names if total(1, name)}
 
 
+def peak_memory(accelerator):
+    """{"memory/peak_gb": most that tensors have held on this GPU so far, in 1e9 bytes}; empty on a CPU."""
+    return {"memory/peak_gb": torch.cuda.max_memory_allocated() / 1e9} if accelerator.device.type == "cuda" else {}
+
+
 class Timer:
     """Seconds between laps, by name."""
 
@@ -643,8 +650,9 @@ class Timer:
 
     def lap(self, name):
         now = time.perf_counter()
-        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self.last
-        self.last = now
+        seconds, self.last = now - self.last, now
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + seconds
+        return seconds
 
     def report(self):
         laps, self.laps = self.laps, {}

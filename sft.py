@@ -86,7 +86,8 @@ def main():
         timer.lap("train")
 
         metrics = {**common.all_sum(accelerator, {"loss": loss_sum}), "policy/grad_norm": grad_norm,
-                   "lr": common.learning_rate(step, cfg), "data/skipped": len(skipped), **timer.report()}
+                   "lr": common.learning_rate(step, cfg), "data/skipped": len(skipped), **timer.report(),
+                   **common.peak_memory(accelerator)}
         log(step, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):

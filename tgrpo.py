@@ -54,6 +54,7 @@ class TGRPOConfig(common.TrainConfig):
     length_min: int = option(320, "a correct completion of at least this many tokens ...", low=0)
     length_max: int = option(512, "... and at most this many ...", low=0)
     length_omega: float = option(0.2, "... earns this", low=0)
+    rollout_compile: bool = option(False, "compile the decoding step (CUDA only); pays for long completions of equal batch shape")
     print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
 
     def __post_init__(self):
@@ -125,7 +126,7 @@ def masked_mean(values_GT, mask_GT):
 
 
 @torch.no_grad()
-def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0):
+def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0, compiled=False):
     """Sample `counts[n]` completions of prompt n, all prompts in one batch. temperature 0 is greedy.
 
     The vision tower and the prompt run once a prompt; the cache is then repeated and HF generate goes on from there.
@@ -142,13 +143,15 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
           cache=prefix, use_cache=True, logits_to_keep=1)  # the last prompt token is left to generate()
 
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1] + max_new_tokens)
+    room = ids.shape[1] + max_new_tokens
+    room = -(-room // 512) * 512 if compiled else room                     # few different sizes: each is compiled once
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
     for layer, filled in zip(cache.layers, prefix.layers):                 # room for all tokens once: a growing cache is
         layer.update(filled.keys[rows], filled.values[rows])               # copied whole for every token
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache,
-        max_new_tokens=max_new_tokens, repetition_penalty=1.0, suppress_tokens=placeholder_ids(model), disable_compile=True,
+        max_new_tokens=max_new_tokens, repetition_penalty=1.0, suppress_tokens=placeholder_ids(model), disable_compile=not compiled,
         eos_token_id=eos_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id, **sampling)
     model.train(was_training)
     completions_BT = output[:, ids.shape[1]:]
@@ -221,6 +224,7 @@ class Group:
     completions: list                                     # G 1-D tensors
     texts: list
     shuffled_texts: list                                  # S of them; empty for images and one-frame clips
+    shuffled_lengths: list = field(default_factory=list)
     parts: dict = field(default_factory=dict)             # every reward term (G,), for the log
     advantages_G: torch.Tensor = None
     old_logps_GT: torch.Tensor = None
@@ -267,16 +271,40 @@ def sample_groups(model, samples, processor, cfg):
     shuffled = [s for s in samples if cfg.shuffled_generations and s["shuffled"] is not None]
     prompts = [s["ordered"] for s in samples] + [s["shuffled"] for s in shuffled]
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
-    completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens)  # 2.
+    completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens,
+                          compiled=cfg.rollout_compile)                              # 2. rollout
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    lengths = iter([len(c) for c in completions[len(samples) * cfg.num_generations:]])
     completions, texts = iter(completions), iter(texts)
     take = lambda source, n: [next(source) for _ in range(n)]
     groups = [Group(s, take(completions, cfg.num_generations), take(texts, cfg.num_generations), []) for s in samples]
     for group in (g for g in groups if any(g.sample is s for s in shuffled)):
         group.shuffled_texts = take(texts, cfg.shuffled_generations)
+        group.shuffled_lengths = take(lengths, cfg.shuffled_generations)
     for group in groups:
         score(group, cfg, eos_ids(model, processor.tokenizer))                       # 3. and 4.
     return groups
+
+
+def decoding_bytes(model, groups):
+    """Bytes that decoding these groups had to read at least: all text weights once a step, and every row's cache.
+
+    Its share of the memory's peak bandwidth says how far a rollout is from the limit of the GPU.
+    """
+    text = model.config.get_text_config()
+    weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
+    weights += 0 if text.tie_word_embeddings else -model.get_input_embeddings().weight.nbytes + model.lm_head.weight.nbytes
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * model.dtype.itemsize
+    rows = [(g.sample["ordered"]["input_ids"].shape[1], n) for g in groups for n in [*map(len, g.completions), *g.shuffled_lengths]]
+    return max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
+
+
+def memory_bandwidth(device):
+    """Peak bytes a second of this GPU's memory; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    gpu = torch.cuda.get_device_properties(device)
+    return 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
 
 
 def print_rollouts(step, groups):
@@ -325,10 +353,15 @@ def main():
         common.refresh(sampler, policy)
         common.seed_everything(cfg.seed, step, accelerator.process_index)
         groups = sample_groups(sampler, batch, processor, cfg)                       # 2. rollout, 3. score, 4. advantages
-        timer.lap("rollout")
+        seconds = timer.lap("rollout")
         means = common.Means()
         for group in groups:
             means.add(group.parts)
+        if groups:
+            n_tokens = sum(map(len, (c for g in groups for c in g.completions))) + sum(n for g in groups for n in g.shuffled_lengths)
+            means.add({"rollout/tokens_per_s": n_tokens / seconds})                  # of one process
+            if bandwidth := memory_bandwidth(accelerator.device):
+                means.add({"rollout/bandwidth_share": decoding_bytes(sampler, groups) / seconds / bandwidth})
         total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
 
         for _ in range(cfg.updates_per_rollout):
@@ -359,7 +392,7 @@ def main():
         timer.lap("update")
 
         metrics = {**means.reduce(accelerator), "policy/grad_norm": grad_norm, "lr": common.learning_rate(step, cfg),
-                   "data/skipped": len(skipped), **timer.report()}
+                   "data/skipped": len(skipped), **timer.report(), **common.peak_memory(accelerator)}
         if "temporal/gap_se" in metrics:
             metrics["temporal/gap_se"] **= 0.5            # the mean variance of one group's p − p̃, as a standard error
         log(step, metrics)

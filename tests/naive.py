@@ -5,7 +5,7 @@ import types
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import Policy, seed_everything
+from common import Policy, read_jsonl, seed_everything
 
 IMAGE, VIDEO, START, END, EOS, PAD = 60, 61, 62, 63, 1, 2
 tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
@@ -66,3 +66,9 @@ def completion_logps(model, x, completion, temperature=1.0):
                    use_cache=False).logits[0, P - 1:-1] / temperature
     banned = torch.zeros(64, dtype=torch.bool).index_fill(0, torch.tensor([IMAGE, VIDEO]), True)
     return logits.masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, completion[:, None])[:, 0]
+
+
+def without_times(folder):
+    """The metrics of a run, less what depends on the clock."""
+    timed = ("time/", "rollout/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_jsonl(folder / "metrics.jsonl")]

@@ -13,15 +13,12 @@ import common
 import data
 import sft
 import tgrpo
+from naive import without_times
 from test_data import write_video
 
 
 def weights(folder):
     return load_file(folder / "final/model.safetensors")
-
-
-def without_times(folder):
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in common.read_jsonl(folder / "metrics.jsonl")]
 
 
 def settings(world, **values):

@@ -1,0 +1,90 @@
+"""The sharded code path (FSDP2) on two CPU processes: the same numbers as one process, no rank left waiting, runs that survive."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+from naive import without_times
+
+ROOT = Path(__file__).parent.parent
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641"]
+
+
+def launch(command, timeout=240, **kwargs):
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=QUIET, capture_output=True, text=True, timeout=timeout, **kwargs)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def outputs(world, tmp_path_factory):
+    """Folders of the same runs on one process and on two, sharded."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    shutil.copytree(world / "world", two / "broken")
+    record = next(r for r in json.loads((two / "broken/rl.json").read_text()) if r["data_type"] == "video")
+    (two / "broken" / record["path"]).write_bytes(b"")
+    for command in ([sys.executable, "tests/two_ranks.py", world, one, "none"], [*TORCHRUN, "tests/two_ranks.py", world, two, "full_shard"]):
+        status, said = launch(command)
+        assert status == 0, said[-4000:]
+    return one, two
+
+
+def weights(folder):
+    return load_file(folder / "final/model.safetensors")
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("stage", ["sft", "tgrpo", "frozen"])
+def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, stage):
+    """Guards: loss or metrics averaged by ranks instead of tokens and completions; weights of a stale shard in the file."""
+    one, two = outputs
+    assert difference(weights(one / stage), weights(two / stage)) < 1e-5
+    assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4          # and it is a step
+    rows = [without_times(folder / stage) for folder in outputs]
+    for a, b in zip(*rows):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
+
+
+def test_frozen_vision_stays(world, outputs):
+    """Guards: freeze_vision that only leaves the optimizer out, or freezes everything."""
+    base = load_file(world / "base/model.safetensors")
+    for folder in outputs:
+        for name, tensor in weights(folder / "frozen").items():
+            if name.startswith("visual"):
+                assert torch.equal(tensor, base[name]), name
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(outputs):
+    """Guards: one rank that leaves while the other waits for it; work lost when a job is preempted."""
+    _, two = outputs
+    assert difference(weights(two / "stopped"), weights(two / "tgrpo")) == 0
+    assert without_times(two / "stopped") == without_times(two / "tgrpo")
+
+
+def test_real_rollouts_on_two_ranks_never_wait_for_each_other(outputs):
+    """Guards: a deadlock on unequal completions, on an image beside a video, on a rank whose only clip is unreadable."""
+    rows = common.read_jsonl(outputs[1] / "real/metrics.jsonl")
+    assert len(rows) == 6 and rows[-1]["data/skipped"] == 1
+
+
+def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):
+    """Guards: DTensors or wrapper names in the exported file."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    folder = outputs[1] / "tgrpo/final"
+    _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    AutoProcessor.from_pretrained(folder)

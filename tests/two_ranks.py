@@ -1,0 +1,91 @@
+"""Runs the real stages on one or two CPU processes, several in a row; test_sharded.py starts it and compares what it leaves.
+
+    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER OUT full_shard        or        python tests/two_ranks.py FOLDER OUT none
+
+Sampling differs with the number of processes, so here a prompt's completions follow from its tokens and pixels alone.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+import common
+import data
+import sft
+import tgrpo
+
+FOLDER, OUT, FSDP = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+RANK = int(os.environ.get("RANK", 0))
+real_rollout, real_refresh, real_score = tgrpo.rollout, common.refresh, tgrpo.score
+
+
+def fixed_rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, **_):
+    """Completions of unequal length that depend on nothing but the prompt."""
+    completions = []
+    for x, n in zip(prompts, counts):
+        pixels = x["pixel_values_videos"] if "pixel_values_videos" in x else x["pixel_values"]
+        generator = torch.Generator().manual_seed(int(x["input_ids"].sum()) + int(1000 * pixels.abs().sum()))
+        for _ in range(n):
+            length = int(torch.randint(1, 12, (1,), generator=generator))
+            completions.append(torch.randint(10, 300, (length,), generator=generator))
+    return completions
+
+
+def checked_refresh(copy, model):
+    """The real one, after which every weight of the rollout copy must be the trained one (every rank gathers)."""
+    real_refresh(copy, model)
+    trained = dict(model.named_parameters())
+    for name, parameter in copy.named_parameters():
+        now = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name]
+        assert torch.equal(parameter, now), f"stale in the rollout: {name}"
+
+
+def run(stage, output, **settings):
+    if PartialState._shared_state:                        # a second stage in this process: let accelerate begin anew
+        kind = DistributedType.MULTI_CPU if "WORLD_SIZE" in os.environ else DistributedType.NO
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = kind
+    records = {"sft": "sft", "tgrpo": "rl"}[stage.__name__]
+    settings = {"model": FOLDER / "base", "records": FOLDER / f"world/{records}.json", "data_root": FOLDER / "world", "output_dir": OUT / output,
+                "num_workers": 0, "fsdp": FSDP, "steps": 2, "batch_size": 4, "micro_batch_size": 1, "save_every": 0, "lr_schedule": "constant",
+                "adam_beta2": 0.9, "lr": 1e-3, "warmup_steps": 0, **settings}
+    sys.argv = [stage.__name__, "--config", "configs/toy.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+    stage.main()
+
+
+def main():
+    Accelerator.end_training = lambda self: None          # the process group serves the next stage too
+    tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
+    tgrpo.rollout, common.refresh = fixed_rollout, checked_refresh
+    run(sft, "sft")
+    run(tgrpo, "tgrpo", updates_per_rollout=2)
+    run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
+    if FSDP == "none":
+        return
+
+    def stop_once(group, cfg, eos):                       # a scheduler asks one of the ranks to leave
+        tgrpo.score = real_score
+        if RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_score(group, cfg, eos)
+
+    tgrpo.score = stop_once
+    run(tgrpo, "stopped", updates_per_rollout=2)
+    assert not (OUT / "stopped/final").exists() and (OUT / "stopped/checkpoint-1/state.json").exists()
+    run(tgrpo, "stopped", updates_per_rollout=2)          # the same command goes on
+
+    tgrpo.rollout = real_rollout                          # ranks with other tokens, an image beside a video, an unreadable clip
+    run(tgrpo, "real", records=OUT / "broken/rl.json", data_root=OUT / "broken", steps=6, max_unreadable=0.5, batch_size=2, max_new_tokens=8)
+
+
+if __name__ == "__main__":
+    main()
