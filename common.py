@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
@@ -38,7 +38,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoProcessor, GenerationConfig, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -342,28 +344,50 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
         return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
 
 
-def load_model(cfg, dtype=torch.float32):
-    """Policy on the CPU, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6."""
-    model = Policy.of(Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="packed"))
+def load_model(cfg, dtype=torch.float32, accelerator=None):
+    """Policy on the CPU, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
+
+    Where it will be sharded only rank 0 reads the weights and the others get them from it: one copy in the memory of a machine.
+    """
+    if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
+        with init_empty_weights():
+            model = empty_model(Qwen2_5_VLConfig.from_pretrained(cfg.model), dtype)
+        model.tie_weights()                               # the context above has parted them
+        model.generation_config = GenerationConfig.from_pretrained(cfg.model)
+    else:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="packed")
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return Policy.of(model)
+
+
+def empty_model(config, dtype):
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="packed")
 
 
 def load_frozen(accelerator, cfg):
     """A frozen copy of the starting checkpoint: the reference. Sharded like the policy, but without optimizer state."""
-    model = load_model(cfg, torch.bfloat16 if cfg.bf16 else torch.float32).eval().requires_grad_(False)
+    model = load_model(cfg, compute_dtype(cfg), accelerator).eval().requires_grad_(False)
     return fsdp2_prepare_model(accelerator, model) if is_sharded(accelerator) else model.to(accelerator.device)
 
 
+def compute_dtype(cfg):
+    return torch.bfloat16 if cfg.bf16 else torch.float32
+
+
 def rollout_copy(accelerator, model, cfg):
-    """The model to sample from: the policy itself, or, where it is sharded or trained in bfloat16, a whole copy of it.
+    """The model to sample from: the policy itself, or, where it is sharded or trained in bfloat16, a whole copy to refresh().
 
     generate() on sharded weights would gather all of them for every token. The copy also lets ranks finish on their own.
     """
+    policy = accelerator.unwrap_model(model)
     if not is_sharded(accelerator) and not cfg.bf16:
-        return accelerator.unwrap_model(model)
-    return load_model(cfg, torch.bfloat16 if cfg.bf16 else torch.float32).eval().requires_grad_(False).to(accelerator.device)
+        return policy
+    with torch.device(accelerator.device), no_init_weights():
+        copy = Policy.of(empty_model(policy.config, compute_dtype(cfg)))
+    copy.tie_weights()                                     # skipped with the initial weights
+    copy.generation_config = policy.generation_config
+    return copy.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -399,7 +423,7 @@ def make_accelerator(cfg, **kwargs):
     if cfg.fsdp == "full_shard" and "ACCELERATE_USE_FSDP" not in os.environ:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=WRAPPED_LAYERS,
-            state_dict_type="SHARDED_STATE_DICT",
+            state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=True,
             mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.bf16 else None,
                                                         reduce_dtype=torch.float32, cast_forward_inputs=False))
     on_cpu = not torch.cuda.is_available()
@@ -440,9 +464,17 @@ def learning_rate(step, cfg):
     return cfg.lr * (shape if cfg.lr_schedule == "constant" else cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
 
 
-def make_optimizer(model, cfg):
-    return torch.optim.AdamW(trainable(model, cfg), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
-                             weight_decay=cfg.weight_decay)
+def prepare(accelerator, model, cfg):
+    """(model, optimizer) ready for training: on their device, sharded or wrapped where the launch asks for it.
+
+    Sharding comes first: ranks whose weights are still to come could not be matched with an optimizer made before.
+    """
+    parameters = trainable(model, cfg)                    # freezes what is not to be trained
+    if is_sharded(accelerator):
+        model = fsdp2_prepare_model(accelerator, model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
+    return accelerator.prepare(model, optimizer)
 
 
 def update(accelerator, model, optimizer, step, cfg):

@@ -58,8 +58,8 @@ def main():
     common.seed_everything(cfg.seed)
 
     processor = common.load_processor(cfg)
-    model = common.load_model(cfg).train()
-    model, optimizer = accelerator.prepare(model, common.make_optimizer(model, cfg))
+    model = common.load_model(cfg, accelerator=accelerator).train()
+    model, optimizer = common.prepare(accelerator, model, cfg)
     start = common.resume(accelerator, cfg)["step"]
     log = common.Log(accelerator, cfg, "sft", start)
     stop = common.StopSignal()

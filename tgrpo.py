@@ -329,9 +329,9 @@ def main():
     common.check_batches(cfg, accelerator)
 
     processor = common.load_processor(cfg)
-    model = common.load_model(cfg).train()
+    model = common.load_model(cfg, accelerator=accelerator).train()
     reference = common.load_frozen(accelerator, cfg) if cfg.beta else None
-    model, optimizer = accelerator.prepare(model, common.make_optimizer(model, cfg))
+    model, optimizer = common.prepare(accelerator, model, cfg)
     policy = accelerator.unwrap_model(model)
     sampler = common.rollout_copy(accelerator, policy, cfg)
     banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 import common
 import data
@@ -43,6 +44,7 @@ def fixed_rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens
 def checked_refresh(copy, model):
     """The real one, after which every weight of the rollout copy must be the trained one (every rank gathers)."""
     real_refresh(copy, model)
+    assert any(isinstance(p, DTensor) for p in model.parameters()) == (FSDP == "full_shard")
     trained = dict(model.named_parameters())
     for name, parameter in copy.named_parameters():
         now = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name]
@@ -52,6 +54,8 @@ def checked_refresh(copy, model):
 def run(stage, output, **settings):
     if PartialState._shared_state:                        # a second stage in this process: let accelerate begin anew
         kind = DistributedType.MULTI_CPU if "WORLD_SIZE" in os.environ else DistributedType.NO
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            os.environ.pop(name, None)
         AcceleratorState._reset_state()
         PartialState._shared_state["distributed_type"] = kind
     records = {"sft": "sft", "tgrpo": "rl"}[stage.__name__]
