@@ -21,7 +21,9 @@ import random
 import re
 import shutil
 import signal
+import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -31,8 +33,10 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -515,19 +519,51 @@ def save_model(accelerator, model, processor, folder, dtype=None):
     state = accelerator.get_state_dict(model)             # every rank must call it; full on rank 0
     if accelerator.is_main_process:
         inner = accelerator.unwrap_model(model)
-        if inner.config.get_text_config().tie_word_embeddings:
-            state.pop("lm_head.weight", None)             # the embedding once more; gathered shards hide that
-        if dtype is not None:
-            state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        temporary = Path(f"{folder}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        with torch.device("meta"):                        # the base class, empty: it knows the file layout
-            shell = Qwen2_5_VLForConditionalGeneration(inner.config)
-        shell.config.dtype, shell.generation_config = next(iter(state.values())).dtype, inner.generation_config
+        write_model(state, inner.config, inner.generation_config, processor, folder, dtype)
+    accelerator.wait_for_everyone()
+
+
+def write_model(state, config, generation_config, processor, folder, dtype=None):
+    """The files of save_model from a full state dict; `dtype` None keeps the weights' own."""
+    if config.get_text_config().tie_word_embeddings:
+        state.pop("lm_head.weight", None)                 # the embedding once more; gathered shards hide that
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    temporary = Path(f"{folder}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with torch.device("meta"):                            # the base class, empty: it knows the file layout
+        shell = Qwen2_5_VLForConditionalGeneration(config)
+    shell.config.dtype, shell.generation_config = next(iter(state.values())).dtype, generation_config
+    with room_on_disk(folder):
         shell.save_pretrained(temporary, state_dict=state)
         processor.save_pretrained(temporary)
         replace_folder(temporary, Path(folder))
-    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def room_on_disk(folder):
+    """Turns a failed write into one line that says what to do; what was there before stays as it was."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:          # torch and safetensors have their own for a full disk
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise
+        raise UserError(f"cannot write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are whole: make room on the "
+                        "disk and start the same command again, it goes on from the newest") from error
+
+
+def export(checkpoint, folder):
+    """Make a checkpoint of a training run, sharded or not, a plain model in `folder`. On one CPU process, no GPU needed."""
+    checkpoint = Path(checkpoint)
+    (settings,) = read_yaml(checkpoint.parent / "config.yaml").values()
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as merged:
+        if (checkpoint / "pytorch_model_fsdp_0").is_dir():
+            merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), merged)
+        source = Path(merged) if any(Path(merged).iterdir()) else checkpoint
+        state = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
+    write_model(state, Qwen2_5_VLConfig.from_pretrained(cfg.model), GenerationConfig.from_pretrained(cfg.model), load_processor(cfg),
+                folder, compute_dtype(cfg))
 
 
 def replace_folder(new, old):
@@ -554,11 +590,13 @@ def save_checkpoint(accelerator, cfg, step, state):
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
+    with room_on_disk(temporary):
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_atomic(temporary / "state.json", json.dumps({"step": step, **state}))
+            replace_folder(temporary, Path(cfg.output_dir) / f"checkpoint-{step}")
     if accelerator.is_main_process:
-        write_atomic(temporary / "state.json", json.dumps({"step": step, **state}))
-        replace_folder(temporary, Path(cfg.output_dir) / f"checkpoint-{step}")
         for old in checkpoints(cfg.output_dir)[:-cfg.keep_checkpoints]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -722,3 +760,11 @@ def trackers(cfg):
     except ImportError:
         return {}
     return {"log_with": "tensorboard", "project_dir": cfg.output_dir}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make a training run's checkpoint a plain model that from_pretrained loads.")
+    parser.add_argument("--export", required=True, metavar="CHECKPOINT", help="for example runs/7b/tgrpo/checkpoint-50")
+    parser.add_argument("--out", required=True, help="folder to write")
+    arguments = parser.parse_args()
+    export(arguments.export, arguments.out)

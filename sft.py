@@ -16,6 +16,7 @@ Axes: B rows · L tokens of a row · N target tokens of all rows
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import common
@@ -48,6 +49,7 @@ def collate(samples, pad_id):
     return inputs, torch.cat(predict), torch.cat([s["target"] for s in samples])
 
 
+@record                                                   # under a launcher: this rank's traceback stands last
 def main():
     cfg = common.load_config(SFTConfig, "sft", doc=__doc__)
     common.require(cfg, "sft", "model", "records", "output_dir")
@@ -93,7 +95,7 @@ def main():
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
 
-    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final")
+    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
     skipped.report(accelerator)
     accelerator.print(f"cold start: {cfg.output_dir}/final")
     accelerator.end_training()

@@ -24,6 +24,7 @@ Axes: N prompts (or prompt variants) · G ordered completions of a prompt · S s
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 from transformers import DynamicCache, StaticCache
 
@@ -320,6 +321,7 @@ def print_rollouts(step, groups):
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
+@record                                                   # under a launcher: this rank's traceback stands last
 def main():
     cfg = common.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
     common.require(cfg, "tgrpo", "model", "records", "output_dir")
@@ -402,7 +404,7 @@ def main():
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
 
-    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final")
+    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
     skipped.report(accelerator)
     accelerator.print(f"trained policy: {cfg.output_dir}/final")
     accelerator.end_training()

@@ -1,16 +1,20 @@
 """Seconds of one step: ours, the plain Hugging Face loop, and TRL's GRPOTrainer where it is installed. Not a test.
 
     python tests/bench_tgrpo.py [--rounds 4] [--sizes 464x64 1112x128]
+    python tests/bench_tgrpo.py --data                # seconds to decode and prepare 16-frame clips of 640 x 360
 
 One process, one model, one image prompt, G = 8 completions of exactly C tokens, the same reward, β = 0.04, float32. The
 contestants take turns step by step, so that noise of the machine meets all of them; medians and ranges are over rounds.
-The first round warms up and is not counted. The last line is one JSON object.
+The first round warms up and is not counted. Peak memory is taken in a fresh process each: what one step adds to the
+resident size. The last line is one JSON object.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +23,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import av
+import numpy as np
 import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -159,11 +165,72 @@ def run_trl(folder, picture, problem, processor, C, rounds, placeholders, betwee
     return seconds
 
 
+def set_up(folder, size):
+    """Model, prompt and optimizer of a size, from a checkpoint made in `folder`."""
+    (width, height), hidden, layers = SIZES[size]
+    P = int(size.split("x")[0])
+    make_model(folder, hidden, layers)
+    cfg = common.SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
+    processor = common.load_processor(cfg)
+    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": width * height}
+    picture = Image.effect_noise((width, height), 80).convert("RGB")
+    record, x = prompt_of(processor, picture, P, cfg)
+    assert x["input_ids"].shape[1] == P, x["input_ids"].shape
+    policy, reference = common.load_model(cfg).eval(), common.load_model(cfg).eval().requires_grad_(False)
+    return processor, picture, record, x, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-6)
+
+
+def memory_of(contestant, size):
+    """GB (1e9 bytes) that one step adds to this process's resident size; to be called in a fresh process."""
+    C = int(size.split("x")[1])
+    with tempfile.TemporaryDirectory() as folder:
+        processor, picture, record, x, policy, reference, optimizer = set_up(Path(folder), size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if contestant == "ours":
+            our_step(policy, reference, optimizer, [x], [G], processor, C)
+        elif contestant == "naive":
+            naive_step(policy, reference, optimizer, x, processor, C)
+        else:
+            run_trl(Path(folder), picture, record["problem"], processor, C, 1, placeholder_ids(policy), lambda: None)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+
+
+def bench_data(n=32, seconds=10):
+    """Milliseconds a worker needs for one training sample: a clip of 640 x 360, 30 fps, 16 frames, ordered and shuffled."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_model(folder / "model", 256, 4)
+        noise = np.random.default_rng(0).integers(0, 255, (360, 640, 3), dtype=np.uint8)
+        with av.open(str(folder / "clip.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+            for i in range(30 * seconds):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 4 * i, 1) // 2, format="rgb24")))
+            container.mux(stream.encode())
+        cfg = common.SharedConfig(model=str(folder / "model"), data_root=str(folder), num_workers=0)
+        record = {"problem": "?", "data_type": "video", "problem_type": "free-form", "options": [], "path": "clip.mp4"}
+        samples = data.Samples([record], common.load_processor(cfg), cfg, ("ordered", "shuffled"))
+        laps = []
+        for i in range(n):
+            begin = time.perf_counter()
+            assert "error" not in samples[i]
+            laps.append(1000 * (time.perf_counter() - begin))
+        tokens = samples[0]["ordered"]["input_ids"].shape[1]
+        print(f"one sample of a {seconds} s clip, {tokens} prompt tokens, both orders: {statistics.median(laps):.0f} ms "
+              f"({min(laps):.0f} to {max(laps):.0f})")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--memory", choices=["ours", "naive", "TRL"], help=argparse.SUPPRESS)
+    parser.add_argument("--data", action="store_true", help="time the decoding and preparing of clips instead")
     args = parser.parse_args()
+    if args.data:
+        return bench_data()
+    if args.memory:
+        return print(memory_of(args.memory, args.sizes[0]))
     try:
         import trl
         print(f"TRL {trl.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -173,19 +240,10 @@ def main():
 
     result = {}
     for size in args.sizes:
-        (width, height), hidden, layers = SIZES[size]
         P, C = map(int, size.split("x"))
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            make_model(folder, hidden, layers)
-            cfg = common.SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
-            processor = common.load_processor(cfg)
-            processor.image_processor.size = {"shortest_edge": 784, "longest_edge": width * height}
-            picture = Image.effect_noise((width, height), 80).convert("RGB")
-            record, x = prompt_of(processor, picture, P, cfg)
-            assert x["input_ids"].shape[1] == P, x["input_ids"].shape
-            policy, reference = common.load_model(cfg).eval(), common.load_model(cfg).eval().requires_grad_(False)
-            optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+            processor, picture, record, x, policy, reference, optimizer = set_up(folder, size)
             laps = {"ours": [], "ours, with 4 shuffled": [], "naive": []}
 
             def turn():
@@ -201,7 +259,7 @@ def main():
                     turn()
 
         totals = {name: [sum(parts.values()) for parts in rows[1:]] for name, rows in laps.items()}
-        print(f"\nP = {P}, C = {C}, hidden {hidden}, {layers} layers: seconds a step, median (range) of {args.rounds}")
+        print(f"\nP = {P}, C = {C}, hidden {SIZES[size][1]}, {SIZES[size][2]} layers: seconds a step, median (range) of {args.rounds}")
         for name, rows in laps.items():
             phases = "  ".join(f"{p} {statistics.median(r[p] for r in rows[1:]):.2f}" for p in rows[0] if p != "whole")
             print(f"  {name:<22} {statistics.median(totals[name]):7.2f} ({min(totals[name]):.2f} to {max(totals[name]):.2f})  {phases}")
@@ -211,6 +269,11 @@ def main():
             print(f"  {a} / {b}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             return round(statistics.median(ratios), 3)
 
+        peaks = {}
+        for name in ["ours", "naive"] + ["TRL"] * bool(trl):
+            done = subprocess.run([sys.executable, __file__, "--memory", name, "--sizes", size], capture_output=True, text=True, check=True)
+            peaks[name] = float(done.stdout.strip().split("\n")[-1])
+        print("  peak memory one step adds: " + ", ".join(f"{name} {gb:.2f} GB" for name, gb in peaks.items()))
         result[size] = {"ours_s": round(statistics.median(totals["ours"]), 3), "naive_s": round(statistics.median(totals["naive"]), 3),
                         "trl_s": round(statistics.median(totals["TRL"]), 3) if trl else None, "ratio_naive": ratio("naive", "ours"),
                         "ratio_trl": ratio("TRL", "ours") if trl else None}

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,31 @@ def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     AutoProcessor.from_pretrained(folder)
+
+
+def test_a_rank_that_breaks_ends_all_and_its_traceback_stands_last(world, tmp_path):
+    """Guards: the other ranks waiting for hours in a collective, and the cause lost among their complaints."""
+    begin = time.perf_counter()
+    status, said = launch([*TORCHRUN, "tests/two_ranks.py", world, tmp_path, "full_shard", "explode"], timeout=90)
+    assert status != 0 and time.perf_counter() - begin < 60
+    assert "rank 1 broke" in said[said.rindex("Root Cause"):]
+
+
+def test_two_machines_train_as_one(world, outputs, tmp_path):
+    """Guards: a rank taken for the local one, or every machine writing the same files (here: two launchers on loopback)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1",
+               "--master_port", "29653", "--node_rank"]
+    other = subprocess.Popen([*command, "1", "tests/two_ranks.py", str(world), str(tmp_path), "full_shard", "one stage"], cwd=ROOT, env=QUIET,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    status, said = launch([*command, "0", "tests/two_ranks.py", world, tmp_path, "full_shard", "one stage"])
+    assert status == 0 and other.wait(60) == 0, said[-3000:]
+    assert difference(weights(outputs[0] / "sft"), weights(tmp_path / "sft")) < 1e-5
+
+
+def test_a_sharded_checkpoint_becomes_a_plain_model_by_one_command(outputs, tmp_path):
+    """Guards: shards that only the same number of GPUs can read."""
+    folder = outputs[1] / "stopped"
+    status, said = launch([sys.executable, "common.py", "--export", folder / "checkpoint-1", "--out", tmp_path / "plain"])
+    assert status == 0, said[-2000:]
+    plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(folder)
+    assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02           # one step before the end

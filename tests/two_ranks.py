@@ -70,7 +70,12 @@ def main():
     Accelerator.end_training = lambda self: None          # the process group serves the next stage too
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
     tgrpo.rollout, common.refresh = fixed_rollout, checked_refresh
+    if "explode" in sys.argv:                             # one rank breaks: see test_sharded.py
+        tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
+        return run(tgrpo, "explode", save_every=0)
     run(sft, "sft")
+    if "one stage" in sys.argv:
+        return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
     if FSDP == "none":

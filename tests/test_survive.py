@@ -1,0 +1,86 @@
+"""Runs that are killed, disks that are full, gradients that are not finite: nothing a user made is lost."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+from naive import without_times
+from test_sharded import QUIET, difference, weights
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(world, output, *more):
+    return [str(x) for x in (
+        sys.executable, "tgrpo.py", "--config", "configs/toy.yaml", "--model", world / "base", "--records", world / "world/rl.json",
+        "--data_root", world / "world", "--output_dir", output, "--steps", 12, "--batch_size", 4, "--micro_batch_size", 4, "--save_every", 2,
+        "--num_workers", 1, "--max_new_tokens", 12, *more)]
+
+
+def start(arguments, **kwargs):
+    return subprocess.Popen(arguments, cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
+    """Guards: a checkpoint that forgets optimizer, order or seeds; a log with steps twice or missing; SIGKILL while saving."""
+    assert start(command(world, tmp_path / "whole")).wait(120) == 0
+    run = start(command(world, tmp_path / "killed"))
+    while not (tmp_path / "killed/checkpoint-4").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "killed/final").exists()
+    again = start(command(world, tmp_path / "killed"))
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and "resumed from" in said
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+    assert difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(world, tmp_path):
+    """Guards: a checkpoint cut short that is later resumed from, or a traceback from inside a library."""
+    assert start(command(world, tmp_path / "out", "--steps", 3)).wait(120) == 0
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))         # weights are larger than this
+    full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
+    said, _ = full.communicate(timeout=120)
+    assert full.returncode == 1 and "make room on the disk" in said and "Traceback" not in said, said[-1500:]
+    assert [p.name for p in common.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert start(command(world, tmp_path / "out", "--steps", 6)).wait(120) == 0            # the same command, with room
+
+
+@pytest.mark.parametrize("bad_steps, ends", [([1], "well"), ([0, 1, 2], "in an error")])
+def test_steps_without_a_finite_gradient_are_skipped_three_in_a_row_end_the_run(run, monkeypatch, bad_steps, ends):
+    """Guards: one NaN that wipes out all weights, or a run that skips its way through the night."""
+    import tgrpo
+    real, calls = tgrpo.grpo_loss, []
+
+    def sometimes_nan(*args):
+        calls.append(None)
+        loss_G, kl_GT, clipped_GT = real(*args)
+        return loss_G * (float("nan") if len(calls) - 1 in bad_steps else 1.0), kl_GT, clipped_GT
+    monkeypatch.setattr(tgrpo, "grpo_loss", sometimes_nan)
+    monkeypatch.setattr(common.update, "skipped_in_a_row", 0)
+    if ends == "well":
+        assert all(torch.isfinite(t).all() for t in weights(run("tgrpo", steps=4)).values())
+    else:
+        with pytest.raises(RuntimeError, match="three steps in a row"):
+            run("tgrpo", steps=4)
+
+
+def test_an_exported_checkpoint_is_the_model_of_that_step(run, tmp_path):
+    """Guards: an export of the starting model, or of names nobody can load."""
+    out = run("sft", steps=2, save_every=1)
+    common.export(out / "checkpoint-1", tmp_path / "plain")
+    plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(out)
+    assert plain.keys() == final.keys() and difference(plain, final) > 0
