@@ -24,7 +24,7 @@ import data
 import sft
 import tgrpo
 
-FOLDER, OUT, FSDP = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+FOLDER, OUT, FSDP, MORE = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
 RANK = int(os.environ.get("RANK", 0))
 real_rollout, real_refresh, real_score = tgrpo.rollout, common.refresh, tgrpo.score
 
@@ -70,11 +70,11 @@ def main():
     Accelerator.end_training = lambda self: None          # the process group serves the next stage too
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
     tgrpo.rollout, common.refresh = fixed_rollout, checked_refresh
-    if "explode" in sys.argv:                             # one rank breaks: see test_sharded.py
+    if "explode" in MORE:                             # one rank breaks: see test_sharded.py
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
         return run(tgrpo, "explode", save_every=0)
     run(sft, "sft")
-    if "one stage" in sys.argv:
+    if "one stage" in MORE:
         return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
