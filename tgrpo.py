@@ -56,6 +56,8 @@ class TGRPOConfig(common.TrainConfig):
     length_max: int = option(512, "... and at most this many ...", low=0)
     length_omega: float = option(0.2, "... earns this", low=0)
     rollout_compile: bool = option(False, "compile the decoding step (CUDA only); pays for long completions of equal batch shape")
+    plan: bool = option(False, "print the memory that one GPU would hold, and leave; no GPU needed")
+    gpus: int = option(8, "GPUs that --plan counts with", low=1)
     print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
 
     def __post_init__(self):
@@ -325,6 +327,8 @@ def print_rollouts(step, groups):
 def main():
     cfg = common.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
     common.require(cfg, "tgrpo", "model", "records", "output_dir")
+    if cfg.plan:
+        return common.print_plan(cfg, cfg.gpus)
     common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + common.config_path())
     records = data.load_records(cfg.records, cfg.data_root)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))

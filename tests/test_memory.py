@@ -1,0 +1,68 @@
+"""`--plan` against bytes counted in a real training step, and what it says of the shipped configs."""
+
+import json
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import common
+import data
+import tgrpo
+from test_data import write_video
+
+
+def plan_config(**settings):
+    cfg = common.load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", "configs/toy.yaml"])
+    for name, value in (settings | {"beta": 0.0}).items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("G, T", [(8, 40), (2, 150)])
+def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, checkpointing, G, T):
+    """Guards: a plan that forgets what a step really holds, and a run that dies of it after an hour in a queue."""
+    write_video(tmp_path / "clip.mp4", 8)
+    cfg = plan_config(model=str(world / "base"), data_root=str(tmp_path), gradient_checkpointing=checkpointing, num_generations=G,
+                      max_new_tokens=T, shuffled_generations=0)
+    record = next(r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction") | {"path": "clip.mp4"}
+    prompts = [data.Samples([record], common.load_processor(cfg), cfg)[0]["ordered"]] * cfg.micro_batch_size
+    model = common.load_model(cfg).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
+
+    def step():
+        logps_GT, _ = tgrpo.token_logps(model, tgrpo.pack(model, prompts, completions, 0), [T] * G * len(prompts), 1.0, ())
+        logps_GT.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()                                                # the optimizer's state exists from here on
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        step()
+    (measured,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+    P = prompts[0]["input_ids"].shape[1]
+    _, planned = common.memory_plan(cfg, common.model_shape(cfg.model), 1, prompt_tokens=P, patches=64)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("path, gpus, fits", [("configs/7b.yaml", 4, True), ("configs/7b.yaml", 8, True), ("configs/7b.yaml", 1, False), ("configs/3b.yaml", 2, True)])
+def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gpus, fits):
+    """Guards: a shipped config that does not fit where its first line says it does; a plan that needs a GPU or a download."""
+    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--config", path, "--plan", "--gpus", str(gpus)])
+    tgrpo.main()
+    said = capsys.readouterr().out
+    assert ("fits in 80 GB" in said) == fits and ("does not fit" in said) != fits and "KV cache" in said
+
+
+def test_the_published_shapes_have_the_published_number_of_parameters():
+    """Guards: a plan for a model that does not exist."""
+    for name, billions in (("Qwen/Qwen2.5-VL-7B-Instruct", 8.292), ("Qwen/Qwen2.5-VL-3B-Instruct", 3.755)):
+        with torch.device("meta"):
+            model = common.empty_model(common.model_shape(name), torch.float32)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
+    with pytest.raises(common.UserError, match="neither 3B nor 7B"):
+        common.model_shape("some/other-13b")
