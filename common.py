@@ -361,7 +361,7 @@ def load_model(cfg, dtype=torch.float32, accelerator=None):
     else:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="packed")
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return Policy.of(model)
 
 

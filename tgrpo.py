@@ -336,8 +336,8 @@ def main():
 
     processor = common.load_processor(cfg)
     model = common.load_model(cfg, accelerator=accelerator).train()
-    reference = common.load_frozen(accelerator, cfg) if cfg.beta else None
     model, optimizer = common.prepare(accelerator, model, cfg)
+    reference = common.load_frozen(accelerator, cfg) if cfg.beta else None           # after the policy has left the CPU
     policy = accelerator.unwrap_model(model)
     sampler = common.rollout_copy(accelerator, policy, cfg)
     banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id

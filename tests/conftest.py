@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 import evaluate
 import sft
@@ -34,6 +35,7 @@ def run(world, tmp_path, monkeypatch):
                     "output_dir": tmp_path / output, "num_workers": 0, **training, **settings}
         arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--config", "configs/toy.yaml", *arguments])
+        AcceleratorState._reset_state(reset_partial_state=True)             # each stage is a process of its own elsewhere
         STAGES[stage].main()
         return tmp_path / output
     return run_stage

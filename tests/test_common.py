@@ -129,3 +129,17 @@ def test_write_atomic_leaves_nothing_else(tmp_path):
     common.write_atomic(tmp_path / "a.json", json.dumps([1]))
     common.write_atomic(tmp_path / "a.json", json.dumps([1, 2]))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == [1, 2]
+
+
+@pytest.mark.parametrize("batch, micro, ranks, line", [
+    (8, 1, 3, "batch_size 8 does not divide over 3 processes"), (4, 1, 8, "batch_size 4 does not divide over 8 processes"),
+    (12, 4, 2, "the 6 records of one process do not divide into micro-batches of 4"), (8, 4, 2, None), (4, 16, 2, None),
+])
+def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ranks, line):
+    """Guards: silent rounding of the batch, or a rank without prompts that hangs the others."""
+    cfg = sft.SFTConfig(batch_size=batch, micro_batch_size=micro)
+    accelerator = type("Accelerator", (), {"num_processes": ranks})
+    if line is None:
+        return common.check_batches(cfg, accelerator)
+    with pytest.raises(common.UserError, match=line):
+        common.check_batches(cfg, accelerator)

@@ -83,6 +83,14 @@ def test_updates_per_rollout_let_the_ratio_leave_one(run):
     assert max(clipped(run("tgrpo", "one", updates_per_rollout=1, lr=0.01, warmup_steps=0))) == 0
 
 
+@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
+def test_bfloat16_without_sharding(run, stage):
+    """Guards: autocast meeting a float32 rollout, reference or head."""
+    out = run(stage, bf16="true")
+    assert all(math.isfinite(v) for row in common.read_jsonl(out / "metrics.jsonl") for v in row.values())
+    assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
+
+
 def test_temporal_rule_none_is_grpo(run):
     """Guards: shuffled rollouts sampled for nothing, or a temporal term that stays."""
     rows = common.read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")

@@ -82,6 +82,13 @@ def test_real_rollouts_on_two_ranks_never_wait_for_each_other(outputs):
     assert len(rows) == 6 and rows[-1]["data/skipped"] == 1
 
 
+def test_bfloat16_trains_float32_weights_and_leaves_a_bfloat16_model(outputs):
+    """Guards: mixed dtypes that stop the first step on a GPU; master weights rounded to bfloat16."""
+    final = weights(outputs[1] / "bf16")
+    assert {t.dtype for t in final.values()} == {torch.bfloat16} and all(torch.isfinite(t).all() for t in final.values())
+    assert len(common.read_jsonl(outputs[1] / "bf16/metrics.jsonl")) == 2
+
+
 def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):
     """Guards: DTensors or wrapper names in the exported file."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration

@@ -255,7 +255,7 @@ def test_rollout_works_from_a_training_model():
     """Guards: generate() under train() with gradient checkpointing drops its cache and says something else."""
     model = naive.tiny_policy()
     expected = rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, temperature=0, max_new_tokens=8)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     got = rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, temperature=0, max_new_tokens=8)
     assert [c.tolist() for c in got] == [c.tolist() for c in expected] and model.training

@@ -48,7 +48,7 @@ def checked_refresh(copy, model):
     trained = dict(model.named_parameters())
     for name, parameter in copy.named_parameters():
         now = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name]
-        assert torch.equal(parameter, now), f"stale in the rollout: {name}"
+        assert torch.equal(parameter, now.to(parameter.dtype)), f"stale in the rollout: {name}"
 
 
 def run(stage, output, **settings):
@@ -94,6 +94,7 @@ def main():
 
     tgrpo.rollout = real_rollout                          # ranks with other tokens, an image beside a video, an unreadable clip
     run(tgrpo, "real", records=OUT / "broken/rl.json", data_root=OUT / "broken", steps=6, max_unreadable=0.5, batch_size=2, max_new_tokens=8)
+    run(tgrpo, "bf16", bf16="true", gradient_checkpointing="true", max_new_tokens=8)
 
 
 if __name__ == "__main__":
