@@ -101,8 +101,9 @@ def read_benchmark(name, root):
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {row!r:.80}")
                 for record in convert(row, number, file, base):
-                    record |= {"benchmark": name, "problem_id": record["id"],
-                               "path": os.path.normpath(os.path.join(os.path.relpath(base, root), record["path"]))}
+                    record |= {"benchmark": name, "problem_id": record["id"]}
+                    record |= {key: os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
+                               for key in ("path", "image_path") if key in record}
                     check_record(record, root, need_process=False)
                     if record["id"] in first_seen:
                         raise ValueError(f"id {record['id']!r} again; it stood in {first_seen[record['id']]}")
@@ -162,7 +163,7 @@ def read_parquet(path):
 # ---------------------------------------------------------------------- rows to records: one generator a benchmark
 
 
-def text(row, name):
+def need(row, name):
     """The field as text; ValueError if it is missing or empty."""
     if row.get(name) in (None, ""):
         raise ValueError(f"{name}: missing")
@@ -170,7 +171,7 @@ def text(row, name):
 
 
 def one_of(row, name, values):
-    if text(row, name) not in values:
+    if need(row, name) not in values:
         raise ValueError(f"{name}: expected one of {', '.join(values)}, got {row[name]!r:.80}")
     return row[name]
 
@@ -193,8 +194,8 @@ def make(row_id, task, problem, answer, path, options=(), problem_type="", **ext
 
 def vsibench(row, number, file, base):
     task = one_of(row, "question_type", VSI_TYPES)
-    yield make(text(row, "id"), task, text(row, "question"), text(row, "ground_truth"),
-               f"{text(row, 'dataset')}/{text(row, 'scene_name')}.mp4", row.get("options") or (),
+    yield make(need(row, "id"), task, need(row, "question"), need(row, "ground_truth"),
+               f"{need(row, 'dataset')}/{need(row, 'scene_name')}.mp4", row.get("options") or (),
                "regression" if task in VSI_NUMBERS else "multiple choice", data_source=row["dataset"])
 
 
@@ -204,7 +205,7 @@ def videommmu(row, number, file, base):
     In Adaptation the question's image is the last frame: official videos already end on it (`last_frame`: a reader has to
     take that frame); where the annotation names the image as a file, `image_path` is to be appended.
     """
-    track, name = row.get("track") or file.parent.name, text(row, "id")
+    track, name = row.get("track") or file.parent.name, need(row, "id")
     one_of({"track": track}, "track", TRACKS)
     folder = DISCIPLINE.get("_".join(name.split("_")[1:-1]))
     if folder is None:
@@ -213,10 +214,356 @@ def videommmu(row, number, file, base):
     image = image.get("path") if isinstance(image, dict) else image
     extra = {}
     if track == "Adaptation":
-        has_file = image and Path(base, image).is_file()
-        extra = {"image_path": os.path.join(base.name, image)} if False and has_file else {"last_frame": True}
+        extra = {"image_path": image} if image and Path(base, image).is_file() else {"last_frame": True}
     options = row.get("options") or ()
-    question, answer = text(row, "question"), text(row, "answer")
+    question, answer = need(row, "question"), need(row, "answer")
     yield make(f"{track}/{name}", track, question, answer, f"{folder}/{name}.mp4", options, **extra)
     if track == "Adaptation":
         yield make(f"question_only/{name}", "question_only", question, answer, f"question_only/{name}_image.mp4", options)
+
+
+def mvbench(row, number, file, base):
+    """The answer is a text; its letter is its place among the candidates. `start`, `end`: seconds of the part asked about."""
+    task, video = file.stem, need(row, "video")
+    folder = MVBENCH_FOLDER.get(task)
+    if folder is None:
+        raise ValueError(f"no task of MVBench is called {task!r}")
+    options, answer = [str(c) for c in row.get("candidates") or ()], need(row, "answer")
+    if answer not in options:
+        raise ValueError(f"answer: {answer!r:.80} is not among the candidates {options!r:.160}")
+    extra = {key: float(row[key]) for key in ("start", "end") if row.get(key) is not None}
+    if task == "episodic_reasoning":
+        extra |= {"data_type": "frame", "fps": FOLDER_FPS}
+    record = make(f"{task}/{number - 1}", task, need(row, "question"), chr(ord("A") + options.index(answer)),
+                  f"video/{folder}/{video}", options)
+    yield record | extra
+
+
+def tempcompass(row, number, file, base):
+    """Multi-choice options are lines of the question; the other two formats are answered in words."""
+    form = file.stem if file.suffix == ".json" else file.parent.name
+    video, dim, question, answer = (need(row, key) for key in ("video_id", "dim", "question", "answer"))
+    options = []
+    if form == "multi-choice":
+        options = [line for line in question.split("\n")[1:] if re.match(r"[A-D][.)]", line)]
+        question = "\n".join(line for line in question.split("\n") if line not in options)
+        answer = answer[:1] if re.match(r"[A-D][.)]", answer) else answer
+    elif form == "yes_no":
+        answer = one_of({"answer": answer.lower()}, "answer", ("yes", "no"))
+        question += "\nAnswer yes or no."
+    elif answer not in question.split("\n")[1:]:
+        raise ValueError(f"answer: {answer!r:.80} is not a line of the question")
+    else:
+        question += "\nAnswer with the label of the one that matches."
+    yield make(f"{form}/{video}/{dim}/{row['index']}", form, question, answer, f"videos/{video}.mp4", options,
+               "multiple choice" if form == "multi-choice" else "free-form", dim=dim)
+
+
+def mmvu(row, number, file, base):
+    """Open questions have no rule, only a judge model: they are kept, marked `unscored`."""
+    kind = one_of(row, "question_type", ("multiple-choice", "open-ended"))
+    subject = need(row["metadata"] if isinstance(row.get("metadata"), dict) else {}, "subject")
+    path = "videos/" + need(row, "video").split("videos/")[-1]
+    if kind == "open-ended":
+        yield make(need(row, "id"), subject, need(row, "question"), need(row, "answer"), path, (), "free-form", unscored=True)
+    else:
+        options = [f"{letter}. {choice}" for letter, choice in (row.get("choices") or {}).items() if choice]
+        yield make(need(row, "id"), subject, need(row, "question"), need(row, "answer"), path, options, "multiple choice")
+
+
+def videomme(row, number, file, base):
+    video = need(row, "videoID")
+    ending = next((e for e in (".mp4", ".MP4", ".mkv") if Path(base, "data", video + e).is_file()), ".mp4")
+    yield make(need(row, "question_id"), need(row, "task_type"), need(row, "question"), need(row, "answer"),
+               f"data/{video}{ending}", row.get("options") or (), "multiple choice",
+               **{key: need(row, key) for key in ("duration", "domain", "sub_category")})
+
+
+def video_r1(row, number, file, base):
+    """A row of Video-R1's eval JSON: already a record. Its path goes on where eval_bench.py's starts, at this folder."""
+    kind = need(row, "problem_type")
+    task = row.get("original_question_type") or row.get("data_source") or kind
+    yield {**row, "id": need(row, "problem_id"), "task": task, "options": row.get("options") or [], "path": need(row, "path"),
+           **({"fps": FOLDER_FPS} if row.get("data_type") == "frame" else {})}
+
+
+READERS = {"vsibench": vsibench, "videommmu": videommmu, "mvbench": mvbench, "tempcompass": tempcompass, "mmvu": mmvu,
+           "videomme": videomme}
+
+
+# ------------------------------------------------------------------------------------------------------------- media
+
+
+def missing_media(records, root):
+    """Paths, relative to root, of the videos, frame folders and question images that are not there; each once, in order."""
+    paths = [path for r in records for path in (r["path"], r.get("image_path")) if path]
+    return [path for path in dict.fromkeys(paths) if not os.path.exists(os.path.join(root, path))]
+
+
+def segment_indices(total, fps, n, start, end, first=0):
+    """MVBench's indices of `n` frames between `start` and `end` seconds of a clip of `total` frames, repeats included.
+
+    first: 1 for folders of stills numbered from 1, then an index is a file's number; 0 for videos. A part beyond the clip's
+    end gives its last frame (ours; the official loader fails there).
+
+    >>> segment_indices(100, 10, 4, 2, 6), segment_indices(30, 3, 2, 0, 100, first=1)
+    ([25, 35, 45, 55], [8, 22])
+    """
+    last = total - 1 + first
+    low = min(max(first, round(start * fps)), last)
+    size = (max(low, min(round(end * fps), last)) - low) / n
+    return [int(low + size / 2 + round(size * i)) for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------- scoring one answer
+
+
+def answer_of(prediction):
+    """The answer in a prediction's text: its answer block's, or all of it if it holds no tags. Empty if there is none.
+
+    >>> answer_of("<think>A?</think><answer>B</answer>"), answer_of(" B "), answer_of("<think>B")
+    ('B', 'B', '')
+    """
+    answer = extract_answer(prediction or "")
+    if answer is None:
+        return "" if any(tags_in(prediction or "")) else (prediction or "").strip()
+    return answer
+
+
+def vsi_number(answer):
+    """The number that the answer is, or else its first word is (VSI-Bench reads only that); NaN if neither."""
+    number = number_or_nan(answer)
+    return number if math.isfinite(number) else number_or_nan(answer.split()[0])
+
+
+def tempcompass_letter(answer):
+    """TempCompass without a judge: "B", or a text that begins with "B." or "B)"; no other spelling counts."""
+    match = re.match(r"([A-D])(?:[.)]|$)", answer)
+    return match[1] if match else None
+
+
+def tempcompass_yes_no(answer):
+    """The official prefix rule: "Not sure" begins with no."""
+    return next((word for word in ("yes", "no") if answer.lower().startswith(word)), None)
+
+
+def names_caption(answer, line):
+    """TempCompass without a judge: is the answer this line "Option 2: text", its text, its label, or its bare index?"""
+    label, _, sentence = line.partition(": ")
+    labels = (label, label.split()[-1])
+    return answer in (line, sentence, *labels) or answer.replace(".", "") in labels or answer.split(") ")[1:2] == [sentence]
+
+
+# The phrases after which VideoMMMU's evaluation (MMMU's, with more of them) looks for an open answer.
+LEADS = ("could be ,so ,is ,thus ,therefore ,final ,answer ,result ,are ,in total ,total ,identify ,recognize ,calculated as ,"
+         "counted as ,measured as ,observed as ,concluded as ,found to be ,equals ,determined to be ,number of ,value is ,"
+         "adds up to ,have ,has ").split(",")
+NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",      # 1,000 · 1e3 · 12.5; MMMU's three patterns
+           r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+
+
+def mmmu_form(text):
+    """MMMU's comparable forms: a number to two decimals, else lower case; one letter needs a space beside it."""
+    text = text.strip().lower()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def mmmu_open(answer, truth):
+    """MMMU's rule for open answers: 1 if any number or closing phrase of the answer meets the truth. Lenient on purpose.
+
+    A truth that is a list in text form (one row of VideoMMMU) is met by any of its entries (ours).
+
+    >>> mmmu_open("4, not 5", "5"), mmmu_open("x = 3.429", "3.43"), mmmu_open("3.5", "5")
+    (1.0, 1.0, 0.0)
+    """
+    tails, sentences = [], answer.strip().strip(".").lower().split("\n")
+    for i, sentence in enumerate(sentences):
+        leads = LEADS + ["="] if i == len(sentences) - 1 else LEADS
+        tail = ""
+        for lead in leads:                                # the shortest; an empty one gives way to the next, as in the original
+            if lead in sentence:
+                found = sentence.split(lead)[-1].strip()
+                tail = found if not tail or len(found) < len(tail) else tail
+        tails += [tail] if tail and tail not in list(":,.!?;'") else []
+    tails = tails or [answer.strip().strip(".").lower()]
+    numbers = [number for tail in tails for pattern in NUMBERS for number in re.findall(pattern, tail)]
+    guesses = [form for part in tails + numbers for form in mmmu_form(part)]
+    truths = [t.strip(" []'\"") for t in truth.split(",")] if truth.startswith("[") else [truth]
+    truths = [form for t in truths if t for form in mmmu_form(t)]
+    return float(any(t == g or isinstance(t, str) and isinstance(g, str) and t in g for t in truths for g in guesses))
+
+
+def judge(row):
+    """(score in [0, 1], whether the answer could be read) of a prediction row. ValueError if its solution is bad."""
+    benchmark, kind, task = row["benchmark"], row["problem_type"], row.get("task")
+    truth, answer = parse_solution(row["solution"], kind, row.get("options")), answer_of(row["prediction"])
+    if not answer:
+        return 0.0, False
+    if kind == "multiple choice":
+        letter = (tempcompass_letter if benchmark == "tempcompass" else parse_letter)(answer)
+        return float(letter == truth), letter is not None
+    if benchmark == "vsibench":
+        number = vsi_number(answer)
+        return mean_relative_accuracy(number, truth), math.isfinite(number)
+    if benchmark == "videommmu":
+        return mmmu_open(answer, extract_answer(row["solution"])), True
+    if benchmark == "tempcompass" and task == "yes_no":
+        word = tempcompass_yes_no(answer)
+        return float(word == truth), word is not None
+    if benchmark == "tempcompass" and task == "caption_matching":
+        lines = [line for line in (row.get("problem") or truth).split("\n") if ": " in line]
+        return float(names_caption(answer, truth)), any(names_caption(answer, line) for line in lines)
+    read = math.isfinite(number_or_nan(answer)) if kind in ("numerical", "regression") else True
+    return float(ACCURACY[kind](answer, truth)), read
+
+
+def score_prediction(row):
+    """How right a prediction row is, in [0, 1], by its benchmark's rule; other benchmarks by rewards.accuracy_reward's."""
+    return judge(row)[0]
+
+
+# ---------------------------------------------------------------------------------------------- scoring a benchmark
+
+
+def score_rows(rows):
+    """{benchmark: {"score": percent, "se", "n", "answered", "unparsed": share of n, "by_task": {task: {...}}, ...}}.
+
+    One row a question: rows of one frame order. UserError lists rows that are bad, or whose (benchmark, id) came before.
+    Not in n, but counted: `unscored` (they need a judge model) and `unusable` (rows with an `error`: no answer was made).
+    """
+    scored, problems, seen = {}, [], set()
+    for number, row in enumerate(rows, 1):
+        try:
+            part = scored.setdefault(need(row, "benchmark"), {"scored": [], "unscored": [], "unusable": []})
+            key = row["benchmark"], need(row, "id")
+            if key in seen:
+                raise ValueError(f"{key[0]} {key[1]!r} again; one row a question")
+            seen.add(key)
+            part[place_of(row)].append({**row, "judged": judge(row)} if place_of(row) == "scored" else row)
+        except (ValueError, TypeError, AttributeError) as error:
+            problems.append(f"  row {number}: {error}")
+    if problems:
+        raise UserError(f"{len(problems)} of {len(rows)} predictions are bad:\n" + "\n".join(problems))
+    return {name: summarise(name, **scored[name]) for name in sorted(scored, key=lambda n: (NAMES + (n,)).index(n))}
+
+
+def place_of(row):
+    """Where a row counts: "scored", "unscored" or "unusable". ValueError if it lacks what scoring needs."""
+    if row.get("error") and "prediction" not in row:
+        return "unusable"
+    if row["benchmark"] == "mmvu" and row.get("problem_type") not in (None, "multiple choice") or \
+            row["benchmark"] == "tempcompass" and row.get("task") == "captioning":
+        return "unscored"
+    for name in ("solution", "problem_type"):
+        need(row, name)
+    if "prediction" not in row or not isinstance(row["prediction"], str | None):
+        raise ValueError("prediction: expected text")
+    if row["benchmark"] == "vsibench":
+        one_of(row, "task", VSI_TYPES)
+    return "scored"
+
+
+def summarise(name, scored, unscored, unusable):
+    tasks = by(scored, "task")
+    overall = {"vsibench": vsi_score, "videommmu": videommmu_score}.get(name, lambda rows, tasks: describe(rows))
+    described = {**describe(scored), **overall(scored, tasks)}
+    groups = {"by_" + key: by(scored, key) for key in ("dim", "duration", "domain", "sub_category")
+              if any(key in r for r in scored)}
+    if name == "tempcompass":
+        for task, part in tasks.items():
+            part["by_dim"] = by([r for r in scored if r["task"] == task], "dim")
+        described["note"] = "pooled over multi-choice, yes_no and caption_matching; captioning, which needs a judge, is left out"
+    if name == "mmvu":
+        described["note"] = "multiple choice only; open-ended questions need a judge and are listed as unscored"
+    if name == "mvbench":
+        described["clipped"] = sum("start" in r for r in scored)              # questions on a part of their video
+    return {**described, "answered": sum(answer_of(r["prediction"]) != "" for r in scored),
+            "unparsed": sum(not r["judged"][1] for r in scored) / len(scored) if scored else None, "by_task": tasks, **groups,
+            "unscored": [str(r["id"]) for r in unscored], "unusable": [str(r["id"]) for r in unusable]}
+
+
+def describe(rows):
+    """Mean score in percent, its standard error (None for fewer than two), and the number of questions."""
+    values, n = [100 * r["judged"][0] for r in rows], len(rows)
+    mean = sum(values) / n if n else None
+    return {"score": mean, "n": n, "se": math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None}
+
+
+def by(rows, key):
+    names = sorted({r[key] for r in rows if r.get(key) is not None})
+    return {name: describe([r for r in rows if r.get(key) == name]) for name in names}
+
+
+def mean_of(parts):
+    """Plain mean of the parts' scores, however many questions each has, with se sqrt(sum se²) / k. None without parts."""
+    k = len(parts)
+    se = math.sqrt(sum(p["se"] ** 2 for p in parts)) / k if k and all(p["se"] is not None for p in parts) else None
+    return {"score": sum(p["score"] for p in parts) / k if k else None, "se": se}
+
+
+def vsi_score(rows, tasks):
+    """Mean over the eight tasks, of which relative direction is first the mean of its levels; `tasks` says how many are here.
+
+    Video-R1 instead reports the mean of two: accuracy of all letters, mean relative accuracy of all numbers.
+    """
+    groups = {task: [t for t in tasks if t == task or task == DIRECTION and t.startswith(DIRECTION)] for task in VSI_TASKS}
+    eight = [mean_of([tasks[t] for t in names]) for names in groups.values() if names]
+    halves = [describe([r for r in rows if (r["task"] in VSI_NUMBERS) == numeric]) for numeric in (False, True)]
+    both = mean_of(halves) if all(h["n"] for h in halves) else mean_of([])
+    return {**mean_of(eight), "tasks": len(eight), "score_video_r1": both["score"], "se_video_r1": both["se"]}
+
+
+def videommmu_score(rows, tasks):
+    """Mean of the tracks (pooled where a file names none); knowledge gain in percent of what the video could still teach."""
+    with_video = [r for r in rows if r.get("task") != "question_only"]
+    parts = [tasks[t] for t in TRACKS if t in tasks]
+    n_tracks = sum(p["n"] for p in parts)
+    score = {**mean_of(parts), "n": n_tracks} if n_tracks == len(with_video) else describe(with_video)
+    if "Adaptation" in tasks and "question_only" in tasks:
+        after, before = tasks["Adaptation"]["score"], tasks["question_only"]["score"]
+        score["delta_knowledge"] = 100 * (after - before) / (100 - before) if before < 100 else None
+    return score
+
+
+# ------------------------------------------------------------------------------------------------- table and join
+
+
+def print_table(summary):
+    """Our scores with their standard errors, by task below; published ones beside them, marked so."""
+    number = lambda x, width: f"{'-' if x is None else format(x, '.1f'):>{width}}"
+    cell = lambda scores: "/".join(f"{s:.1f}" for s in scores or ()) or "-"
+    print(f"{'':<34} {'n':>6} {'score':>6}   {'se':>4} {'unread':>7}   "
+          + "".join(f"{model:<28}" for model in PUBLISHED) + "(published; three: 16/32/64 frames)")
+    for name in [n for n, part in summary.items() if isinstance(part, dict) and "by_task" in part]:
+        part = summary[name]
+        print(f"{name:<34} {part['n']:>6} {number(part['score'], 6)} ± {number(part['se'], 4)} "
+              f"{'-' if part['unparsed'] is None else format(part['unparsed'], '.1%'):>7}   "
+              + "".join(f"{cell(scores.get(name)):<28}" for scores in PUBLISHED.values()).rstrip())
+        for task, line in part["by_task"].items():
+            print(f"  {str(task):<32.32} {line['n']:>6} {number(line['score'], 6)} ± {number(line['se'], 4)}")
+        if name == "vsibench":
+            print(f"  mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {number(part['score_video_r1'], 1)}")
+        if "delta_knowledge" in part:
+            print(f"  knowledge gain: {number(part['delta_knowledge'], 1)}")
+        for key in [k for k in ("note", "clipped") if k in part]:
+            print(f"  {part[key]}" if key == "note" else f"  {part[key]} questions on a part of their video")
+        for key in [k for k in ("unscored", "unusable") if part[k]]:
+            print(f"  {len(part[key])} {key}, not in n")
+
+
+def join_annotations(rows, root):
+    """The rows, those without a solution filled up from the official files; what a row has itself wins.
+
+    An id is the record's, or without its "<task>/" if the row has the task. UserError lists every unknown id.
+    """
+    bare = [row for row in rows if not row.get("solution")]
+    names = {need(row, "benchmark") for row in bare}
+    known = {(name, r["id"]): r for name in sorted(names) for r in read_benchmark(name, root)}
+    find = lambda row: (known.get((row["benchmark"], str(row.get("id"))))
+                        or known.get((row["benchmark"], f"{row.get('task')}/{row.get('id')}")))
+    if unknown := [f"{row['benchmark']} {row.get('id')!r}" for row in bare if find(row) is None]:
+        raise UserError(f"{len(unknown)} predictions are of no question in {root}: {', '.join(unknown)}")
+    return [row if row.get("solution") else {**find(row), **row} for row in rows]

@@ -12,7 +12,6 @@ resident size. The last line is one JSON object.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -180,19 +179,25 @@ def set_up(folder, size):
     return processor, picture, record, x, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-6)
 
 
+def resident(name):
+    """A line of /proc/self/status in GB: VmRSS is the resident size now, VmHWM its high-water mark."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024 / 1e9
+
+
 def memory_of(contestant, size):
     """GB (1e9 bytes) that one step adds to this process's resident size; to be called in a fresh process."""
     C = int(size.split("x")[1])
     with tempfile.TemporaryDirectory() as folder:
         processor, picture, record, x, policy, reference, optimizer = set_up(Path(folder), size)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")     # the high-water mark starts again from here (Linux)
         if contestant == "ours":
             our_step(policy, reference, optimizer, [x], [G], processor, C)
         elif contestant == "naive":
             naive_step(policy, reference, optimizer, x, processor, C)
         else:
             run_trl(Path(folder), picture, record["problem"], processor, C, 1, placeholder_ids(policy), lambda: None)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+        return resident("VmHWM") - before
 
 
 def bench_data(n=32, seconds=10):

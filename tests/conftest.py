@@ -13,6 +13,7 @@ import tgrpo
 import toy
 
 sys.path.insert(0, str(Path(__file__).parent))
+collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py"]         # programs, not tests
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 
