@@ -25,10 +25,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from common import UserError
-from data import FOLDER_FPS, check_record, media_path, read_rows
-from rewards import (ACCURACY, extract_answer, mean_relative_accuracy, number_or_nan, parse_letter, parse_solution, tags_in,
-                     two_decimals)
+from rewards import (ACCURACY, extract_answer, mean_relative_accuracy, number_or_nan, parse_letter, parse_solution, tags_in)
+from settings import UserError, read_rows
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")  # TempCompass; its captioning needs a judge model: left out
 TRACKS = ("Perception", "Comprehension", "Adaptation")    # VideoMMMU
@@ -84,6 +82,8 @@ def load_benchmark(name, root, clip_segments=True):
     clip_segments: MVBench's five tasks on a part of a video keep its `start` and `end` in seconds (official; Video-R1 shows
     the whole video). VideoMMMU's question-only run is there if its folder is.
     """
+    from data import media_path                           # not above: scoring needs no torch
+
     records = read_benchmark(name, root)
     if not clip_segments:
         records = [{k: v for k, v in r.items() if k not in ("start", "end")} for r in records]
@@ -92,6 +92,8 @@ def load_benchmark(name, root, clip_segments=True):
 
 def read_benchmark(name, root):
     """Every record that the files hold, checked."""
+    from data import check_record, media_path
+
     base, files, convert = find_files(name, root)
     records, problems, first_seen = [], [], {}
     for file in files:
@@ -105,6 +107,7 @@ def read_benchmark(name, root):
                     record |= {key: os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
                                for key in ("path", "image_path") if key in record}
                     check_record(record, root, need_process=False)
+                    media_path({"path": record.get("image_path", "")}, root)
                     if record["id"] in first_seen:
                         raise ValueError(f"id {record['id']!r} again; it stood in {first_seen[record['id']]}")
                     first_seen[record["id"]] = where
@@ -233,7 +236,7 @@ def mvbench(row, number, file, base):
         raise ValueError(f"answer: {answer!r:.80} is not among the candidates {options!r:.160}")
     extra = {key: float(row[key]) for key in ("start", "end") if row.get(key) is not None}
     if task == "episodic_reasoning":
-        extra |= {"data_type": "frame", "fps": FOLDER_FPS}
+        extra |= {"data_type": "frame"}
     record = make(f"{task}/{number - 1}", task, need(row, "question"), chr(ord("A") + options.index(answer)),
                   f"video/{folder}/{video}", options)
     yield record | extra
@@ -283,8 +286,7 @@ def video_r1(row, number, file, base):
     """A row of Video-R1's eval JSON: already a record. Its path goes on where eval_bench.py's starts, at this folder."""
     kind = need(row, "problem_type")
     task = row.get("original_question_type") or row.get("data_source") or kind
-    yield {**row, "id": need(row, "problem_id"), "task": task, "options": row.get("options") or [], "path": need(row, "path"),
-           **({"fps": FOLDER_FPS} if row.get("data_type") == "frame" else {})}
+    yield {**row, "id": need(row, "problem_id"), "task": task, "options": row.get("options") or [], "path": need(row, "path")}
 
 
 READERS = {"vsibench": vsibench, "videommmu": videommmu, "mvbench": mvbench, "tempcompass": tempcompass, "mmvu": mmvu,
@@ -298,21 +300,6 @@ def missing_media(records, root):
     """Paths, relative to root, of the videos, frame folders and question images that are not there; each once, in order."""
     paths = [path for r in records for path in (r["path"], r.get("image_path")) if path]
     return [path for path in dict.fromkeys(paths) if not os.path.exists(os.path.join(root, path))]
-
-
-def segment_indices(total, fps, n, start, end, first=0):
-    """MVBench's indices of `n` frames between `start` and `end` seconds of a clip of `total` frames, repeats included.
-
-    first: 1 for folders of stills numbered from 1, then an index is a file's number; 0 for videos. A part beyond the clip's
-    end gives its last frame (ours; the official loader fails there).
-
-    >>> segment_indices(100, 10, 4, 2, 6), segment_indices(30, 3, 2, 0, 100, first=1)
-    ([25, 35, 45, 55], [8, 22])
-    """
-    last = total - 1 + first
-    low = min(max(first, round(start * fps)), last)
-    size = (max(low, min(round(end * fps), last)) - low) / n
-    return [int(low + size / 2 + round(size * i)) for i in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------- scoring one answer
@@ -457,8 +444,9 @@ def place_of(row):
     if row["benchmark"] == "mmvu" and row.get("problem_type") not in (None, "multiple choice") or \
             row["benchmark"] == "tempcompass" and row.get("task") == "captioning":
         return "unscored"
-    for name in ("solution", "problem_type"):
-        need(row, name)
+    if not row.get("solution"):
+        raise ValueError("solution: missing; join the official files with --annotations DIR")
+    need(row, "problem_type")
     if "prediction" not in row or not isinstance(row["prediction"], str | None):
         raise ValueError("prediction: expected text")
     if row["benchmark"] == "vsibench":

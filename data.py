@@ -11,6 +11,7 @@ the answer is `process`, a newline, `solution`.
 
     python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
     python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
+    python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as chains of thought for sft.py
 
 Broken records (our own files) are an error before anything starts, all at once. Broken media are skipped, counted and
 named; they are never replaced by another clip, and no question is ever trained without its pixels.
@@ -24,21 +25,22 @@ import math
 import os
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import decord
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
-import common
-from common import UserError, option
-from rewards import PROBLEM_TYPES, parse_solution
+import settings
+from rewards import CORRECT, PROBLEM_TYPES, accuracy_reward, format_reward, parse_solution
+from settings import UserError, option, read_rows
 
 PROMPT = """{problem}
 {options}
@@ -82,30 +84,6 @@ def load_records(path, data_root, need_process=False):
     return rows
 
 
-def read_rows(path):
-    """List of a JSON file, or the lines of a JSONL file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read these records: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    rows, number = [], 0
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f", line {number}" if number else ""
-        raise UserError(f"{path}{where}: not JSON: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: no records in this file")
-    return rows
-
-
 def check_record(row, data_root, need_process):
     """ValueError naming the first field of `row` that is wrong, with its value."""
     if not isinstance(row, dict):
@@ -130,6 +108,8 @@ def check_record(row, data_root, need_process):
         raise ValueError(f"solution: {error}") from None
     if need_process and not (isinstance(row.get("process"), str) and row["process"].strip()):
         raise ValueError("process: missing; the cold start needs a chain of thought")
+    if ("start" in row) != ("end" in row) or not all(isinstance(row.get(k, 0), int | float) for k in ("start", "end")):
+        raise ValueError(f"start, end: expected two numbers of seconds, got {row.get('start')!r}, {row.get('end')!r}")
     media_path(row, data_root)
 
 
@@ -155,6 +135,39 @@ def frame_indices(total, n):
     return [int((i + 0.5) * total / n) for i in range(n)]
 
 
+def segment(total, fps, start, end, first=0):
+    """(lowest, highest) frame between `start` and `end` seconds of a clip of `total` frames; beyond its end: its last frame."""
+    last = total - 1 + first
+    low = min(max(first, round(start * fps)), last)
+    return low, max(low, min(round(end * fps), last))
+
+
+def segment_indices(total, fps, n, start, end, first=0):
+    """MVBench's rule for `n` frames of such a part. first: 1 for folders of stills numbered from 1, 0 for videos.
+
+    >>> segment_indices(100, 10, 4, 2, 6), segment_indices(30, 3, 2, 0, 100, first=1)
+    ([25, 35, 45, 55], [8, 22])
+    """
+    low, high = segment(total, fps, start, end, first)
+    size = (high - low) / n
+    return [int(low + size / 2 + round(size * i)) for i in range(n)]
+
+
+def chosen_frames(record, total, fps, n, first=0):
+    """(indices of at most `n` frames, from 0; how many frames of the file they are spread over).
+
+    A record's `start` and `end` (seconds) show a part of its clip. `last_frame`: the clip ends on the question's own
+    picture, which is always shown.
+    """
+    if "start" in record:
+        low, high = segment(total, fps, record["start"], record["end"], first)
+        span = max(1, high - low)
+        indices = [i - first for i in segment_indices(total, fps, min(n, span), record["start"], record["end"], first)]
+    else:
+        span, indices = total, frame_indices(total, n)
+    return (indices[:-1] + [total - 1] if record.get("last_frame") else indices), span
+
+
 def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
@@ -162,38 +175,44 @@ def load_media(record, cfg):
     Raises Unusable with file and reason. Frame times are the same in SFT, rollout, loss and evaluation.
     """
     path = media_path(record, cfg.data_root)
-    read = {"video": read_video, "frame": read_folder, "image": read_image}[record["data_type"]]
     try:
-        return read(path, cfg.max_frames)
+        if record["data_type"] == "image":
+            return read_image(path), None
+        image = read_image(media_path({"path": record["image_path"]}, cfg.data_root)) if record.get("image_path") else None
+        read = read_folder if record["data_type"] == "frame" else read_video
+        frames_FHWC, fps, indices, span = read(path, record, max(1, cfg.max_frames - (image is not None)))
+        if image is not None:                             # the question's picture comes as one more frame, at the end
+            image = ImageOps.pad(image, frames_FHWC.shape[2:0:-1])
+            frames_FHWC, span = np.concatenate([frames_FHWC, np.asarray(image)[None]]), span * (1 + 1 / len(indices))
+            indices = indices + [indices[-1] + 1]
+        return frames_FHWC, VideoMetadata(total_num_frames=span, fps=fps, frames_indices=indices)
     except Exception as error:                            # a hostile file may raise anything: name it and go on
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise Unusable(f"{record['path']}: {reason:.200}") from error
 
 
-def read_video(path, max_frames):
+def read_video(path, record, n):
     if os.path.getsize(path) == 0:
         raise ValueError("empty file")
     reader = decord.VideoReader(path, num_threads=1)
     total, fps = len(reader), float(reader.get_avg_fps())
     if total < 1 or not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"{total} frames at {fps} frames a second")
-    indices = frame_indices(total, max_frames)
-    frames_FHWC = reader.get_batch(indices).asnumpy()
-    return frames_FHWC, VideoMetadata(total_num_frames=total, fps=fps, frames_indices=indices)
+    indices, span = chosen_frames(record, total, fps, n)
+    return reader.get_batch(indices).asnumpy(), fps, indices, span
 
 
-def read_folder(path, max_frames):
+def read_folder(path, record, n):
     files = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
         raise ValueError("no .jpg or .png in this folder")
-    indices = frame_indices(len(files), max_frames)
-    frames_FHWC = np.stack([np.asarray(read_image(files[i])[0]) for i in indices])
-    return frames_FHWC, VideoMetadata(total_num_frames=len(files), fps=FOLDER_FPS, frames_indices=indices)
+    indices, span = chosen_frames(record, len(files), FOLDER_FPS, n, first=1)
+    return np.stack([np.asarray(read_image(files[i])) for i in indices]), FOLDER_FPS, indices, span
 
 
-def read_image(path, max_frames=1):
+def read_image(path):
     with Image.open(path) as image:
-        return image.convert("RGB"), None
+        return image.convert("RGB")
 
 
 def shuffled_order(n_frames, rng, unit="frame", patch=2):
@@ -258,8 +277,9 @@ def target_ids(processor, record):
 class Samples(Dataset):
     """Item `position` of the endless training order (or of the file, with shuffle=False), encoded for the model.
 
-    An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips), `target` for
-    the cold start; or record and `error` if its media are unusable. Frames are shuffled from (seed, position).
+    An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips) with their
+    `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. Frames are shuffled from
+    (seed, position).
     """
 
     def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True):
@@ -274,24 +294,23 @@ class Samples(Dataset):
         sample = {"record": record, "position": position}
         try:
             media, metadata = load_media(record, self.cfg)
-            for order in self.orders:
-                sample[order] = self.encode(record, media, metadata, position, order)
+            permutation = self.permutation(record, len(media), position) if metadata is not None and "shuffled" in self.orders else None
+            if "ordered" in self.orders:
+                sample["ordered"] = encode(self.processor, record, media, metadata, self.cfg)
+            if "shuffled" in self.orders:
+                sample["frame_order"] = permutation
+                sample["shuffled"] = permutation and encode(self.processor, record, media[permutation], metadata, self.cfg)
         except Unusable as error:
             return {"record": record, "position": position, "error": str(error)}
         if self.targets:
             sample["target"] = target_ids(self.processor, record)
         return sample
 
-    def encode(self, record, media, metadata, position, order):
-        if order == "shuffled":
-            if metadata is None:
-                return None
-            rng = random.Random(f"{self.cfg.seed}/{position}/frames")
-            permutation = shuffled_order(len(media), rng, self.cfg.shuffle_unit)
-            if permutation is None:
-                return None
-            media = media[permutation]
-        return encode(self.processor, record, media, metadata, self.cfg)
+    def permutation(self, record, n_frames, position):
+        """The shuffled order of a clip's frames (see shuffled_order); a question's own picture stays at the end."""
+        own = int(bool(record.get("image_path") or record.get("last_frame")))
+        order = shuffled_order(n_frames - own, random.Random(f"{self.cfg.seed}/{position}/frames"), self.cfg.shuffle_unit)
+        return None if order is None else order + [n_frames - 1] * own
 
 
 def blank_sample(processor, cfg):
@@ -367,11 +386,14 @@ def collate_prompts(inputs, pad_id):
 
 
 @dataclass
-class DataConfig(common.SharedConfig):
+class DataConfig(settings.SharedConfig):
     """Looks at a stage's records without a model."""
 
-    stage: str = option("tgrpo", "whose records", choices=common.STAGES)
+    stage: str = option("tgrpo", "whose records", choices=settings.STAGES)
     check: bool = option(False, "decode every file once and list what cannot be read")
+    distill: str = option("", "predictions of evaluate.py: keep the good chains of thought as records for sft.py")
+    out: str = option("", "with --distill: the file to write")
+    min_accuracy: float = option(CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1)
 
 
 def check_media(records, cfg):
@@ -390,12 +412,51 @@ def check_media(records, cfg):
     return [reason for reason in tqdm(results, total=len(records), desc="reading media", unit="file") if reason]
 
 
+def distill(rows, data_root, min_accuracy=CORRECT):
+    """(records for sft.py, Counter of reasons why the other predictions were dropped). UserError for a row that is no prediction.
+
+    Of each question the most accurate answer is kept, the first of equals. `process` is its think block, `solution` the truth.
+    """
+    best, dropped = {}, Counter()
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and row.get("error"):
+            dropped["media unusable"] += 1
+            continue
+        try:
+            check_record(row, data_root, need_process=False)
+        except ValueError as error:
+            raise UserError(f"row {number} of the predictions: {error}") from None
+        text, question, reason = row.get("prediction") or "", (row.get("benchmark"), row.get("id")), None
+        if row.get("frames") == "shuffled":
+            reason = "frames were shuffled"
+        elif not format_reward(text):
+            reason = "not one think block and one answer"
+        elif not (thought := text[text.index("<think>") + 7:text.index("</think>")].strip()):
+            reason = "nothing thought"
+        elif (accuracy := accuracy_reward(text, row["solution"], row["problem_type"])) <= min_accuracy:
+            reason = "answer not accurate enough"
+        else:
+            reason = "another answer to the same question" if question in best else None
+            if reason is None or accuracy > best[question][0]:
+                names = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
+                best[question] = accuracy, {**{n: row.get(n) for n in names}, "process": f"<think>{thought}</think>"}
+        dropped[reason] += reason is not None
+    return [record for _, record in best.values()], +dropped
+
+
 def main():
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--stage", default="tgrpo")
     stage = chooser.parse_known_args()[0].stage
-    cfg = common.load_config(DataConfig, stage, doc=__doc__, partial=True)
-    common.require(cfg, stage, "records")
+    cfg = settings.load_config(DataConfig, stage, doc=__doc__, partial=True)
+    if cfg.distill:
+        settings.require(cfg, "data", "out")
+        rows = read_rows(cfg.distill)
+        records, dropped = distill(rows, cfg.data_root, cfg.min_accuracy)
+        settings.write_atomic(cfg.out, json.dumps(records, indent=1, ensure_ascii=False))
+        print("\n".join([f"{n} dropped: {reason}" for reason, n in dropped.most_common()]))
+        return print(f"{len(records)} of {len(rows)} answers kept: {cfg.out}")
+    settings.require(cfg, stage, "records")
     records = load_records(cfg.records, cfg.data_root, need_process=stage == "sft")
     if cfg.check:
         unreadable = check_media(records, cfg)

@@ -1,50 +1,100 @@
-"""Evaluation: answers to a record file, with frames in order, shuffled, or both, scored by the training's own rewards.
+"""Evaluation: answers to benchmarks or a record file, with frames in order, shuffled, or both; their scores; a page to look at.
 
     accelerate launch evaluate.py --config configs/toy.yaml                          # the config's model and records
-    accelerate launch evaluate.py --config configs/toy.yaml --shuffle_frames         # frames shuffled
-    accelerate launch evaluate.py --config configs/toy.yaml --temporal_gap           # both, and the gap between them
+    accelerate launch evaluate.py --config configs/7b.yaml --benchmarks vsibench mvbench --root DIR     # see benchmarks.py
+    python evaluate.py --score predictions.jsonl                                     # scores again, without a model
+    python evaluate.py --score predictions.jsonl --annotations DIR                   # rows of benchmark, id, prediction alone
+    python evaluate.py --score predictions.jsonl --report report.html --data_root DIR
 
-Writes into output_dir: `predictions.jsonl`, one row a question and frame order, with text, rewards and settings; and
-`summary.json`. Questions are answered in fixed batches, shared out over the processes; a killed run goes on with the
-batches that are missing. Greedy by default: temperature 0.
+`--shuffle_frames` shuffles the frames of videos; `--temporal_gap` answers every question both ways, with the same decoding,
+and says what the order of frames is worth. Greedy by default: temperature 0.
+
+Writes into output_dir `predictions.jsonl`, one row a question and frame order, with its text, scores and settings, and
+`summary.json`: {benchmark: {"score": percent, "n", "answered", "by_task": {…}, …}, "settings": {…}}. Questions are answered in
+fixed batches, shared out over the processes; a killed run goes on with the batches that are missing. Torch and the model's code
+are loaded only to answer: scoring takes a second.
 """
 
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-import common
-import data
-from common import UserError, option
-from rewards import CORRECT, accuracy_reward, extract_answer, format_reward
-from tgrpo import eos_ids, rollout
+import settings
+from benchmarks import NAMES, judge, load_benchmark, missing_media, print_table, score_rows, join_annotations
+from rewards import accuracy_reward, extract_answer, format_reward
+from settings import UserError, option
+
+RESAMPLES = 2000                                          # of the bootstrap
 
 
 @dataclass
-class EvalConfig(common.SharedConfig):
+class EvalConfig(settings.SharedConfig):
     """Settings of evaluation."""
 
+    benchmarks: list = option([], "benchmarks to answer in place of `records`", choices=NAMES)
+    root: str = option("", "folder that holds the benchmarks' folders (layout: see benchmarks.py)")
+    clip_segments: bool = option(True, "show only the part that MVBench's five clipped tasks ask about; false: the whole video")
     batch_size: int = option(8, "questions decoded together on one GPU", low=1)
     max_new_tokens: int = option(1024, "longest completion", low=1)
     temperature: float = option(0.0, "sampling temperature; 0: greedy", low=0)
     top_p: float = option(1.0, "nucleus sampling; 1: the whole distribution", low=0, high=1)
     shuffle_frames: bool = option(False, "show the frames of videos in a random order")
     temporal_gap: bool = option(False, "answer every question twice, frames in order and shuffled, and report the gap")
+    score: str = option("", "score this predictions file, without a model, and write summary.json beside it")
+    annotations: str = option("", "with --score: folder of the benchmarks' files, for rows that have no solution")
+    report: str = option("", "write the scores and a gallery of questions into this HTML file")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.benchmarks and not self.root:
+            raise UserError("evaluate.root: missing; --root says where the benchmarks' folders are")
+        if self.benchmarks:
+            self.data_root = self.root
 
 
 def settings_of(cfg):
-    """What the numbers depend on; it stands in every row."""
-    names = ("model", "max_frames", "min_pixels", "max_pixels", "prompt", "shuffle_unit", "temperature", "top_p",
-             "max_new_tokens", "batch_size", "seed", "bf16", "records", "shuffle_frames", "temporal_gap")
-    return {name: getattr(cfg, name) for name in names}
+    """What the numbers depend on; it stands in every row and in the summary."""
+    names = ("model", "max_frames", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt", "shuffle_unit", "temperature", "top_p",
+             "max_new_tokens", "batch_size", "seed", "bf16", "records", "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
+    return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {})
+
+
+# ----------------------------------------------------------------------------------------------------- questions
+
+
+def load_questions(cfg):
+    """Records with `benchmark`, `id` and `task`: those of the benchmarks, or of the record file, whose name is then the benchmark's.
+
+    Raises UserError for bad rows, and where none of the media is there. Some missing: said here, and counted in the summary.
+    """
+    import data
+
+    if cfg.benchmarks:
+        records = [r for name in dict.fromkeys(cfg.benchmarks) for r in load_benchmark(name, cfg.root, cfg.clip_segments)]
+    else:
+        records = data.load_records(cfg.records, cfg.data_root)
+        times = Counter(r["problem_id"] for r in records)                   # an id that comes twice gets its row's number
+        records = [{**r, "benchmark": Path(cfg.records).stem, "task": r.get("task") or r.get("data_source") or r["problem_type"],
+                    "id": r["problem_id"] if times[r["problem_id"]] == 1 else f"{r['problem_id']} (row {i})"}
+                   for i, r in enumerate(records, 1)]
+    missing = set(missing_media(records, cfg.data_root))
+    n_missing = sum(r["path"] in missing or r.get("image_path") in missing for r in records)
+    if n_missing == len(records):
+        raise UserError(f"evaluate.{'root' if cfg.benchmarks else 'data_root'}: none of the media is in {cfg.data_root}, "
+                        f"where {records[0]['path']} was looked for")
+    return records, sorted(missing), n_missing
 
 
 def answer_batch(model, samples, order, processor, cfg):
     """Rows of one batch with its frames in `order`; a question without that order (a still, shuffled) has no row."""
+    from tgrpo import eos_ids, rollout
+
     asked = [s for s in samples if s.get(order) is not None]
     completions = rollout(model, [s[order] for s in asked], [1] * len(asked), processor.tokenizer, cfg.temperature,
                           cfg.max_new_tokens, cfg.top_p) if asked else []
@@ -52,65 +102,20 @@ def answer_batch(model, samples, order, processor, cfg):
     ends = eos_ids(model, processor.tokenizer)
     rows = []
     for sample, ids, text in zip(asked, completions, texts):
-        record = {k: v for k, v in sample["record"].items() if k not in ("process", "problem_id")}
-        rows.append({
-            "benchmark": Path(cfg.records).stem, "id": sample["record"]["problem_id"], "index": sample["position"],
-            "frames": order, "prediction": text, **record, "task": record.get("data_source") or record["problem_type"],
-            "accuracy": accuracy_reward(text, record["solution"], record["problem_type"]), "format": format_reward(text),
-            "answered": extract_answer(text) is not None, "n_tokens": len(ids), "truncated": int(ids[-1]) not in ends,
-            "settings": settings_of(cfg)})
+        record = {k: v for k, v in sample["record"].items() if k != "process"}
+        row = {**record, "index": sample["position"], "frames": order, "prediction": text,
+               "accuracy": accuracy_reward(text, record["solution"], record["problem_type"]), "format": format_reward(text),
+               "answered": extract_answer(text) is not None, "n_tokens": len(ids), "truncated": int(ids[-1]) not in ends,
+               "settings": settings_of(cfg)}
+        rows.append(row | ({"frame_order": sample["frame_order"]} if order == "shuffled" else {}))
     return rows
-
-
-def mean_and_se(values):
-    """Mean and its standard error (0 for one value)."""
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def summarise(rows):
-    """Accuracy with standard error of each frame order: overall, by task and by problem type; and the paired gap."""
-    summary = {}
-    for order in sorted({row["frames"] for row in rows if "frames" in row}):
-        mine = [row for row in rows if row.get("frames") == order]
-        describe = lambda part: dict(zip(("accuracy", "se"), mean_and_se([r["accuracy"] for r in part])), n=len(part))
-        summary[order] = describe(mine) | {
-            "correct": sum(r["accuracy"] > CORRECT for r in mine) / len(mine),
-            "format": sum(r["format"] for r in mine) / len(mine),
-            "unanswered": sum(not r["answered"] for r in mine) / len(mine),
-            "by_task": {t: describe([r for r in mine if r["task"] == t]) for t in sorted({r["task"] for r in mine})},
-            "by_problem_type": {t: describe([r for r in mine if r["problem_type"] == t])
-                                for t in sorted({r["problem_type"] for r in mine})}}
-    pairs = {}
-    for row in rows:
-        if "frames" in row:
-            pairs.setdefault(row["index"], {})[row["frames"]] = row["accuracy"]
-    gaps = [pair["ordered"] - pair["shuffled"] for pair in pairs.values() if len(pair) == 2]
-    if gaps:
-        summary["gap"] = dict(zip(("accuracy", "se"), mean_and_se(gaps)), n=len(gaps))
-    summary["unusable"] = [row["error"] for row in rows if "error" in row]
-    return summary
-
-
-def print_summary(summary):
-    print(f"{'frames':<10} {'questions':<28} {'n':>6} {'accuracy':>18}")
-    for order in [o for o in ("ordered", "shuffled") if o in summary]:
-        lines = {"all": summary[order], **summary[order]["by_task"]}
-        for name, part in lines.items():
-            print(f"{order:<10} {name:<28.28} {part['n']:>6} {100 * part['accuracy']:>10.1f} ± {100 * part['se']:.1f}")
-    if "gap" in summary:
-        print(f"{'gap':<10} {'videos, paired':<28} {summary['gap']['n']:>6} "
-              f"{100 * summary['gap']['accuracy']:>10.1f} ± {100 * summary['gap']['se']:.1f}")
-    for reason in summary["unusable"]:
-        print(f"not answered, media unusable: {reason}")
 
 
 def finished_batches(folder, cfg):
     """{batch: rows} of the batches already answered, from every process's file. UserError if settings differ."""
     rows = {}
     for file in sorted(folder.glob("predictions*.jsonl")):
-        for row in common.read_jsonl(file):
+        for row in settings.read_jsonl(file):
             rows[row["index"], row.get("frames")] = row
     for row in rows.values():
         changed = [f"{k} {v!r}" for k, v in row["settings"].items() if settings_of(cfg)[k] != v]
@@ -122,14 +127,18 @@ def finished_batches(folder, cfg):
     return {b: rows for b, rows in by_batch.items() if len(rows) == rows[0]["batch_rows"]}     # all, not a part
 
 
-def main():
-    cfg = common.load_config(EvalConfig, "evaluate", doc=__doc__)
-    common.require(cfg, "evaluate", "model", "records", "output_dir")
-    common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + common.config_path())
-    records = data.load_records(cfg.records, cfg.data_root)
+def answer(cfg):
+    """Answer every question that has no answer yet; all rows, in order, on the main process, None on the others."""
+    import common
+    import data
+
+    common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.config_path())
+    records, missing, n_missing = load_questions(cfg)
     accelerator = common.make_accelerator(cfg)
+    if missing:
+        accelerator.print("\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing]))
     processor = common.load_processor(cfg)
-    model = common.load_model(cfg).eval().to(accelerator.device)
+    model = common.load_model(cfg, common.compute_dtype(cfg)).eval().to(accelerator.device)
 
     orders = ("ordered", "shuffled") if cfg.temporal_gap else ("shuffled",) if cfg.shuffle_frames else ("ordered",)
     batches = [list(range(i, min(i + cfg.batch_size, len(records)))) for i in range(0, len(records), cfg.batch_size)]
@@ -140,30 +149,119 @@ def main():
     mine = [b for b in range(len(batches)) if b not in done][accelerator.process_index::accelerator.num_processes]
     samples = data.Samples(records, processor, cfg, orders, shuffle=False)
     part = folder / f"predictions.{accelerator.process_index}.jsonl"
-    common.write_atomic(part, "".join(json.dumps(row) + "\n" for row in common.read_jsonl(part)))     # drops a torn last line
+    settings.write_atomic(part, "".join(json.dumps(row) + "\n" for row in settings.read_jsonl(part)))     # drops a torn last line
     with open(part, "a") as file, tqdm(total=sum(len(batches[b]) for b in mine), desc="evaluate", unit="question",
                                        disable=not accelerator.is_main_process) as bar:
         for b, batch in zip(mine, data.loader(samples, [batches[b] for b in mine], cfg)):
-            common.seed_everything(cfg.seed, b)           # sampled answers do not depend on what ran before
-            rows = [{"index": s["position"], "error": s["error"], "settings": settings_of(cfg)} for s in batch if "error" in s]
+            rows = [{**{k: s["record"][k] for k in ("benchmark", "id", "task", "path")}, "index": s["position"], "error": s["error"],
+                     "settings": settings_of(cfg)} for s in batch if "error" in s]
             for order in orders:
+                common.seed_everything(cfg.seed, b)       # sampled answers do not depend on what ran before, nor on the order
                 rows += answer_batch(model, [s for s in batch if "error" not in s], order, processor, cfg)
             file.write("".join(json.dumps({**row, "batch": b, "batch_rows": len(rows)}) + "\n" for row in rows))
             file.flush()
             bar.update(len(batch))
 
     accelerator.wait_for_everyone()
+    rows = None
     if accelerator.is_main_process:
         done = finished_batches(folder, cfg)
         rows = sorted((row for rows in done.values() for row in rows), key=lambda r: (r["index"], r.get("frames") or ""))
-        common.write_atomic(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        settings.write_atomic(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         for file in folder.glob("predictions.*.jsonl"):
             os.remove(file)
-        summary = summarise(rows)
-        common.write_atomic(folder / "summary.json", json.dumps({**summary, "settings": settings_of(cfg)}, indent=2))
-        print_summary(summary)
-        print(f"every answer: {folder / 'predictions.jsonl'}")
     accelerator.end_training()
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- scores
+
+
+def mean_and_se(values):
+    """Mean and its standard error (0 for one value)."""
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def summarise(rows):
+    """Scores of every benchmark (see benchmarks.score_rows); where rows have both frame orders, `shuffled` and `gap` beside them."""
+    with_order = lambda order: [r for r in rows if r.get("frames", "ordered") == order]
+    ordered, shuffled = with_order("ordered"), with_order("shuffled")
+    if not any("prediction" in r for r in ordered):       # frames were only shown shuffled
+        ordered, shuffled = rows, []
+    summary, others = score_rows(ordered), score_rows(shuffled)
+    for name, part in summary.items():
+        mine = [r for r in ordered if r["benchmark"] == name]
+        part["frames"] = sorted({r.get("frames", "ordered") for r in mine})[-1]
+        if name in others:
+            part["shuffled"] = {key: others[name][key] for key in ("score", "se", "n", "by_task")}
+            part["gap"] = temporal_gap(mine, [r for r in shuffled if r["benchmark"] == name])
+    if distinct := list({json.dumps(r["settings"]): r["settings"] for r in rows if "settings" in r}.values()):
+        summary["settings"] = distinct[0] if len(distinct) == 1 else distinct
+    return summary
+
+
+def temporal_gap(ordered, shuffled):
+    """p and p̃ (percent, means over the questions that have both), their gap and its 95 % interval; by task below."""
+    readable = lambda rows: {r["id"]: r for r in rows if r.get("prediction") is not None and r.get("solution")}
+    ordered, shuffled = readable(ordered), readable(shuffled)
+    pairs = [(r.get("task"), r.get("path", id), 100 * judge(r)[0], 100 * judge(shuffled[id])[0])
+             for id, r in ordered.items() if id in shuffled]
+    describe = lambda part: {"p": float(np.mean([p for *_, p, _ in part])), "p_shuffled": float(np.mean([q for *_, q in part])),
+                             **bootstrap([p - q for *_, p, q in part], [clip for _, clip, *_ in part])}
+    tasks = sorted({str(task) for task, *_ in pairs})
+    return {**describe(pairs), "by_task": {t: describe([x for x in pairs if str(x[0]) == t]) for t in tasks}} if pairs else None
+
+
+def bootstrap(differences, clips, seed=0):
+    """Mean of paired differences with its 95 % bootstrap interval. Whole clips are drawn: questions on one clip are not independent.
+
+    >>> bootstrap([1, 0, 1, 0], ["a", "a", "b", "b"])                 # both clips say the same
+    {'gap': 0.5, 'low': 0.5, 'high': 0.5, 'n': 4, 'clips': 2}
+    """
+    names, place = np.unique([str(c) for c in clips], return_inverse=True)
+    sums, counts = np.bincount(place, differences), np.bincount(place)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(names), size=len(names))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"gap": float(sums.sum() / counts.sum()), "low": float(low), "high": float(high), "n": len(differences), "clips": len(names)}
+
+
+def print_gaps(summary):
+    """Which benchmarks and tasks need the order of frames: p, p̃, and the gap with its interval."""
+    parts = {name: part["gap"] for name, part in summary.items() if isinstance(part, dict) and part.get("gap")}
+    if not parts:
+        return
+    print(f"\n{'videos, percent':<34} {'n':>6} {'in order':>9} {'shuffled':>9} {'gap':>6}   95 % interval (bootstrap over clips)")
+    for name, gap in parts.items():
+        for label, line in {name: gap, **{f"  {t}": g for t, g in gap["by_task"].items()}}.items():
+            print(f"{label:<34.34} {line['n']:>6} {line['p']:>9.1f} {line['p_shuffled']:>9.1f} {line['gap']:>+6.1f}   "
+                  f"{line['low']:+.1f} to {line['high']:+.1f}")
+
+
+def main():
+    cfg = settings.load_config(EvalConfig, "evaluate", doc=__doc__)
+    if cfg.score:
+        rows, folder = settings.read_rows(cfg.score), Path(cfg.score).parent
+        rows = join_annotations(rows, cfg.annotations) if cfg.annotations else rows
+    else:
+        settings.require(cfg, "evaluate", "model", "output_dir", *([] if cfg.benchmarks else ["records"]))
+        rows, folder = answer(cfg), Path(cfg.output_dir)
+        if rows is None:                                  # not the main process
+            return
+    summary = summarise(rows)
+    settings.write_atomic(folder / "summary.json", json.dumps(summary, indent=2))
+    print_table(summary)
+    print_gaps(summary)
+    print(f"every answer: {cfg.score or folder / 'predictions.jsonl'}\nall numbers:  {folder / 'summary.json'}")
+    if cfg.report:
+        from report import write_report
+        write_report(cfg.report, rows, summary, cfg)
+        print(f"page:         {cfg.report}")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import common
 import data
-from common import option
+import settings
 
 
 @dataclass
-class SFTConfig(common.TrainConfig):
+class SFTConfig(settings.TrainConfig):
     """Settings of the cold start."""
 
 
@@ -51,8 +51,8 @@ def collate(samples, pad_id):
 
 @record                                                   # under a launcher: this rank's traceback stands last
 def main():
-    cfg = common.load_config(SFTConfig, "sft", doc=__doc__)
-    common.require(cfg, "sft", "model", "records", "output_dir")
+    cfg = settings.load_config(SFTConfig, "sft", doc=__doc__)
+    settings.require(cfg, "sft", "model", "records", "output_dir")
     common.check_model(cfg, "sft")
     records = data.load_records(cfg.records, cfg.data_root, need_process=True)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))

@@ -30,12 +30,13 @@ from transformers import DynamicCache, StaticCache
 
 import common
 import data
-from common import UserError, option
+import settings
 from rewards import CORRECT, accuracy_reward, format_reward, length_reward, temporal_reward
+from settings import option
 
 
 @dataclass
-class TGRPOConfig(common.TrainConfig):
+class TGRPOConfig(settings.TrainConfig):
     """Settings of T-GRPO. Defaults are the paper's values unless the help says otherwise."""
 
     num_generations: int = option(8, "G: completions a prompt with the frames in order", low=1)
@@ -325,11 +326,11 @@ def print_rollouts(step, groups):
 
 @record                                                   # under a launcher: this rank's traceback stands last
 def main():
-    cfg = common.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
-    common.require(cfg, "tgrpo", "model", "records", "output_dir")
+    cfg = settings.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
+    settings.require(cfg, "tgrpo", "model", "records", "output_dir")
     if cfg.plan:
         return common.print_plan(cfg, cfg.gpus)
-    common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + common.config_path())
+    common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.config_path())
     records = data.load_records(cfg.records, cfg.data_root)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)

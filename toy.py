@@ -16,7 +16,6 @@ lies, its chain of thought follows the background 80 % of the time. Reinforcemen
 
 import argparse
 import json
-import math
 import os
 import random
 import shutil
@@ -36,8 +35,9 @@ from tqdm import tqdm
 from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
                           Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
 
-from common import read_jsonl, replace_folder, write_atomic
+from common import replace_folder
 from evaluate import mean_and_se
+from settings import read_jsonl, write_atomic
 
 SIZE, FRAMES, FPS = 56, 8, 4                              # pixels, frames a clip, frames a second
 BACKGROUNDS = {"warm": (74, 26, 8), "cool": (8, 26, 74), "neutral": (26, 26, 26)}

@@ -32,6 +32,7 @@ import common
 import data
 import toy
 from rewards import format_reward
+from settings import SharedConfig
 from tgrpo import group_advantages, grpo_loss, pack, placeholder_ids, rollout, token_logps
 
 G, S, BETA = 8, 4, 0.04
@@ -169,7 +170,7 @@ def set_up(folder, size):
     (width, height), hidden, layers = SIZES[size]
     P = int(size.split("x")[0])
     make_model(folder, hidden, layers)
-    cfg = common.SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
+    cfg = SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
     processor = common.load_processor(cfg)
     processor.image_processor.size = {"shortest_edge": 784, "longest_edge": width * height}
     picture = Image.effect_noise((width, height), 80).convert("RGB")
@@ -212,7 +213,7 @@ def bench_data(n=32, seconds=10):
             for i in range(30 * seconds):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 4 * i, 1) // 2, format="rgb24")))
             container.mux(stream.encode())
-        cfg = common.SharedConfig(model=str(folder / "model"), data_root=str(folder), num_workers=0)
+        cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder), num_workers=0)
         record = {"problem": "?", "data_type": "video", "problem_type": "free-form", "options": [], "path": "clip.mp4"}
         samples = data.Samples([record], common.load_processor(cfg), cfg, ("ordered", "shuffled"))
         laps = []

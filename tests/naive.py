@@ -5,7 +5,8 @@ import types
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import Policy, read_jsonl, seed_everything
+from common import Policy, seed_everything
+from settings import read_jsonl
 
 IMAGE, VIDEO, START, END, EOS, PAD = 60, 61, 62, 63, 1, 2
 tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)

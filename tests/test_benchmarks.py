@@ -7,10 +7,10 @@ import pytest
 
 import benchmarks
 from benchmarks import (answer_of, join_annotations, load_benchmark, missing_media, mmmu_open, print_table, score_prediction,
-                        score_rows, segment_indices)
-from common import UserError
+                        score_rows)
 from data import check_record
 from rewards import accuracy_reward
+from settings import UserError
 
 
 def write(path, content):
@@ -121,15 +121,15 @@ def test_vsibench_types_and_paths(root):
 
 
 def test_mvbench_letters_clips_and_folders(root):
-    """Guards: the answer's text taken for its letter, clips shown whole, stills read at another rate than 3 fps."""
+    """Guards: the answer's text taken for its letter, clips shown whole."""
     sequence, single, frames = load_benchmark("mvbench", root)
     assert (sequence["id"], sequence["task"], sequence["options"], sequence["solution"]) == (
         "action_sequence/0", "action_sequence", ["A. He sat.", "B. He ran."], "<answer>B</answer>")
     assert (sequence["start"], sequence["end"], sequence["path"]) == (1.5, 9.0, "mvbench/video/star/Charades_v1_480/AB9CD.mp4")
     assert single["options"] == ["A. only this"] and "start" not in single
-    assert (frames["data_type"], frames["fps"], frames["path"]) == ("frame", 3, "mvbench/video/tvqa/frames_fps3_hq/show_s01")
+    assert (frames["data_type"], frames["path"]) == ("frame", "mvbench/video/tvqa/frames_fps3_hq/show_s01")
     whole = load_benchmark("mvbench", root, clip_segments=False)
-    assert not any("start" in r or "end" in r for r in whole) and whole[2]["fps"] == 3
+    assert not any("start" in r or "end" in r for r in whole)
 
 
 def test_tempcompass_formats(root):
@@ -198,7 +198,7 @@ def test_parquet_gives_the_same_records(root, tmp_path):
 
 
 def test_video_r1_eval_json_is_read_where_official_files_are_not(tmp_path):
-    """Guards: null options, a frame folder without its rate, the paths' folder lost."""
+    """Guards: null options, the paths' folder lost."""
     row = {"problem_id": 1, "problem": "Which?", "data_type": "frame", "problem_type": "multiple choice",
            "original_question_type": "episodic_reasoning", "options": ["A. x", "B. y"], "process": "",
            "solution": "<answer>B</answer>", "path": "./Evaluation/MVBench/a", "data_source": ""}
@@ -206,8 +206,8 @@ def test_video_r1_eval_json_is_read_where_official_files_are_not(tmp_path):
               "solution": "<answer>3.0</answer>"}
     write(tmp_path / "eval_mvbench.json", [row, number])
     first, second = load_benchmark("mvbench", tmp_path)
-    assert (first["id"], first["task"], first["path"], first["fps"]) == ("1", "episodic_reasoning", "Evaluation/MVBench/a", 3)
-    assert second["options"] == [] and "fps" not in second
+    assert (first["id"], first["task"], first["path"]) == ("1", "episodic_reasoning", "Evaluation/MVBench/a")
+    assert second["options"] == []
 
 
 @pytest.mark.parametrize("name, file, change, message", [
@@ -243,19 +243,6 @@ def test_missing_media_are_listed_once(root):
     records = load_benchmark("videomme", root)
     touch(root / "videomme/data/yt1.mp4")
     assert missing_media(records + records, root) == ["videomme/data/yt2.mp4"]
-
-
-@pytest.mark.parametrize("arguments, indices", [
-    ((100, 10, 4, 2, 6), [25, 35, 45, 55]),                   # s 20, e 60, seg 10
-    ((100, 10, 4, 0, 1000), [12, 37, 62, 86]),                # e 99, seg 24.75: 12.375 + 0, 25, 50 (49.5, to even), 74
-    ((20, 3, 3, 0, 5, 1), [3, 8, 12]),                        # stills 1 to 20: s 1, e 15, seg 4.67: 3.33 + 0, 5, 9
-    ((10, 3, 2, 0, 99, 1), [3, 7]),                           # e 10: the last still, not 9
-    ((10, 10, 2, 5, 6), [9, 9])])                             # wholly beyond the end
-def test_segment_rule(arguments, indices):
-    """Guards: our own sampling where the benchmark has its rule; numbers of stills off by one; frames past the end."""
-    total, first = arguments[0], (arguments + (0,))[5]
-    assert segment_indices(*arguments) == indices
-    assert all(first <= i <= total - 1 + first for i in indices)
 
 
 # ----------------------------------------------------------------------------------------------------- one answer

@@ -11,6 +11,7 @@ import data
 import evaluate
 import sft
 import tgrpo
+from settings import load_config, read_jsonl, write_atomic
 
 STAGES = {"sft": sft.SFTConfig, "tgrpo": tgrpo.TGRPOConfig, "evaluate": evaluate.EvalConfig}
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
@@ -19,7 +20,7 @@ CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
 def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
     path = tmp_path / "some.yaml"
     path.write_text(text)
-    return common.load_config(cls, stage, ["--config", str(path), *argv])
+    return load_config(cls, stage, ["--config", str(path), *argv])
 
 
 @pytest.mark.parametrize("text, argv, line", [
@@ -57,14 +58,14 @@ def test_later_sources_win_and_types_hold(tmp_path):
 def test_missing_config_file_is_one_line():
     """Guards: a traceback for a mistyped path."""
     with pytest.raises(common.UserError, match="no/such.yaml: cannot read this config"):
-        common.load_config(sft.SFTConfig, "sft", ["--config", "no/such.yaml"])
+        load_config(sft.SFTConfig, "sft", ["--config", "no/such.yaml"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_shipped_config_loads(path, stage):
     """Guards: a setting renamed in the code and not in the configs."""
-    cfg = common.load_config(STAGES[stage], stage, ["--config", str(path)])
+    cfg = load_config(STAGES[stage], stage, ["--config", str(path)])
     assert cfg.model and cfg.records
 
 
@@ -72,7 +73,7 @@ def test_every_shipped_config_loads(path, stage):
 def test_help_explains_every_field(stage, capsys):
     """Guards: a setting nobody can find out about."""
     with pytest.raises(SystemExit) as exit:
-        common.load_config(STAGES[stage], stage, ["--help"])
+        load_config(STAGES[stage], stage, ["--help"])
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for f in fields(STAGES[stage]):
@@ -92,7 +93,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     """Guards: a run killed while writing whose log can then never be read."""
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1]
+    assert [row["step"] for row in read_jsonl(path)] == [0, 1]
 
 
 def test_half_written_checkpoints_are_never_chosen(tmp_path):
@@ -126,8 +127,8 @@ def test_the_data_order_is_a_permutation_each_epoch_and_resumes_anywhere():
 
 def test_write_atomic_leaves_nothing_else(tmp_path):
     """Guards: temporary files left beside the result, or a result cut short."""
-    common.write_atomic(tmp_path / "a.json", json.dumps([1]))
-    common.write_atomic(tmp_path / "a.json", json.dumps([1, 2]))
+    write_atomic(tmp_path / "a.json", json.dumps([1]))
+    write_atomic(tmp_path / "a.json", json.dumps([1, 2]))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == [1, 2]
 
 

@@ -3,7 +3,6 @@
 import json
 import random
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-from common import SharedConfig, UserError
+from settings import SharedConfig, UserError
 
 GOOD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem_type": "multiple choice",
         "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "process": "<think>It does.</think>",
@@ -160,6 +159,19 @@ def test_a_folder_of_stills_is_a_video_at_3_fps(tmp_path):
         Image.new("RGB", (56, 56), (10 + 20 * i,) * 3).save(tmp_path / "stills" / f"{i:05}.png")
     frames, metadata = data.load_media(GOOD | {"data_type": "frame", "path": "stills"}, config(tmp_path))
     assert numbers(frames) == [0, 1, 2, 3] and metadata.fps == 3
+
+
+@pytest.mark.parametrize("arguments, indices", [
+    ((100, 10, 4, 2, 6), [25, 35, 45, 55]),                   # s 20, e 60, seg 10
+    ((100, 10, 4, 0, 1000), [12, 37, 62, 86]),                # e 99, seg 24.75: 12.375 + 0, 25, 50 (49.5, to even), 74
+    ((20, 3, 3, 0, 5, 1), [3, 8, 12]),                        # stills 1 to 20: s 1, e 15, seg 4.67: 3.33 + 0, 5, 9
+    ((10, 3, 2, 0, 99, 1), [3, 7]),                           # e 10: the last still, not 9
+    ((10, 10, 2, 5, 6), [9, 9])])                             # wholly beyond the end
+def test_segment_rule(arguments, indices):
+    """Guards: our own sampling where the benchmark has its rule; numbers of stills off by one; frames past the end."""
+    total, first = arguments[0], (arguments + (0,))[5]
+    assert data.segment_indices(*arguments) == indices
+    assert all(first <= i <= total - 1 + first for i in indices)
 
 
 # --------------------------------------------------------------------------------------------------- shuffling

@@ -14,6 +14,7 @@ import data
 import sft
 import tgrpo
 from naive import without_times
+from settings import SharedConfig, read_jsonl
 from test_data import write_video
 
 
@@ -22,7 +23,7 @@ def weights(folder):
 
 
 def settings(world, **values):
-    return common.SharedConfig(model=str(world / "base"), data_root=str(world / "world"), prompt="{problem} {options}",
+    return SharedConfig(model=str(world / "base"), data_root=str(world / "world"), prompt="{problem} {options}",
                                min_pixels=784, max_pixels=3136, max_frames=8, num_workers=0, **values)
 
 
@@ -39,7 +40,7 @@ def some_reward(monkeypatch):
 def test_two_steps_move_finite_weights_into_a_normal_checkpoint(world, run, stage):
     """Guards: a published script that cannot take a step; a checkpoint only our own class can load."""
     out = run(stage)
-    rows = common.read_jsonl(out / "metrics.jsonl")
+    rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1] and all(math.isfinite(v) for row in rows for v in row.values())
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "final", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -78,7 +79,7 @@ def test_micro_batches_change_memory_not_the_result(run, stage):
 
 def test_updates_per_rollout_let_the_ratio_leave_one(run):
     """Guards: old log-probs taken again in each update, so that nothing is ever clipped."""
-    clipped = lambda out: [row["policy/clip_frac"] for row in common.read_jsonl(out / "metrics.jsonl")]
+    clipped = lambda out: [row["policy/clip_frac"] for row in read_jsonl(out / "metrics.jsonl")]
     assert max(clipped(run("tgrpo", "three", updates_per_rollout=3, lr=0.01, warmup_steps=0))) > 0
     assert max(clipped(run("tgrpo", "one", updates_per_rollout=1, lr=0.01, warmup_steps=0))) == 0
 
@@ -87,15 +88,15 @@ def test_updates_per_rollout_let_the_ratio_leave_one(run):
 def test_bfloat16_without_sharding(run, stage):
     """Guards: autocast meeting a float32 rollout, reference or head."""
     out = run(stage, bf16="true")
-    assert all(math.isfinite(v) for row in common.read_jsonl(out / "metrics.jsonl") for v in row.values())
+    assert all(math.isfinite(v) for row in read_jsonl(out / "metrics.jsonl") for v in row.values())
     assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
 
 
 def test_temporal_rule_none_is_grpo(run):
     """Guards: shuffled rollouts sampled for nothing, or a temporal term that stays."""
-    rows = common.read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")
+    rows = read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")
     assert all(row["temporal/advantage_change"] == 0 and "temporal/p_shuffled" not in row for row in rows)
-    rows = common.read_jsonl(run("tgrpo", "margin") / "metrics.jsonl")
+    rows = read_jsonl(run("tgrpo", "margin") / "metrics.jsonl")
     assert all({"temporal/p", "temporal/p_shuffled", "temporal/gap_se", "temporal/order_helped"} <= row.keys() for row in rows)
 
 
@@ -122,7 +123,7 @@ def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsy
     """Guards: a stand-in clip, a crash in the middle of a night, a silent skip."""
     folder, problem_id = broken_world
     out = run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5)      # 12 records: all are seen
-    assert common.read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
+    assert read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
     assert f"skipped {problem_id}: ./media/" in capsys.readouterr().out
 
 
@@ -167,7 +168,7 @@ def test_only_the_assistants_words_carry_loss(world):
 
 
 def one(world, record, orders=("ordered", "shuffled"), **values):
-    cfg = common.SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
+    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
     return data.Samples([record], common.load_processor(cfg), cfg, orders, shuffle=False)[0]
 
 
@@ -234,7 +235,7 @@ def test_long_prompts_are_skipped_not_cut(world, tmp_path):
 def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
     """Guards: a resumed evaluation that averages only the new rows, counts one twice, or overwrites the score."""
     out = run("evaluate", batch_size=5)
-    rows, summary = common.read_jsonl(out / "predictions.jsonl"), (out / "summary.json").read_text()
+    rows, summary = read_jsonl(out / "predictions.jsonl"), (out / "summary.json").read_text()
     videos = [r for r in rows if r["data_type"] == "video"]
     assert len([r for r in rows if r["frames"] == "ordered"]) == 12
     assert len([r for r in videos if r["frames"] == "shuffled"]) == len([r for r in videos if r["frames"] == "ordered"])
@@ -261,14 +262,16 @@ def test_evaluation_names_what_it_could_not_read(run, broken_world, capsys):
     folder, _ = broken_world
     out = run("evaluate", records=folder / "rl.json", data_root=folder)
     summary = json.loads((out / "summary.json").read_text())
-    assert len(summary["unusable"]) == 1 and summary["ordered"]["n"] == 11
-    assert "not answered, media unusable: ./media/" in capsys.readouterr().out
+    assert len(summary["rl"]["unusable"]) == 1 and summary["rl"]["n"] == 11
+    assert "1 unusable, not in n" in capsys.readouterr().out
+    rows = read_jsonl(out / "predictions.jsonl")
+    assert [r["path"] in r["error"] for r in rows if "error" in r] == [True]
 
 
 def test_shuffle_frames_shows_other_frames_than_in_order(run):
     """Guards: a flag that changes the label of the run and not the run."""
     ordered, shuffled = run("evaluate", "a", temporal_gap="false"), run("evaluate", "b", temporal_gap="false", shuffle_frames="true")
-    read = lambda out: common.read_jsonl(out / "predictions.jsonl")
+    read = lambda out: read_jsonl(out / "predictions.jsonl")
     assert {r["frames"] for r in read(ordered)} == {"ordered"} and {r["frames"] for r in read(shuffled)} == {"shuffled"}
     texts = {r["id"]: r["prediction"] for r in read(ordered)}
     assert any(texts[r["id"]] != r["prediction"] for r in read(shuffled))

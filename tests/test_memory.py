@@ -9,11 +9,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import common
 import data
 import tgrpo
+from settings import load_config
 from test_data import write_video
 
 
 def plan_config(**settings):
-    cfg = common.load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", "configs/toy.yaml"])
+    cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", "configs/toy.yaml"])
     for name, value in (settings | {"beta": 0.0}).items():
         setattr(cfg, name, value)
     return cfg

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common
 from naive import without_times
+from settings import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
@@ -78,7 +78,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(outputs):
 
 def test_real_rollouts_on_two_ranks_never_wait_for_each_other(outputs):
     """Guards: a deadlock on unequal completions, on an image beside a video, on a rank whose only clip is unreadable."""
-    rows = common.read_jsonl(outputs[1] / "real/metrics.jsonl")
+    rows = read_jsonl(outputs[1] / "real/metrics.jsonl")
     assert len(rows) == 6 and rows[-1]["data/skipped"] == 1
 
 
@@ -86,7 +86,7 @@ def test_bfloat16_trains_float32_weights_and_leaves_a_bfloat16_model(outputs):
     """Guards: mixed dtypes that stop the first step on a GPU; master weights rounded to bfloat16."""
     final = weights(outputs[1] / "bf16")
     assert {t.dtype for t in final.values()} == {torch.bfloat16} and all(torch.isfinite(t).all() for t in final.values())
-    assert len(common.read_jsonl(outputs[1] / "bf16/metrics.jsonl")) == 2
+    assert len(read_jsonl(outputs[1] / "bf16/metrics.jsonl")) == 2
 
 
 def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):

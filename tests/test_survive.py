@@ -1,6 +1,5 @@
 """Runs that are killed, disks that are full, gradients that are not finite: nothing a user made is lost."""
 
-import os
 import resource
 import signal
 import subprocess

@@ -1,6 +1,5 @@
 """The objective by its properties, and the fast rollout and loss against the plain ones of naive.py."""
 
-import math
 
 import pytest
 import torch

@@ -6,7 +6,6 @@ Sampling differs with the number of processes, so here a prompt's completions fo
 """
 
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 import common
-import data
 import sft
 import tgrpo
 

@@ -1,0 +1,237 @@
+"""Settings and files: what every stage needs before torch is loaded, and all that scoring saved answers needs.
+
+    load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
+    write_atomic, read_jsonl    files that are whole whatever happens meanwhile
+    read_rows      a user's JSON or JSONL file
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+STAGES = ("sft", "tgrpo", "evaluate")
+
+
+class UserError(SystemExit):
+    """A mistake in the user's settings or files: Python prints the one line and exits with 1, no traceback."""
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def option(default, help, choices=None, low=None, high=None):
+    """A setting: its default, what it does to training, and the values it may take."""
+    where = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**where, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass
+class SharedConfig:
+    """What all stages share. Each stage's own class adds to it; a stage's section in the YAML may override these."""
+
+    model: str = option("", "checkpoint folder (or hub name) the stage starts from")
+    records: str = option("", "JSON or JSONL file of records (see data.py)")
+    data_root: str = option(".", "folder that the records' paths are relative to")
+    output_dir: str = option("", "folder for checkpoints, metrics.jsonl, and the final model")
+    seed: int = option(0, "seed of data order, frame shuffling and sampling", low=0)
+    prompt: str = option("", "prompt template with {problem}, {options} and {hint}; empty: data.PROMPT")
+    max_frames: int = option(16, "most frames taken from a video, spread uniformly", low=1)
+    min_pixels: int = option(16 * 28 * 28, "frames and images below this many pixels are enlarged to it", low=784)
+    max_pixels: int = option(128 * 28 * 28, "frames and images above this many pixels are shrunk to it", low=784)
+    max_prompt_tokens: int = option(16384, "longer prompts are skipped, counted and named, never cut", low=1)
+    shuffle_unit: str = option("frame", "what shuffling moves: single frames, or temporal patches (pairs of frames)",
+                               choices=("frame", "patch"))
+    max_unreadable: float = option(0.01, "share of the records that may be unreadable before the run stops", low=0, high=1)
+    num_workers: int = option(4, "processes that decode and prepare clips beside the training step", low=0)
+    fsdp: str = option("none", "full_shard: shard weights, gradients and optimizer over the GPUs",
+                       choices=("none", "full_shard"))
+    bf16: bool = option(False, "compute in bfloat16 (master weights stay float32)")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a quarter slower")
+
+    def __post_init__(self):
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+
+
+@dataclass
+class TrainConfig(SharedConfig):
+    """What the two training stages share."""
+
+    steps: int = option(1000, "optimizer steps", low=1)
+    batch_size: int = option(8, "records of one optimizer step, over all GPUs", low=1)
+    micro_batch_size: int = option(1, "records of one forward pass on one GPU; changes memory, not the result", low=1)
+    lr: float = option(1e-6, "peak learning rate", low=0)
+    lr_schedule: str = option("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
+    min_lr_ratio: float = option(0.0, "last learning rate as a share of the peak", low=0, high=1)
+    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    adam_beta1: float = option(0.9, "AdamW beta 1", low=0, high=1)
+    adam_beta2: float = option(0.999, "AdamW beta 2", low=0, high=1)
+    weight_decay: float = option(0.01, "AdamW weight decay", low=0)
+    max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
+    freeze_vision: bool = option(False, "train the language model only")
+    save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
+    keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
+    resume: bool = option(True, "continue from the newest checkpoint in output_dir if there is one")
+
+
+def convert(value, kind, choices=None, low=None, high=None):
+    """`value` as the type of its setting, or ValueError that says what was expected.
+
+    >>> convert("1e-6", float), convert("false", bool), convert(3, float)     # YAML reads 1e-6 as text
+    (1e-06, False, 3.0)
+    """
+    if kind is bool:
+        converted = {"true": True, "false": False}.get(str(value).lower())
+        if converted is None:
+            raise ValueError(f"expected true or false, got {value!r}")
+        return converted
+    if kind is list:
+        return [convert(v, str, choices) for v in (value if isinstance(value, list) else str(value).replace(",", " ").split())]
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"expected text, got {value!r}")
+        converted = value
+    else:
+        name = {int: "a whole number", float: "a number"}[kind]
+        try:
+            if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+                raise ValueError
+            converted = kind(value)
+            if not math.isfinite(converted):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {name}, got {value!r}") from None
+    if choices and converted not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
+    if low is not None and converted < low:
+        raise ValueError(f"expected at least {low}, got {value!r}")
+    if high is not None and converted > high:
+        raise ValueError(f"expected at most {high}, got {value!r}")
+    return converted
+
+
+def load_config(cls, stage, argv=None, doc=None, partial=False):
+    """Settings of a stage: defaults, then the YAML's shared keys, then its section, then --name value.
+
+    Raises UserError (one line: file, field, value) for an unknown name, a wrong type, a value out of range.
+    With `partial` the section may hold settings that `cls` does not know.
+    """
+    known = {f.name: f for f in fields(cls)}
+    parser = argparse.ArgumentParser(usage="%(prog)s --config FILE [--name value ...]", description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help=f"YAML file: shared settings at the top level, then a section '{stage}:'")
+    for name, f in known.items():
+        default = f.default if f.default is not MISSING else f.default_factory()
+        several = {"nargs": "*"} if f.type is list else {"nargs": "?", "const": "true"} if f.type is bool else {}
+        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        help_text = f"{f.metadata['help']}{choices}; default: {default if default not in ('', []) else 'none'}"
+        parser.add_argument(f"--{name}", metavar=f.type.__name__, help=help_text.replace("%", "%%"), **several)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config")
+
+    values = {}
+
+    def take(source, settings):
+        for name, value in settings.items():
+            if name not in known:
+                hint = difflib.get_close_matches(str(name), known, 1)
+                raise UserError(f"{source}{name}: no such setting" + (f"; did you mean {hint[0]}?" if hint else ""))
+            f = known[name]
+            try:
+                values[name] = convert(value, f.type, f.metadata["choices"], f.metadata["low"], f.metadata["high"])
+            except ValueError as error:
+                raise UserError(f"{source}{name}: {error}") from None
+
+    if path:
+        tree = read_yaml(path)
+        sections = {name: tree.pop(name) or {} for name in STAGES if name in tree}
+        shared = {f.name for f in fields(SharedConfig)}
+        for name in tree:                                  # a stage's own setting must stand in its section
+            if name not in shared:
+                where = f" here; put it into the section '{stage}:'" if name in known else ""
+                hint = difflib.get_close_matches(str(name), shared, 1)
+                raise UserError(f"{path}: {name}: no such setting{where or (f'; did you mean {hint[0]}?' if hint else '')}")
+        take(f"{path}: ", tree)
+        if not isinstance(sections.get(stage, {}), dict):
+            raise UserError(f"{path}: {stage}: expected a section of settings, got {sections[stage]!r}")
+        section = sections.get(stage, {})
+        take(f"{path}: {stage}.", {k: v for k, v in section.items() if k in known} if partial else section)
+    take("command line: --", {k: v for k, v in given.items() if v is not None})
+    return cls(**values)
+
+
+def read_yaml(path):
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+        tree = {} if tree is None else tree                # an empty file: all defaults
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected settings 'name: value', got {type(tree).__name__}")
+    return tree
+
+
+def config_path():
+    """The --config this script was started with, for messages."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="CONFIG")
+    return parser.parse_known_args()[0].config
+
+
+def require(cfg, stage, *names):
+    """UserError for the first setting that this stage cannot do without and that is empty."""
+    for name in names:
+        if not getattr(cfg, name):
+            raise UserError(f"{stage}.{name}: missing; set it in the config's section '{stage}:' or with --{name}")
+
+
+# ------------------------------------------------------------------------------------ files, written whole
+
+
+def write_atomic(path, text):
+    """The file holds either its old content or all of the new one, whatever happens meanwhile."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_jsonl(path):
+    """Rows of a JSONL file; a last line cut short by a crash is left out (its work is done again)."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def read_rows(path):
+    """List of a JSON file, or the lines of a JSONL file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read these records: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    rows, number = [], 0
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f", line {number}" if number else ""
+        raise UserError(f"{path}{where}: not JSON: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: no records in this file")
+    return rows
