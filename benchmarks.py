@@ -30,6 +30,8 @@ from settings import UserError, read_rows
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")  # TempCompass; its captioning needs a judge model: left out
 TRACKS = ("Perception", "Comprehension", "Adaptation")    # VideoMMMU
+GROUPS = ("dim", "duration", "domain", "sub_category")    # beside the task: TempCompass's, then Video-MME's
+TEXTS = ("benchmark", "prediction", "solution", "problem_type", "problem", "task", "path", "error", *GROUPS)      # of a prediction row
 FILES = {                                                 # alternatives; of the first that finds a file, all patterns are read
     "vsibench": [["test.jsonl"], ["test.parquet"], ["test-*.parquet"]],
     "videommmu": [[f"data/{t.lower()}_video.json" for t in TRACKS], [f"{t}/test-*.parquet" for t in TRACKS]],
@@ -285,7 +287,9 @@ def videomme(row, number, file, base):
 def video_r1(row, number, file, base):
     """A row of Video-R1's eval JSON: already a record. Its path goes on where eval_bench.py's starts, at this folder."""
     kind = need(row, "problem_type")
-    task = row.get("original_question_type") or row.get("data_source") or kind
+    task = row.get("original_question_type") or kind
+    if file.stem == "eval_mmvu":
+        task = Path(need(row, "path")).parent.name        # the subject stands only here
     yield {**row, "id": need(row, "problem_id"), "task": task, "options": row.get("options") or [], "path": need(row, "path")}
 
 
@@ -418,27 +422,49 @@ def score_prediction(row):
 def score_rows(rows):
     """{benchmark: {"score": percent, "se", "n", "answered", "unparsed": share of n, "by_task": {task: {...}}, ...}}.
 
-    One row a question: rows of one frame order. UserError lists rows that are bad, or whose (benchmark, id) came before.
-    Not in n, but counted: `unscored` (they need a judge model) and `unusable` (rows with an `error`: no answer was made).
+    One row a question: rows of one frame order. Raises what judge_rows raises.
+    Not in n, but listed: `unscored` (they need a judge model) and `unusable` (rows with an `error`: no answer was made).
     """
-    scored, problems, seen = {}, [], set()
+    judged = judge_rows(rows)
+    return {name: score_benchmark(name, [r for r in judged if r["benchmark"] == name]) for name in benchmarks_in(judged)}
+
+
+def benchmarks_in(rows):
+    """Names of the rows' benchmarks, the six in their order, then others by name."""
+    return sorted({r["benchmark"] for r in rows}, key=lambda name: ((NAMES + (name,)).index(name), name))
+
+
+def judge_rows(rows):
+    """The rows, each with its `place` (see place_of) and, where that is "scored", `judged`: (score, whether it could be read).
+
+    UserError lists, by number from 1, every row that is bad or whose benchmark, id and frame order came before.
+    """
+    judged, problems, first_seen = [], [], {}
     for number, row in enumerate(rows, 1):
         try:
-            part = scored.setdefault(need(row, "benchmark"), {"scored": [], "unscored": [], "unusable": []})
-            key = row["benchmark"], need(row, "id")
-            if key in seen:
-                raise ValueError(f"{key[0]} {key[1]!r} again; one row a question")
-            seen.add(key)
-            part[place_of(row)].append({**row, "judged": judge(row)} if place_of(row) == "scored" else row)
-        except (ValueError, TypeError, AttributeError) as error:
+            place = place_of(row)
+            key = row["benchmark"], str(row["id"]), row.get("frames") or "ordered"
+            if first_seen.setdefault(key, number) != number:
+                raise ValueError(f"{key[0]} {key[1]!r} again, it stood in row {first_seen[key]}; one row a question")
+            judged.append({**row, "place": place, "judged": judge(row) if place == "scored" else None})
+        except ValueError as error:
             problems.append(f"  row {number}: {error}")
     if problems:
         raise UserError(f"{len(problems)} of {len(rows)} predictions are bad:\n" + "\n".join(problems))
-    return {name: summarise(name, **scored[name]) for name in sorted(scored, key=lambda n: (NAMES + (n,)).index(n))}
+    return judged
 
 
 def place_of(row):
-    """Where a row counts: "scored", "unscored" or "unusable". ValueError if it lacks what scoring needs."""
+    """Where a row counts: "scored", "unscored" or "unusable". ValueError if it lacks what scoring needs, or has it in another type."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a prediction, got {row!r:.80}")
+    for name in TEXTS:
+        if not isinstance(row.get(name), str | None):
+            raise ValueError(f"{name}: expected text, got {row[name]!r:.80}")
+    need(row, "benchmark")
+    need(row, "id")
+    if row.get("frames") is not None:
+        one_of(row, "frames", ("ordered", "shuffled"))
     if row.get("error") and "prediction" not in row:
         return "unusable"
     if row["benchmark"] == "mmvu" and row.get("problem_type") not in (None, "multiple choice") or \
@@ -447,19 +473,26 @@ def place_of(row):
     if not row.get("solution"):
         raise ValueError("solution: missing; join the official files with --annotations DIR")
     need(row, "problem_type")
-    if "prediction" not in row or not isinstance(row["prediction"], str | None):
-        raise ValueError("prediction: expected text")
+    options = row.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+        raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
+    if "prediction" not in row:
+        raise ValueError("prediction: missing")
     if row["benchmark"] == "vsibench":
         one_of(row, "task", VSI_TYPES)
     return "scored"
+
+
+def score_benchmark(name, rows):
+    """Score of one benchmark's judged rows (see score_rows)."""
+    return summarise(name, *([r for r in rows if r["place"] == place] for place in ("scored", "unscored", "unusable")))
 
 
 def summarise(name, scored, unscored, unusable):
     tasks = by(scored, "task")
     overall = {"vsibench": vsi_score, "videommmu": videommmu_score}.get(name, lambda rows, tasks: describe(rows))
     described = {**describe(scored), **overall(scored, tasks)}
-    groups = {"by_" + key: by(scored, key) for key in ("dim", "duration", "domain", "sub_category")
-              if any(key in r for r in scored)}
+    groups = {"by_" + key: by(scored, key) for key in GROUPS if any(r.get(key) for r in scored)}
     if name == "tempcompass":
         for task, part in tasks.items():
             part["by_dim"] = by([r for r in scored if r["task"] == task], "dim")
@@ -511,9 +544,19 @@ def videommmu_score(rows, tasks):
     n_tracks = sum(p["n"] for p in parts)
     score = {**mean_of(parts), "n": n_tracks} if n_tracks == len(with_video) else describe(with_video)
     if "Adaptation" in tasks and "question_only" in tasks:
-        after, before = tasks["Adaptation"]["score"], tasks["question_only"]["score"]
-        score["delta_knowledge"] = 100 * (after - before) / (100 - before) if before < 100 else None
+        score |= knowledge_gain(tasks["Adaptation"], tasks["question_only"])
     return score
+
+
+def knowledge_gain(after, before):
+    """100 (after − before) / (100 − before), percent, and its standard error (first order, the two runs taken as independent)."""
+    left = 100 - before["score"]
+    if left == 0:                                         # nothing was left to learn
+        return {"delta_knowledge": None, "se_delta_knowledge": None}
+    se = None
+    if after["se"] is not None and before["se"] is not None:
+        se = 100 / left * math.hypot(after["se"], before["se"] * (100 - after["score"]) / left)
+    return {"delta_knowledge": 100 * (after["score"] - before["score"]) / left, "se_delta_knowledge": se}
 
 
 # ------------------------------------------------------------------------------------------------- table and join
@@ -530,12 +573,15 @@ def print_table(summary):
         print(f"{name:<34} {part['n']:>6} {number(part['score'], 6)} ± {number(part['se'], 4)} "
               f"{'-' if part['unparsed'] is None else format(part['unparsed'], '.1%'):>7}   "
               + "".join(f"{cell(scores.get(name)):<28}" for scores in PUBLISHED.values()).rstrip())
-        for task, line in part["by_task"].items():
-            print(f"  {str(task):<32.32} {line['n']:>6} {number(line['score'], 6)} ± {number(line['se'], 4)}")
+        for key in [k for k in ("by_task", *(f"by_{g}" for g in GROUPS)) if k in part]:
+            for label, line in part[key].items():
+                label = label if key == "by_task" else f"{key[3:].replace('_', '-')} {label}"
+                print(f"  {label:<32.32} {line['n']:>6} {number(line['score'], 6)} ± {number(line['se'], 4)}")
         if name == "vsibench":
-            print(f"  mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {number(part['score_video_r1'], 1)}")
+            print(f"  mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {number(part['score_video_r1'], 1)} "
+                  f"± {number(part['se_video_r1'], 1)}")
         if "delta_knowledge" in part:
-            print(f"  knowledge gain: {number(part['delta_knowledge'], 1)}")
+            print(f"  knowledge gain: {number(part['delta_knowledge'], 1)} ± {number(part['se_delta_knowledge'], 1)}")
         for key in [k for k in ("note", "clipped") if k in part]:
             print(f"  {part[key]}" if key == "note" else f"  {part[key]} questions on a part of their video")
         for key in [k for k in ("unscored", "unusable") if part[k]]:
@@ -543,15 +589,17 @@ def print_table(summary):
 
 
 def join_annotations(rows, root):
-    """The rows, those without a solution filled up from the official files; what a row has itself wins.
+    """The rows, those without a solution filled up from the official files in `root`; what a row has itself wins.
 
     An id is the record's, or without its "<task>/" if the row has the task. UserError lists every unknown id.
     """
-    bare = [row for row in rows if not row.get("solution")]
-    names = {need(row, "benchmark") for row in bare}
-    known = {(name, r["id"]): r for name in sorted(names) for r in read_benchmark(name, root)}
+    is_bare = lambda row: isinstance(row, dict) and not row.get("solution") and not row.get("error")
+    bare = [row for row in rows if is_bare(row)]
+    if strange := sorted({str(row.get("benchmark")) for row in bare} - set(NAMES)):
+        raise UserError(f"no benchmark {', '.join(strange)}: {', '.join(NAMES)}")
+    known = {(name, r["id"]): r for name in NAMES if any(row["benchmark"] == name for row in bare) for r in read_benchmark(name, root)}
     find = lambda row: (known.get((row["benchmark"], str(row.get("id"))))
                         or known.get((row["benchmark"], f"{row.get('task')}/{row.get('id')}")))
     if unknown := [f"{row['benchmark']} {row.get('id')!r}" for row in bare if find(row) is None]:
         raise UserError(f"{len(unknown)} predictions are of no question in {root}: {', '.join(unknown)}")
-    return [row if row.get("solution") else {**find(row), **row} for row in rows]
+    return [{**row, **find(row), **{k: v for k, v in row.items() if v}} if is_bare(row) else row for row in rows]

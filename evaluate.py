@@ -11,8 +11,8 @@ and says what the order of frames is worth. Greedy by default: temperature 0.
 
 Writes into output_dir `predictions.jsonl`, one row a question and frame order, with its text, scores and settings, and
 `summary.json`: {benchmark: {"score": percent, "n", "answered", "by_task": {…}, …}, "settings": {…}}. Questions are answered in
-fixed batches, shared out over the processes; a killed run goes on with the batches that are missing. Torch and the model's code
-are loaded only to answer: scoring takes a second.
+fixed batches, shared out over the processes; a killed run goes on with the batches that are missing, and asks those again whose
+media could not be read. Torch and the model's code are not loaded to score, unless for --annotations or --report.
 """
 
 import json
@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
-from benchmarks import NAMES, judge, load_benchmark, missing_media, print_table, score_rows, join_annotations
+from benchmarks import NAMES, benchmarks_in, join_annotations, judge_rows, load_benchmark, missing_media, print_table, score_benchmark
 from rewards import accuracy_reward, extract_answer, format_reward
 from settings import UserError, option
 
@@ -54,8 +54,11 @@ class EvalConfig(settings.SharedConfig):
         super().__post_init__()
         if self.benchmarks and not self.root:
             raise UserError("evaluate.root: missing; --root says where the benchmarks' folders are")
-        if self.benchmarks:
-            self.data_root = self.root
+        if self.annotations and not self.score:
+            raise UserError("evaluate.annotations: only goes with --score predictions.jsonl")
+        if self.shuffle_frames and self.temporal_gap:
+            raise UserError("evaluate.shuffle_frames: temporal_gap shows both orders; for shuffled frames alone add --temporal_gap false")
+        self.data_root = self.root or self.data_root
 
 
 def settings_of(cfg):
@@ -69,9 +72,8 @@ def settings_of(cfg):
 
 
 def load_questions(cfg):
-    """Records with `benchmark`, `id` and `task`: those of the benchmarks, or of the record file, whose name is then the benchmark's.
-
-    Raises UserError for bad rows, and where none of the media is there. Some missing: said here, and counted in the summary.
+    """(records with `benchmark`, `id` and `task`: those of the benchmarks, or of the record file, whose name is then the benchmark's;
+    missing files; how many questions miss theirs). Raises UserError for bad rows, and where none of the media is there.
     """
     import data
 
@@ -83,6 +85,7 @@ def load_questions(cfg):
         records = [{**r, "benchmark": Path(cfg.records).stem, "task": r.get("task") or r.get("data_source") or r["problem_type"],
                     "id": r["problem_id"] if times[r["problem_id"]] == 1 else f"{r['problem_id']} (row {i})"}
                    for i, r in enumerate(records, 1)]
+    judge_rows([{**r, "prediction": ""} for r in records])                  # what could not be scored is said before hours of answering
     missing = set(missing_media(records, cfg.data_root))
     n_missing = sum(r["path"] in missing or r.get("image_path") in missing for r in records)
     if n_missing == len(records):
@@ -91,19 +94,24 @@ def load_questions(cfg):
     return records, sorted(missing), n_missing
 
 
+def asked(record):
+    """What of a record goes into its prediction row: all but its chain of thought."""
+    return {k: v for k, v in record.items() if k != "process"}
+
+
 def answer_batch(model, samples, order, processor, cfg):
     """Rows of one batch with its frames in `order`; a question without that order (a still, shuffled) has no row."""
     from tgrpo import eos_ids, rollout
 
-    asked = [s for s in samples if s.get(order) is not None]
-    completions = rollout(model, [s[order] for s in asked], [1] * len(asked), processor.tokenizer, cfg.temperature,
-                          cfg.max_new_tokens, cfg.top_p) if asked else []
+    samples = [s for s in samples if s.get(order) is not None]
+    completions = rollout(model, [s[order] for s in samples], [1] * len(samples), processor.tokenizer, cfg.temperature,
+                          cfg.max_new_tokens, cfg.top_p) if samples else []
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
     ends = eos_ids(model, processor.tokenizer)
     rows = []
-    for sample, ids, text in zip(asked, completions, texts):
-        record = {k: v for k, v in sample["record"].items() if k != "process"}
-        row = {**record, "index": sample["position"], "frames": order, "prediction": text,
+    for sample, ids, text in zip(samples, completions, texts):
+        record = sample["record"]
+        row = {**asked(record), "index": sample["position"], "frames": order, "prediction": text,
                "accuracy": accuracy_reward(text, record["solution"], record["problem_type"]), "format": format_reward(text),
                "answered": extract_answer(text) is not None, "n_tokens": len(ids), "truncated": int(ids[-1]) not in ends,
                "settings": settings_of(cfg)}
@@ -111,20 +119,23 @@ def answer_batch(model, samples, order, processor, cfg):
     return rows
 
 
-def finished_batches(folder, cfg):
-    """{batch: rows} of the batches already answered, from every process's file. UserError if settings differ."""
-    rows = {}
-    for file in sorted(folder.glob("predictions*.jsonl")):
-        for row in settings.read_jsonl(file):
-            rows[row["index"], row.get("frames")] = row
-    for row in rows.values():
-        changed = [f"{k} {v!r}" for k, v in row["settings"].items() if settings_of(cfg)[k] != v]
-        if changed:
-            raise UserError(f"{folder}: holds answers made with {', '.join(changed)}; choose another --output_dir")
+def finished_batches(folder, records, cfg):
+    """{batch: rows} of the batches answered in full, from every process's file. UserError if they are of other settings or questions."""
     by_batch = {}
-    for row in rows.values():
-        by_batch.setdefault(row["batch"], []).append(row)
-    return {b: rows for b, rows in by_batch.items() if len(rows) == rows[0]["batch_rows"]}     # all, not a part
+    for file in sorted(folder.glob("predictions*.jsonl")):
+        try:
+            for row in settings.read_jsonl(file):
+                changed = [f"{k} {v!r}" for k, v in row["settings"].items() if settings_of(cfg).get(k) != v]
+                if changed:
+                    raise UserError(f"{folder}: holds answers made with {', '.join(changed)}; choose another --output_dir")
+                record = records[row["index"]]
+                if (row["benchmark"], row["id"]) != (record["benchmark"], record["id"]):
+                    raise UserError(f"{folder}: holds answers to other questions; choose another --output_dir")
+                by_batch.setdefault(row["batch"], {})[row["index"], row.get("frames")] = row
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise UserError(f"{file}: holds no answers of this evaluation; choose another --output_dir") from None
+    parts = [(b, list(rows.values())) for b, rows in by_batch.items()]
+    return {b: rows for b, rows in parts if len(rows) == rows[0]["batch_rows"]}               # all of a batch, not a part
 
 
 def answer(cfg):
@@ -141,20 +152,27 @@ def answer(cfg):
     model = common.load_model(cfg, common.compute_dtype(cfg)).eval().to(accelerator.device)
 
     orders = ("ordered", "shuffled") if cfg.temporal_gap else ("shuffled",) if cfg.shuffle_frames else ("ordered",)
+    if cfg.shuffle_frames and (stills := sum(r["data_type"] == "image" for r in records)):
+        accelerator.print(f"{stills} of {len(records)} questions are on pictures: nothing to shuffle, not asked")
     batches = [list(range(i, min(i + cfg.batch_size, len(records)))) for i in range(0, len(records), cfg.batch_size)]
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    done = finished_batches(folder, cfg)
+    done = {b: rows for b, rows in finished_batches(folder, records, cfg).items() if not any("error" in r for r in rows)}
     accelerator.wait_for_everyone()                       # all have read before anyone writes
+    if accelerator.is_main_process:                       # from here on every batch is in one file, whole or not at all
+        kept = folder / "predictions.0.jsonl"
+        settings.write_atomic(kept, "".join(json.dumps(row) + "\n" for rows in done.values() for row in rows))
+        for file in set(folder.glob("predictions*.jsonl")) - {kept}:
+            os.remove(file)
+    accelerator.wait_for_everyone()
     mine = [b for b in range(len(batches)) if b not in done][accelerator.process_index::accelerator.num_processes]
     samples = data.Samples(records, processor, cfg, orders, shuffle=False)
     part = folder / f"predictions.{accelerator.process_index}.jsonl"
-    settings.write_atomic(part, "".join(json.dumps(row) + "\n" for row in settings.read_jsonl(part)))     # drops a torn last line
     with open(part, "a") as file, tqdm(total=sum(len(batches[b]) for b in mine), desc="evaluate", unit="question",
-                                       disable=not accelerator.is_main_process) as bar:
+                                       unit_scale=accelerator.num_processes, disable=not accelerator.is_main_process) as bar:
         for b, batch in zip(mine, data.loader(samples, [batches[b] for b in mine], cfg)):
-            rows = [{**{k: s["record"][k] for k in ("benchmark", "id", "task", "path")}, "index": s["position"], "error": s["error"],
-                     "settings": settings_of(cfg)} for s in batch if "error" in s]
+            rows = [{**asked(s["record"]), "index": s["position"], "error": s["error"], "settings": settings_of(cfg)}
+                    for s in batch if "error" in s]
             for order in orders:
                 common.seed_everything(cfg.seed, b)       # sampled answers do not depend on what ran before, nor on the order
                 rows += answer_batch(model, [s for s in batch if "error" not in s], order, processor, cfg)
@@ -165,7 +183,7 @@ def answer(cfg):
     accelerator.wait_for_everyone()
     rows = None
     if accelerator.is_main_process:
-        done = finished_batches(folder, cfg)
+        done = finished_batches(folder, records, cfg)
         rows = sorted((row for rows in done.values() for row in rows), key=lambda r: (r["index"], r.get("frames") or ""))
         settings.write_atomic(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         for file in folder.glob("predictions.*.jsonl"):
@@ -185,33 +203,39 @@ def mean_and_se(values):
 
 
 def summarise(rows):
-    """Scores of every benchmark (see benchmarks.score_rows); where rows have both frame orders, `shuffled` and `gap` beside them."""
-    with_order = lambda order: [r for r in rows if r.get("frames", "ordered") == order]
-    ordered, shuffled = with_order("ordered"), with_order("shuffled")
-    if not any("prediction" in r for r in ordered):       # frames were only shown shuffled
-        ordered, shuffled = rows, []
-    summary, others = score_rows(ordered), score_rows(shuffled)
-    for name, part in summary.items():
-        mine = [r for r in ordered if r["benchmark"] == name]
-        part["frames"] = sorted({r.get("frames", "ordered") for r in mine})[-1]
-        if name in others:
-            part["shuffled"] = {key: others[name][key] for key in ("score", "se", "n", "by_task")}
-            part["gap"] = temporal_gap(mine, [r for r in shuffled if r["benchmark"] == name])
+    """Scores of every benchmark (see benchmarks.score_rows); where rows have both frame orders, `shuffled` and `gap` beside them.
+
+    Raises what judge_rows raises, numbers being those of `rows`.
+    """
+    judged, summary = judge_rows(rows), {}
+    for name in benchmarks_in(judged):
+        mine = [r for r in judged if r["benchmark"] == name]
+        ordered, shuffled = ([r for r in mine if (r.get("frames") or "ordered") == order] for order in ("ordered", "shuffled"))
+        if all(r["place"] == "unusable" for r in ordered):                  # frames were only shown shuffled
+            ordered, shuffled = mine, []
+        part = summary[name] = score_benchmark(name, ordered)
+        part["frames"] = sorted({r.get("frames") or "ordered" for r in ordered})[-1]
+        if shuffled:
+            part["shuffled"] = {key: score_benchmark(name, shuffled)[key] for key in ("score", "se", "n", "by_task")}
+            part["gap"] = temporal_gap(ordered, shuffled)
     if distinct := list({json.dumps(r["settings"]): r["settings"] for r in rows if "settings" in r}.values()):
         summary["settings"] = distinct[0] if len(distinct) == 1 else distinct
     return summary
 
 
 def temporal_gap(ordered, shuffled):
-    """p and p̃ (percent, means over the questions that have both), their gap and its 95 % interval; by task below."""
-    readable = lambda rows: {r["id"]: r for r in rows if r.get("prediction") is not None and r.get("solution")}
-    ordered, shuffled = readable(ordered), readable(shuffled)
-    pairs = [(r.get("task"), r.get("path", id), 100 * judge(r)[0], 100 * judge(shuffled[id])[0])
-             for id, r in ordered.items() if id in shuffled]
+    """p and p̃ (percent, plain means over the questions that have both), their gap and its 95 % interval; by task below.
+
+    Judged rows in; questions on a still (VideoMMMU's question_only) and unscored ones are left out. None if no question is left.
+    """
+    scores = lambda rows: {str(r["id"]): (r, 100 * r["judged"][0]) for r in rows
+                           if r["place"] == "scored" and r.get("task") != "question_only"}
+    again = scores(shuffled)
+    pairs = [(str(r.get("task")), r.get("path") or id, p, again[id][1]) for id, (r, p) in scores(ordered).items() if id in again]
     describe = lambda part: {"p": float(np.mean([p for *_, p, _ in part])), "p_shuffled": float(np.mean([q for *_, q in part])),
                              **bootstrap([p - q for *_, p, q in part], [clip for _, clip, *_ in part])}
-    tasks = sorted({str(task) for task, *_ in pairs})
-    return {**describe(pairs), "by_task": {t: describe([x for x in pairs if str(x[0]) == t]) for t in tasks}} if pairs else None
+    tasks = sorted({task for task, *_ in pairs})
+    return {**describe(pairs), "by_task": {t: describe([x for x in pairs if x[0] == t]) for t in tasks}} if pairs else None
 
 
 def bootstrap(differences, clips, seed=0):
