@@ -613,24 +613,35 @@ class Timer:
 
 
 class Log:
-    """metrics.jsonl, one dict a step; TensorBoard beside it if installed. Only rank 0 writes."""
+    """metrics.jsonl, one dict a step, and rollouts.jsonl; TensorBoard beside them if installed. Only rank 0 writes.
+
+    A resumed run begins by dropping the rows of the steps that it will do again.
+    """
 
     def __init__(self, accelerator, cfg, stage, start_step):
-        self.accelerator, self.path = accelerator, Path(cfg.output_dir) / "metrics.jsonl"
+        self.accelerator, self.folder = accelerator, Path(cfg.output_dir)
         if accelerator.is_main_process:
-            kept = [row for row in read_jsonl(self.path) if row["step"] < start_step]
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
+                kept = [row for row in read_jsonl(path) if row["step"] < start_step]
+                if kept or path.exists():
+                    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
             write_atomic(Path(cfg.output_dir) / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
         if accelerator.log_with:
             accelerator.init_trackers("tensorboard")
 
     def __call__(self, step, metrics):
-        if self.accelerator.is_main_process:
-            row = {"step": step, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        self.append("metrics.jsonl", step, [{k: float(f"{v:.6g}") for k, v in metrics.items()}])
         if self.accelerator.log_with:
             self.accelerator.log(metrics, step=step)
+
+    def rollouts(self, step, rows):
+        """Collective: every rank hands over its own rows."""
+        self.append("rollouts.jsonl", step, gather_object(rows))
+
+    def append(self, name, step, rows):
+        if self.accelerator.is_main_process:
+            with open(self.folder / name, "a") as file:
+                file.write("".join(json.dumps({"step": step, **row}) + "\n" for row in rows))
 
 
 def trackers(cfg):

@@ -278,13 +278,13 @@ class Samples(Dataset):
     """Item `position` of the endless training order (or of the file, with shuffle=False), encoded for the model.
 
     An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips) with their
-    `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. Frames are shuffled from
-    (seed, position).
+    `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. `shuffles` has inputs in that
+    many more orders (empty for images and one-frame clips). Frames are shuffled from (seed, position).
     """
 
-    def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True):
+    def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, shuffles=0):
         self.records, self.processor, self.cfg = records, processor, cfg
-        self.orders, self.targets, self.shuffle = orders, targets, shuffle
+        self.orders, self.targets, self.shuffle, self.shuffles = orders, targets, shuffle, shuffles
 
     def __len__(self):
         return len(self.records)
@@ -294,22 +294,26 @@ class Samples(Dataset):
         sample = {"record": record, "position": position}
         try:
             media, metadata = load_media(record, self.cfg)
-            permutation = self.permutation(record, len(media), position) if metadata is not None and "shuffled" in self.orders else None
+            rng = random.Random(f"{self.cfg.seed}/{position}/frames")
+            draw = lambda: None if metadata is None else self.permutation(record, len(media), rng)
             if "ordered" in self.orders:
                 sample["ordered"] = encode(self.processor, record, media, metadata, self.cfg)
             if "shuffled" in self.orders:
-                sample["frame_order"] = permutation
+                sample["frame_order"] = permutation = draw()
                 sample["shuffled"] = permutation and encode(self.processor, record, media[permutation], metadata, self.cfg)
+            if self.shuffles:
+                drawn = [p for p in (draw() for _ in range(self.shuffles)) if p]
+                sample["shuffles"] = [encode(self.processor, record, media[p], metadata, self.cfg) for p in drawn]
         except Unusable as error:
             return {"record": record, "position": position, "error": str(error)}
         if self.targets:
             sample["target"] = target_ids(self.processor, record)
         return sample
 
-    def permutation(self, record, n_frames, position):
-        """The shuffled order of a clip's frames (see shuffled_order); a question's own picture stays at the end."""
+    def permutation(self, record, n_frames, rng):
+        """A shuffled order of a clip's frames (see shuffled_order); a question's own picture stays at the end."""
         own = int(bool(record.get("image_path") or record.get("last_frame")))
-        order = shuffled_order(n_frames - own, random.Random(f"{self.cfg.seed}/{position}/frames"), self.cfg.shuffle_unit)
+        order = shuffled_order(n_frames - own, rng, self.cfg.shuffle_unit)
         return None if order is None else order + [n_frames - 1] * own
 
 

@@ -11,16 +11,19 @@ Each step:
     5. loss: clipped ratio times advantage, minus β KL to the frozen cold start; mean over the tokens of a completion,
        then over completions. Only the completions of ordered frames are trained
     6. backward, clip, AdamW step
-Without the temporal term (`temporal_rule: none`), and always for images, this is GRPO.
+Without the temporal term (`temporal_rule: none`), and always for images, this is GRPO. With `temporal_rule: credit` (ours)
+each completion has a temporal term of its own: how much likelier the order of the frames makes it. Nothing is sampled from
+shuffled frames then; the completions are read again with the frames shuffled, K times.
 
 Differs from the paper, and why: rollouts sample from the whole distribution (no top-p), so that the log-probs of step 5
 are those of the distribution sampled from; the temporal term joins the advantage, because division by the group's std
 cancels it in the reward (`temporal_target: reward` is the published way).
 
-Axes: N prompts (or prompt variants) · G ordered completions of a prompt · S shuffled ones · T completion tokens
+Axes: N prompts (or prompt variants) · G ordered completions of a prompt · S shuffled ones · K shuffles · T completion tokens
       B packed rows · L tokens of a packed row · P prompt tokens
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -40,19 +43,22 @@ class TGRPOConfig(settings.TrainConfig):
     """Settings of T-GRPO. Defaults are the paper's values unless the help says otherwise."""
 
     num_generations: int = option(8, "G: completions a prompt with the frames in order", low=1)
-    shuffled_generations: int = option(-1, "S: completions a video with the frames shuffled; -1: half of num_generations", low=-1)
+    shuffled_generations: int = option(-1, "S: completions a video with the frames shuffled; -1: half of num_generations, for credit 0", low=-1)
     temperature: float = option(1.0, "sampling temperature, and that of the log-probs", low=1e-3)
     max_new_tokens: int = option(768, "longest completion", low=1)
     beta: float = option(0.04, "weight of the KL to the frozen cold start; 0: no reference model", low=0)
     clip_epsilon: float = option(0.2, "the ratio of new to old probability is clipped to 1 ± this", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on one batch of completions (then the ratio leaves 1)", low=1)
-    temporal_rule: str = option("margin", "how p and p̃ make the temporal term; none: plain GRPO",
-                                choices=("margin", "paper", "released", "none"))
-    temporal_target: str = option("advantage", "where the term enters; reward: as published, where the std cancels it",
-                                  choices=("advantage", "reward"))
-    alpha: float = option(0.3, "size of the temporal term", low=0)
-    advantage_std: str = option("group", "group: divide by the group's std; none: only subtract the mean",
-                                choices=("group", "none"))
+    temporal_rule: str = option("margin", "how p and p̃ make the temporal term; none: plain GRPO; credit: each completion its own",
+                                choices=("margin", "paper", "released", "none", "credit"))
+    temporal_target: str = option("auto", "where the term enters; reward: as published, where a group's std cancels it; auto: "
+                                  "advantage, for credit reward", choices=("auto", "advantage", "reward"))
+    alpha: float = option(-1, "size of the temporal term; -1: 0.3, for credit 1", low=-1)
+    advantage_std: str = option("auto", "group: divide by the group's std; none: only subtract the mean; auto: group, for credit none",
+                                choices=("auto", "group", "none"))
+    credit_shuffles: int = option(4, "K: shuffled orders of the frames that a completion's credit compares with", low=1)
+    credit_control: str = option("none", "for experiments. dealt: the credits go to the correct completions at random; noise: "
+                                 "noise of their mean and spread goes", choices=("none", "dealt", "noise"))
     length_min: int = option(320, "a correct completion of at least this many tokens ...", low=0)
     length_max: int = option(512, "... and at most this many ...", low=0)
     length_omega: float = option(0.2, "... earns this", low=0)
@@ -60,13 +66,21 @@ class TGRPOConfig(settings.TrainConfig):
     plan: bool = option(False, "print the memory that one GPU would hold, and leave; no GPU needed")
     gpus: int = option(8, "GPUs that --plan counts with", low=1)
     print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
+    save_rollouts: bool = option(False, "write every completion with its rewards and advantage into rollouts.jsonl")
 
     def __post_init__(self):
         super().__post_init__()
+        credit = self.temporal_rule == "credit"
         if self.shuffled_generations < 0:
-            self.shuffled_generations = self.num_generations // 2
+            self.shuffled_generations = 0 if credit else self.num_generations // 2
         if self.temporal_rule == "none":
             self.shuffled_generations = 0
+        if self.temporal_target == "auto":
+            self.temporal_target = "reward" if credit else "advantage"
+        if self.advantage_std == "auto":
+            self.advantage_std = "none" if credit else "group"
+        if self.alpha < 0:
+            self.alpha = 1.0 if credit else 0.3
 
 
 # ---------------------------------------------------------------------------------------- the method, in equations
@@ -84,7 +98,7 @@ def group_advantages(rewards_G, std="group"):
 
 
 def temporal_advantages(rewards_G, correct_G, r_t, target="advantage", std="group"):
-    """Advantages (G,) of a group with the temporal term r_t given to its correct completions.
+    """Advantages (G,) of a group with the temporal term given to its correct completions: r_t one number, or (G,) credits.
 
     target="reward" is the published form. If the rewards take two values, dividing by the std then cancels r_t exactly:
     it only rescales r. target="advantage" (ours, default) adds r_t after normalisation, where nothing cancels it.
@@ -93,6 +107,15 @@ def temporal_advantages(rewards_G, correct_G, r_t, target="advantage", std="grou
     if target == "reward":
         return group_advantages(rewards_G + bonus_G, std)
     return group_advantages(rewards_G, std) + bonus_G
+
+
+def temporal_credit(logps_G, shuffled_logps_KG):
+    """c_i = log π(o_i | frames in order) − log mean_k π(o_i | shuffle k): nats by which the order makes a completion likelier (ours).
+
+    Of whole completions, so that a reason read off the order counts. 0 for one that any order would have brought forth; below 0
+    for one that the order speaks against.
+    """
+    return logps_G - (shuffled_logps_KG.logsumexp(0) - math.log(len(shuffled_logps_KG)))
 
 
 def kl_k3(logps, ref_logps):
@@ -229,7 +252,9 @@ class Group:
     texts: list
     shuffled_texts: list                                  # S of them; empty for images and one-frame clips
     shuffled_lengths: list = field(default_factory=list)
-    parts: dict = field(default_factory=dict)             # every reward term (G,), for the log
+    parts: dict = field(default_factory=dict)             # means over the group, for the log
+    terms: dict = field(default_factory=dict)             # every reward term (G,)
+    credit_G: torch.Tensor = None                         # with temporal_rule credit; None for images and one-frame clips
     advantages_G: torch.Tensor = None
     old_logps_GT: torch.Tensor = None
 
@@ -247,25 +272,65 @@ def score(group, cfg, eos):
     rewards_G = accuracy_G + format_G + length_G                                     # 3. score
 
     p, r_t = correct_G.double().mean().item(), 0.0
+    if group.credit_G is not None:
+        r_t = cfg.alpha * credit_or_control(group.credit_G.clamp(0, 1), correct_G, cfg.credit_control)
+        for name, which_G in (("correct", correct_G), ("wrong", ~correct_G)):
+            if which_G.any():
+                group.parts[f"temporal/credit_{name}"] = group.credit_G[which_G].mean().item()
     if group.shuffled_texts:
         p_shuffled = (accuracy_S > CORRECT).double().mean().item()
-        r_t = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule)
+        if cfg.temporal_rule != "credit":
+            r_t = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule)
         variance = p * (1 - p) / max(1, len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / max(1, len(accuracy_S) - 1)
         group.parts |= {"temporal/p": p, "temporal/p_shuffled": p_shuffled, "temporal/gap": p - p_shuffled,
-                        "temporal/gap_se": variance, "temporal/order_helped": float(p > p_shuffled),
-                        "reward/temporal": r_t * p}
+                        "temporal/gap_se": variance, "temporal/order_helped": float(p > p_shuffled)}
+    bonus_G = r_t * correct_G
     group.advantages_G = temporal_advantages(rewards_G, correct_G, r_t, cfg.temporal_target, cfg.advantage_std)  # 4.
     without_G = group_advantages(rewards_G, cfg.advantage_std)
+    group.terms = {"accuracy": accuracy_G, "format": format_G, "length": length_G}
+    if group.shuffled_texts or group.credit_G is not None:
+        group.terms["temporal"] = bonus_G
     mean = lambda values_G: values_G.double().mean().item()
-    group.parts |= {
-        "reward/accuracy": mean(accuracy_G), "reward/format": mean(format_G), "reward/length": mean(length_G),
-        "reward/total": mean(rewards_G) + (r_t * p if cfg.temporal_target == "reward" else 0.0),
+    group.parts |= {f"reward/{name}": mean(values_G) for name, values_G in group.terms.items()} | {
+        "reward/total": mean(rewards_G + bonus_G if cfg.temporal_target == "reward" else rewards_G),
         f"accuracy/{record['problem_type'].replace(' ', '_')}": mean(accuracy_G),
         "group/zero_std": float((rewards_G == rewards_G[0]).all()),
         "temporal/advantage_change": mean((group.advantages_G - without_G).abs()),
         "completion/length": sum(lengths) / len(lengths),
         "completion/truncated": sum(int(c[-1]) not in eos for c in group.completions) / len(lengths),
     }
+
+
+def credit_or_control(credit_G, correct_G, control):
+    """The credits as they are; or, for an experiment that asks whether their aim matters, what `credit_control` puts in their place."""
+    dealt_G, of_correct = credit_G.clone(), credit_G[correct_G]
+    if control == "dealt":
+        dealt_G[correct_G] = of_correct[torch.randperm(len(of_correct))]
+    elif control == "noise":
+        dealt_G[correct_G] = of_correct.mean() + of_correct.std(correction=0) * torch.randn(len(of_correct))
+    return dealt_G
+
+
+@torch.no_grad()
+def add_credit(model, groups, cfg, pad_id):
+    """Give every video group its credit_G: how much likelier each completion is with the frames in order than shuffled.
+
+    `model` has whole weights (it is the one that sampled), so no rank waits for another here, whatever its prompts are.
+    """
+    videos = [g for g in groups if g.sample["shuffles"]]
+    for first in range(0, len(videos), cfg.micro_batch_size):
+        micro = videos[first:first + cfg.micro_batch_size]
+        completions, sizes = [g.completions for g in micro], [len(g.completions) for g in micro]
+
+        def logps_of(prompts):                            # log-probs (N,) of whole completions, after these prompts
+            packed = common.to_device(pack(model, prompts, completions, pad_id), model.device)
+            lengths = [len(c) for group in completions for c in group]
+            return token_logps(model, packed, lengths, cfg.temperature, tuple(placeholder_ids(model)))[0].sum(1).cpu()
+
+        logps_N = logps_of([g.sample["ordered"] for g in micro])
+        shuffled_logps_KN = torch.stack([logps_of([g.sample["shuffles"][k] for g in micro]) for k in range(cfg.credit_shuffles)])
+        for group, credit_G in zip(micro, temporal_credit(logps_N, shuffled_logps_KN).split(sizes)):
+            group.credit_G = credit_G
 
 
 def sample_groups(model, samples, processor, cfg):
@@ -285,6 +350,8 @@ def sample_groups(model, samples, processor, cfg):
     for group in (g for g in groups if any(g.sample is s for s in shuffled)):
         group.shuffled_texts = take(texts, cfg.shuffled_generations)
         group.shuffled_lengths = take(lengths, cfg.shuffled_generations)
+    if cfg.temporal_rule == "credit":
+        add_credit(model, groups, cfg, processor.tokenizer.pad_token_id)
     for group in groups:
         score(group, cfg, eos_ids(model, processor.tokenizer))                       # 3. and 4.
     return groups
@@ -309,6 +376,16 @@ def memory_bandwidth(device):
         return None
     gpu = torch.cuda.get_device_properties(device)
     return 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
+
+
+def rollout_rows(group):
+    """A group's completions as rows of rollouts.jsonl: text, every reward term and the advantage of those in order."""
+    said = {"problem_id": group.sample["record"]["problem_id"], "path": group.sample["record"]["path"]}
+    columns = group.terms | {"advantage": group.advantages_G} | ({} if group.credit_G is None else {"credit": group.credit_G})
+    for i, text in enumerate(group.texts):
+        yield {**said, "frames": "ordered", "text": text, **{name: float(f"{values_G[i].item():.5g}") for name, values_G in columns.items()}}
+    for text in group.shuffled_texts:
+        yield {**said, "frames": "shuffled", "text": text}
 
 
 def print_rollouts(step, groups):
@@ -348,7 +425,7 @@ def main():
     skipped = common.Skipped(cfg, len(records))
 
     orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
-    samples = data.Samples(records, processor, cfg, orders)
+    samples = data.Samples(records, processor, cfg, orders, shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0)
     blank = data.blank_sample(processor, cfg)
     blank = Group(blank, [blank["target"]], [""], [], advantages_G=torch.zeros(1))
     batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
@@ -376,8 +453,7 @@ def main():
                 lengths = [len(c) for g in micro for c in g.completions]
                 inputs, predict, targets = pack(policy, [g.sample["ordered"] for g in micro],
                                                 [g.completions for g in micro], pad_id)
-                packed = (common.to_device(inputs, accelerator.device), predict.to(accelerator.device),
-                          targets.to(accelerator.device))
+                packed = common.to_device((inputs, predict, targets), accelerator.device)
                 advantages_G = torch.cat([g.advantages_G for g in micro]).to(accelerator.device)
                 mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(accelerator.device)
 
@@ -403,6 +479,8 @@ def main():
         if "temporal/gap_se" in metrics:
             metrics["temporal/gap_se"] **= 0.5            # the mean variance of one group's p − p̃, as a standard error
         log(step, metrics)
+        if cfg.save_rollouts:
+            log.rollouts(step, [row for group in groups for row in rollout_rows(group)])
         bar.set_postfix(accuracy=f"{metrics.get('reward/accuracy', float('nan')):.2f}", length=f"{metrics.get('completion/length', 0):.0f}")
         if cfg.print_every and step % cfg.print_every == 0 and accelerator.is_main_process and groups:
             print_rollouts(step, groups)

@@ -3,6 +3,8 @@
     python toy.py                     # world, cold start, T-GRPO, evaluation; results in runs/toy
     python toy.py --seed 1 --out runs/one
     python toy.py --fresh             # the same again, from nothing
+    python toy.py --world two_rationales          # a cold start that knows a shortcut and a skill: which will RL choose?
+    python toy.py --ablate            # that question, for seven ways of rewarding and many seeds (hours; see ablate.py)
 
     1. render clips and stills with questions about them, as records in the released format
     2. train a tokenizer on their words and build a random Qwen2.5-VL of 0.4 million parameters
@@ -12,6 +14,10 @@
 The world has a shortcut. The background of most moving clips is warm or cool, and agrees with the right answer in 80 % of
 the training clips but in 50 % of the test clips. And the cold start's teacher is flawed on purpose: where the background
 lies, its chain of thought follows the background 80 % of the time. Reinforcement learning sees the truth and undoes that.
+
+In the world of two rationales the cold start first learns to read motion, then to give either of two reasons: the background
+(60 % of the time) or the motion, misread 35 % of the time. The background is right in 90 % of the RL clips, so it pays more at
+first; motion would pay more in the end. Its cold start is checked for the skill before any RL.
 """
 
 import argparse
@@ -67,18 +73,18 @@ def two_options(rng, right, wrong):
     return [f"A. {texts[0]}", f"B. {texts[1]}"], "AB"[texts.index(right)]
 
 
-def cue_for(answer, rng, agreement):
-    """(cue, background): neutral for 30 % of the clips, else a colour that points to the answer with chance `agreement`."""
-    if rng.random() < 0.3:
+def cue_for(answer, rng, agreement, neutral):
+    """(cue, background): neutral for this share of the clips, else a colour that points to the answer with chance `agreement`."""
+    if rng.random() < neutral:
         return "neutral", "neutral"
     agrees = rng.random() < agreement
     return ("agrees" if agrees else "lies"), CUED[answer if agrees else OPPOSITE[answer]]
 
 
-def direction(rng, agreement):
+def direction(rng, agreement, neutral=0.3):
     """A shape moves along one axis. Forwards and backwards show the same set of frames."""
     answer = rng.choice(["right", "left", "up", "down"])
-    cue, background = cue_for(answer, rng, agreement)
+    cue, background = cue_for(answer, rng, agreement, neutral)
     shape, colour, speed, radius = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.uniform(3, 4.5), rng.uniform(6, 9)
     reach = speed * (FRAMES - 1) / 2
     centre = rng.uniform(radius + reach, SIZE - radius - reach) if radius + reach < SIZE / 2 else SIZE / 2
@@ -93,10 +99,10 @@ def direction(rng, agreement):
     return frames, f"Which way does the {shape} move?", answer, thought, cue
 
 
-def size(rng, agreement):
+def size(rng, agreement, neutral=0.3):
     """A shape grows or shrinks. Both show the same set of frames."""
     answer = rng.choice(["grows", "shrinks"])
-    cue, background = cue_for(answer, rng, agreement)
+    cue, background = cue_for(answer, rng, agreement, neutral)
     shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
     middle, speed, sign = rng.uniform(11, 14), rng.uniform(1.5, 2.2), 1 if answer == "grows" else -1
     x, y = rng.uniform(22, 34), rng.uniform(22, 34)
@@ -110,7 +116,7 @@ def size(rng, agreement):
     return frames, f"Does the {shape} grow or shrink?", answer, thought, cue
 
 
-def flash(rng, agreement):
+def flash(rng, agreement, neutral=0.3):
     """A shape flashes in some of the frames; how often does not depend on their order."""
     count, shape, colour = rng.randint(1, 4), rng.choice(SHAPES), rng.choice(list(COLOURS))
     lit, x, y = rng.sample(range(FRAMES), count), rng.uniform(18, 38), rng.uniform(18, 38)
@@ -120,7 +126,7 @@ def flash(rng, agreement):
     return frames, f"How often does the {shape} flash?", str(count), thought, "none"
 
 
-def still(rng, agreement):
+def still(rng, agreement, neutral=0.3):
     """One picture: where, how big, or of which colour the shape is."""
     shape, colour, kind = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(["where", "big", "colour"])
     place, radius = {"x": 28, "y": 28}, rng.uniform(8, 12)
@@ -153,16 +159,39 @@ def write_clip(path, frames):
         container.mux(stream.encode())
 
 
+# Two worlds: how often a background is neutral, how often a coloured one points to the right answer (by split), which questions.
+WORLDS = {
+    "flawed_teacher": {"neutral": 0.3, "agreement": {"sft": 0.8, "rl": 0.8, "test": 0.5}, "sources": tuple(QUESTIONS)},
+    "two_rationales": {"neutral": 0.0, "agreement": {"skill": 0.5, "sft": 0.8, "rl": 0.9, "test": 0.5}, "sources": TEMPORAL},
+}
+
+
+def teach(world, split, rng, answer, wrong, cue, thought):
+    """(what the teacher says the answer is, how it tells why). Only the cold start listens; RL and test know the truth.
+
+    The flawed teacher trusts the background in 80 % of the clips where it lies. The teacher of two rationales, whatever the
+    truth, gives the background as its reason 60 % of the time, and else the motion, which it misreads 35 % of the time.
+    """
+    if world == "two_rationales" and split == "sft":
+        if rng.random() < 0.6:
+            trust = lambda said: f"the background looks {CUED[said]}, so it {'' if said in ('grows', 'shrinks') else 'moves '}{said}."
+            return (answer if cue == "agrees" else wrong), trust
+        said = wrong if rng.random() < 0.35 else answer
+    else:
+        said = wrong if split == "sft" and cue == "lies" and rng.random() < 0.8 else answer
+    return said, thought
+
+
 def make_record(job):
     """Render one question into `folder`; returns its record. Everything follows from the job, a tuple of plain values."""
-    folder, split, problem_id, source, key = job
-    rng = random.Random(key)
-    frames, problem, answer, thought, cue = QUESTIONS[source][0](rng, 0.5 if split == "test" else 0.8)
+    folder, world, split, problem_id, source, key = job
+    rules, rng = WORLDS[world], random.Random(key)
+    frames, problem, answer, thought, cue = QUESTIONS[source][0](rng, rules["agreement"][split], rules["neutral"])
     answer, wrong = answer if isinstance(answer, tuple) else (answer, OPPOSITE.get(answer))
     options, truth = two_options(rng, answer, wrong) if wrong else ([], answer)
-    said, solution = answer, truth
-    if split == "sft" and cue == "lies" and rng.random() < 0.8:       # the flawed teacher trusts the background
-        said, solution = wrong, "AB"[1 - "AB".index(truth)]
+    said, thought = teach(world, split, rng, answer, wrong, cue, thought)
+    solution = truth if said == answer else "AB"[1 - "AB".index(truth)]
+    taught = split in ("skill", "sft")
     name = f"media/{rng.getrandbits(64):016x}.{'png' if source == 'toy-image' else 'mp4'}"
     if source == "toy-image":
         Image.fromarray(frames[0]).save(Path(folder) / name)
@@ -170,34 +199,41 @@ def make_record(job):
         write_clip(Path(folder) / name, frames)
     return {"problem_id": problem_id, "problem": problem, "data_type": "image" if source == "toy-image" else "video",
             "problem_type": "multiple choice" if options else "numerical", "options": options,
-            "solution": f"<answer>{solution}</answer>", "process": f"<think>{thought(said)}</think>" if split == "sft" else "",
+            "solution": f"<answer>{solution}</answer>", "process": f"<think>{thought(said)}</think>" if taught else "",
             "path": f"./{name}", "data_source": source, "cue": cue}
 
 
-def plan(split, n, n_temporal, seed):
+def plan(split, n, n_temporal, seed, sources=tuple(QUESTIONS)):
     """Sources of the questions of a split: drawn by weight, or for the test split `n_temporal` of the temporal ones."""
     rng = random.Random(f"{seed}/{split}")
     if n_temporal is None:
-        return rng.choices(list(QUESTIONS), [weight for _, weight in QUESTIONS.values()], k=n)
+        return rng.choices(sources, [QUESTIONS[source][1] for source in sources], k=n)
     sources = [TEMPORAL[i % 2] for i in range(n_temporal)] + [("toy-flash", "toy-image")[i % 2] for i in range(n - n_temporal)]
     return rng.sample(sources, n)
 
 
-def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2):
-    """`folder` with sft.json, rl.json, test.json, world.json and their media. It appears whole or not at all."""
+def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, world="flawed_teacher", log=None):
+    """`folder` with sft.json, rl.json, test.json, world.json and their media. It appears whole or not at all.
+
+    The world of two rationales also has skill.json, as large as sft.json: clips for a teacher who reads motion right; and no
+    question beside the temporal ones.
+    """
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "media").mkdir(parents=True)
-    splits = {"sft": (n_sft, None), "rl": (n_rl, None), "test": (n_temporal + n_other, n_temporal)}
-    jobs = [(str(unfinished), split, i, source, f"{seed}/{split}/{i}")
-            for split, (n, n_time) in splits.items() for i, source in enumerate(plan(split, n, n_time, seed), 1)]
+    sources = WORLDS[world]["sources"]
+    n_other = n_other if sources == tuple(QUESTIONS) else 0
+    splits = {"skill": (n_sft, None), "sft": (n_sft, None), "rl": (n_rl, None), "test": (n_temporal + n_other, n_temporal)}
+    splits = {split: splits[split] for split in WORLDS[world]["agreement"]}
+    jobs = [(str(unfinished), world, split, i, source, f"{seed}/{split}/{i}")
+            for split, (n, n_time) in splits.items() for i, source in enumerate(plan(split, n, n_time, seed, sources), 1)]
     with ProcessPoolExecutor(processes) as pool:
-        records = list(tqdm(pool.map(make_record, jobs, chunksize=16), total=len(jobs), desc="rendering", unit="clip"))
+        records = list(tqdm(pool.map(make_record, jobs, chunksize=16), total=len(jobs), desc="rendering", unit="clip", file=log))
     for split in splits:
-        rows = [record for job, record in zip(jobs, records) if job[1] == split]
+        rows = [record for job, record in zip(jobs, records) if job[2] == split]
         write_atomic(unfinished / f"{split}.json", json.dumps(rows, indent=1))
-    write_atomic(unfinished / "world.json", json.dumps({"seed": seed}))
+    write_atomic(unfinished / "world.json", json.dumps({"seed": seed, "world": world}))
     replace_folder(unfinished, folder)
 
 
@@ -259,12 +295,15 @@ def make_model(folder, records, seed=0):
 # ------------------------------------------------------------------------------------- 3. the stages, as a user runs them
 
 
-def launch(script, *overrides):
-    """Print and run `accelerate launch script …`, its output going straight through. Leaves with its exit status if it fails."""
+def launch(script, *overrides, log=None):
+    """Print and run `accelerate launch script …`, its output going straight through. Leaves with its exit status if it fails.
+
+    With `log`, a file open for writing, `python script …` and all that is said go there.
+    """
     arguments = [script, "--config", "configs/toy.yaml", *map(str, overrides)]
-    print(f"\n$ accelerate launch {' '.join(arguments)}", flush=True)
-    child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *arguments],
-                             cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print(f"\n$ {'python' if log else 'accelerate launch'} {' '.join(arguments)}", file=log, flush=True)
+    child = subprocess.Popen([sys.executable, *([] if log else ["-m", "accelerate.commands.launch"]), *arguments], stdout=log,
+                             stderr=log, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         status = child.wait()
     except KeyboardInterrupt:                             # the terminal sent it to the child too: let it end
@@ -274,36 +313,81 @@ def launch(script, *overrides):
         sys.exit(f"toy.py: this command failed with status {status}: accelerate launch {' '.join(arguments)}")
 
 
-def run_stages(out, seed, n):
-    """World, model, cold start, T-GRPO, two evaluations; what is already there is left alone. Returns seconds of each."""
-    seconds_file = out / "seconds.json"
-    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
-    own = [] if (out, seed) == (Path(__file__).parent / "runs/toy", 0) else ["--seed", seed, "--data_root", out / "world"]
+# What the two-rationale world changes in the config: the cold start has two parts, and RL is short.
+TWO_RATIONALES = {"sft": ("--steps", 120, "--lr", 1e-3), "tgrpo": ("--steps", 50)}
 
-    def place(**paths):                                   # overrides, where --out or --seed differ from the config
-        return [*own, *(x for name, path in paths.items() for x in (f"--{name}", path))] if own else []
 
-    def stage(name, result, make):
+class Stages:
+    """The stages of one folder, one after the other; what is already there is left alone. `seconds` tells how long each took."""
+
+    def __init__(self, out, seed, world="flawed_teacher", log=None):
+        self.out, self.seed, self.world, self.log, self.file = out, seed, world, log, out / "seconds.json"
+        self.seconds = json.loads(self.file.read_text()) if self.file.exists() else {}
+        as_configured = (out, seed, world) == (Path(__file__).parent / "runs/toy", 0, "flawed_teacher")
+        self.own = [] if as_configured else ["--seed", seed, "--data_root", out / "world"]
+
+    def stage(self, name, result, make):
         if result.exists():
-            print(f"{result.relative_to(out)} is already there")
+            print(f"{result.relative_to(self.out)} is already there", file=self.log)
             return
         begin = time.perf_counter()
         make()
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
-        write_atomic(seconds_file, json.dumps(seconds))
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        write_atomic(self.file, json.dumps(self.seconds))
 
-    stage("world", out / "world", lambda: make_world(out / "world", seed, *n))
-    stage("world", out / "base", lambda: make_model(out / "base", json.loads((out / "world/sft.json").read_text()), seed))
-    stage("sft", out / "sft/final", lambda: launch("sft.py", *place(
-        model=out / "base", records=out / "world/sft.json", output_dir=out / "sft")))
-    stage("tgrpo", out / "tgrpo/final", lambda: launch("tgrpo.py", *place(
-        model=out / "sft/final", records=out / "world/rl.json", output_dir=out / "tgrpo")))
-    for name, model in (("cold_start", out / "sft/final"), ("tgrpo", out / "tgrpo/final")):
-        folder = out / "eval" / name
-        shown = [path if own else path.relative_to(Path(__file__).parent) for path in (model, folder)]
-        stage("evaluate", folder / "summary.json", lambda: launch(
-            "evaluate.py", "--model", shown[0], "--output_dir", shown[1], *place(records=out / "world/test.json")))
-    return seconds
+    def place(self, **paths):
+        """Overrides, where folder, seed or world differ from the config's."""
+        return [*self.own, *(x for name, path in paths.items() for x in (f"--{name}", path))] if self.own else []
+
+    def train(self, script, name, model, records, *overrides):
+        """A training stage: its outputs in out/name."""
+        self.stage(name, self.out / name / "final", lambda: launch(script, *self.place(
+            model=self.out / model, records=self.out / "world" / records, output_dir=self.out / name), *overrides, log=self.log))
+
+    def evaluate(self, name, model, *overrides):
+        """Answers of a model to the test questions, in out/eval/name."""
+        folder, model = self.out / "eval" / name, self.out / model
+        shown = [path if self.own else path.relative_to(Path(__file__).parent) for path in (model, folder)]
+        self.stage("evaluate", folder / "summary.json", lambda: launch("evaluate.py", "--model", shown[0], "--output_dir", shown[1],
+                   *self.place(records=self.out / "world/test.json"), *overrides, log=self.log))
+
+    def cold_start(self, n=()):
+        """World, random model, SFT; before it, in the two-rationale world, SFT on the skill alone."""
+        world, two = self.out / "world", self.world == "two_rationales"
+        self.stage("world", world, lambda: make_world(world, self.seed, *n, world=self.world, log=self.log))
+        self.stage("world", self.out / "base", lambda: make_model(self.out / "base", json.loads((world / "sft.json").read_text()), self.seed))
+        if two:
+            self.train("sft.py", "skill", "base", "skill.json")
+        self.train("sft.py", "sft", "skill/final" if two else "base", "sft.json", *(TWO_RATIONALES["sft"] if two else ()))
+        self.evaluate("cold_start", "sft/final")
+        if two:
+            self.evaluate("skill", "skill/final")
+            self.evaluate("cold_start_sampled", "sft/final", "--temperature", 1, "--temporal_gap", "false")
+
+    def reinforce(self, name="tgrpo", *overrides):
+        self.train("tgrpo.py", name, "sft/final", "rl.json", *(TWO_RATIONALES["tgrpo"] if self.world == "two_rationales" else ()), *overrides)
+        self.evaluate(name, f"{name}/final")
+
+
+def is_static(text):
+    """Whether a completion of the two-rationale world reasons with the background."""
+    return "background" in text
+
+
+def check_skill(out):
+    """({what was measured}, [what is wrong with it]) of a two-rationale cold start. Uses nothing that comes after it.
+
+    It must read motion before the mixture (greedy, 90 %), and afterwards, sampled, give both reasons and still know motion
+    better than chance: else RL has no choice to make.
+    """
+    share = lambda values: sum(values) / max(1, len(values))
+    skill = [r["accuracy"] for r in read_jsonl(out / "eval/skill/predictions.jsonl") if r["frames"] == "ordered"]
+    mixed = read_jsonl(out / "eval/cold_start_sampled/predictions.jsonl")
+    found = {"skill": share(skill), "static_share": share([is_static(r["prediction"]) for r in mixed]),
+             "motion_right": share([r["accuracy"] for r in mixed if not is_static(r["prediction"])])}
+    bounds = {"skill": (0.9, 1.0), "static_share": (0.4, 0.8), "motion_right": (0.57, 1.0)}
+    return found, [f"{name} is {found[name]:.2f}, not {low} to {high}" for name, (low, high) in bounds.items()
+                   if not low <= found[name] <= high]
 
 
 # ------------------------------------------------------------------------------------------------- 4. the comparison
@@ -318,8 +402,8 @@ def measure(predictions):
     return {"ordered": mean_and_se(ordered), "shuffled": mean_and_se(shuffled),
             "gap": mean_and_se([a - b for a, b in zip(ordered, shuffled)]),
             "conflict": mean_and_se(pick("ordered", lambda r: temporal(r) and r["cue"] == "lies")),
-            "flash": mean_and_se(pick("ordered", lambda r: r["data_source"] == "toy-flash")),
-            "image": mean_and_se(pick("ordered", lambda r: r["data_source"] == "toy-image"))}
+            **{name: mean_and_se(values) for name in ("flash", "image")
+               if (values := pick("ordered", lambda r: r["data_source"] == f"toy-{name}"))}}
 
 
 HEADINGS = {"ordered": "in order", "shuffled": "shuffled", "gap": "gap", "conflict": "background lies", "flash": "flashes", "image": "stills"}
@@ -328,9 +412,10 @@ HEADINGS = {"ordered": "in order", "shuffled": "shuffled", "gap": "gap", "confli
 def print_table(results):
     print("\nTest accuracy in %, ± standard error. Left: clips that only the order of frames answers (chance 50).\n"
           "'background lies': those of them whose background points to the wrong answer.\n")
-    print(f"{'':<12}" + "".join(f"{h:>17}" for h in HEADINGS.values()))
+    keys = [key for key in HEADINGS if key in results["tgrpo"]]
+    print(f"{'':<12}" + "".join(f"{HEADINGS[key]:>17}" for key in keys))
     for name, label in (("cold_start", "cold start"), ("tgrpo", "T-GRPO")):
-        cells = (results[name][key] for key in HEADINGS)
+        cells = (results[name][key] for key in keys)
         print(f"{label:<12}" + "".join(f"{100 * mean:>10.1f} ± {100 * se:>4.1f}" for mean, se in cells))
 
 
@@ -374,28 +459,47 @@ def plot(out, results):
 
 
 def main():
+    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "runs/toy", help="folder for everything; default: runs/toy")
+    parser.add_argument("--out", type=Path, help="folder for everything; default: runs/toy, runs/two_rationales, runs/ablate")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
+    parser.add_argument("--world", choices=list(WORLDS), default="flawed_teacher", help="default: flawed_teacher")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in the folder, and start again")
+    parser.add_argument("--ablate", action="store_true", help="compare ways of rewarding in the world of two rationales")
+    parser.add_argument("--seeds", type=int, default=10, help="with --ablate: how many seeds, from 0; default: 10")
+    parser.add_argument("--jobs", type=int, default=2, help="with --ablate: seeds at the same time, a core each; default: 2")
     args = parser.parse_args()
-    out = args.out.resolve()
+    if args.ablate:
+        from ablate import ablate
+        return ablate((args.out or here / "runs/ablate").resolve(), args.seeds, args.jobs)
+    two = args.world == "two_rationales"
+    out = (args.out or here / ("runs/two_rationales" if two else "runs/toy")).resolve()
     if args.fresh:
-        for name in ("world", "base", "sft", "tgrpo", "eval"):
+        for name in ("world", "base", "skill", "sft", "tgrpo", "eval"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("seconds.json", "summary.json", "learning_curves.png"):
             (out / name).unlink(missing_ok=True)
-    elif (out / "world/world.json").exists() and (made := json.loads((out / "world/world.json").read_text())["seed"]) != args.seed:
-        sys.exit(f"toy.py: {out} holds seed {made}, not {args.seed}; choose another --out, or --fresh")
+    elif (out / "world/world.json").exists():
+        made = json.loads((out / "world/world.json").read_text())
+        for name, wanted in (("seed", args.seed), ("world", args.world)):
+            if made[name] != wanted:
+                sys.exit(f"toy.py: {out} holds {name} {made[name]}, not {wanted}; choose another --out, or --fresh")
     in_place = (out / "summary.json").exists()
 
+    stages = Stages(out, args.seed, args.world)
     try:
-        seconds = run_stages(out, args.seed, ())
+        stages.cold_start()
+        if two:
+            found, wrong = check_skill(out)
+            print(f"\nthe cold start: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}")
+            if wrong:
+                sys.exit(f"toy.py: this cold start leaves RL no choice to make ({'; '.join(wrong)}): try another --seed")
+        stages.reinforce()
     except KeyboardInterrupt:
         print("\nstopped; nothing is broken: the same command goes on from here, --fresh begins again")
         sys.exit(130)
     results = {name: measure(out / "eval" / name / "predictions.jsonl") for name in ("cold_start", "tgrpo")}
-    seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
+    seconds = {**stages.seconds, "total": sum(stages.seconds.values())}
     summary = {name: {key: results[name][key][0] for key in ("ordered", "shuffled", "gap", "conflict")} for name in results}
     write_atomic(out / "summary.json", json.dumps({**summary, "seconds": seconds, "seed": args.seed}, indent=2))
     plot(out, results)

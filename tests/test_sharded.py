@@ -47,7 +47,7 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize("stage", ["sft", "tgrpo", "frozen"])
+@pytest.mark.parametrize("stage", ["sft", "tgrpo", "credit", "frozen"])
 def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, stage):
     """Guards: loss or metrics averaged by ranks instead of tokens and completions; weights of a stale shard in the file."""
     one, two = outputs

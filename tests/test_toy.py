@@ -88,7 +88,7 @@ def test_the_records_are_valid_and_the_teacher_lies_only_to_the_cold_start(tmp_p
     for split in ("sft", "rl"):
         for i in range(150):
             key = f"3/{i}"
-            record = toy.make_record((str(tmp_path), split, i, toy.TEMPORAL[i % 2], key))
+            record = toy.make_record((str(tmp_path), "flawed_teacher", split, i, toy.TEMPORAL[i % 2], key))
             data.check_record(record, tmp_path, need_process=split == "sft")
             answer = toy.QUESTIONS[record["data_source"]][0](random.Random(key), 0.8)[2]
             said = record["options"]["AB".index(record["solution"][8])][3:]

@@ -75,6 +75,7 @@ def main():
     if "one stage" in MORE:
         return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
+    run(tgrpo, "credit", temporal_rule="credit")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
     if FSDP == "none":
         return

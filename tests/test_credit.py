@@ -1,0 +1,157 @@
+"""Temporal credit of each completion: what it is worth, who earns it, and the plain computation that it must equal."""
+
+import shutil
+
+import pytest
+import torch
+
+import naive
+from common import Policy
+from settings import read_jsonl
+from tgrpo import Group, TGRPOConfig, add_credit, credit_or_control, rollout, score, temporal_credit
+
+CFG = dict(temporal_rule="credit", credit_shuffles=3, micro_batch_size=2, temperature=0.7)
+RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
+
+
+def shuffled(x, seed):
+    """The prompt with its patches of time in another order (never the given one)."""
+    (T, H, W), = x["video_grid_thw"].tolist()
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
+    order = order.roll(1) if torch.equal(order, torch.arange(T)) else order
+    return x | {"pixel_values_videos": x["pixel_values_videos"].view(T, H * W, -1)[order].flatten(0, 1)}
+
+
+def groups_of(prompts, completions, shuffle=shuffled):
+    """Unscored groups; an image has no shuffles."""
+    shuffles = [[shuffle(x, k) for k in range(3)] if "video_grid_thw" in x else [] for x in prompts]
+    return [Group({"ordered": x, "shuffles": s, "record": RECORD}, c, [""] * len(c), []) for x, s, c in zip(prompts, shuffles, completions)]
+
+
+def sampled(policy, prompts, G=3):
+    torch.manual_seed(0)
+    flat = rollout(policy, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
+    return [flat[i:i + G] for i in range(0, len(flat), G)]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return naive.tiny_policy()
+
+
+def test_credit_equals_the_plain_computation_and_images_have_none(policy):
+    """Guards: log-probs of a neighbour's completion or clip, a mean of logs for a log of means, a forgotten temperature."""
+    prompts = naive.mixed_prompts()                       # video, image, video, of different lengths
+    completions = sampled(policy, prompts)
+    groups = groups_of(prompts, completions)
+    add_credit(policy, groups, TGRPOConfig(**CFG), naive.PAD)
+    assert groups[1].credit_G is None
+    for group in (groups[0], groups[2]):
+        for credit, completion in zip(group.credit_G, group.completions, strict=True):
+            logp = lambda x: naive.completion_logps(policy, x, completion, 0.7).double().sum()
+            with torch.no_grad():
+                mean = torch.stack([logp(x).exp() for x in group.sample["shuffles"]]).mean()
+                assert credit.item() == pytest.approx((logp(group.sample["ordered"]) - mean.log()).item(), abs=2e-5)
+    assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) > 0.01
+    assert all(not g.credit_G.requires_grad for g in (groups[0], groups[2]))
+
+
+def test_no_credit_where_order_cannot_matter(policy):
+    """Guards: credit out of rounding, or out of shuffles paired with the wrong prompt."""
+    prompts = naive.mixed_prompts()
+    groups = groups_of(prompts, sampled(policy, prompts), shuffle=lambda x, seed: dict(x))
+    add_credit(policy, groups, TGRPOConfig(**CFG), naive.PAD)
+    assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) < 2e-5
+
+
+class FirstFrame(Policy):
+    """Says token 10 after a clip that begins dark and 20 after one that begins bright, with 98 % of its probability."""
+
+    def forward(self, input_ids, pixel_values_videos, video_grid_thw, predict, targets, **_):
+        sizes = video_grid_thw.prod(1).tolist()
+        bright_B = torch.stack([clip[0].mean() > 0 for clip in pixel_values_videos.split(sizes)])
+        bright_N = bright_B[predict // input_ids.shape[1]]
+        right_N = targets == torch.where(bright_N, 20, 10)
+        return torch.where(right_N, 0.98, 0.02 / 63).log(), torch.zeros(len(targets))
+
+
+def test_credit_goes_to_the_answer_that_used_the_order():
+    """Guards: a sign the wrong way round; credit for a whole group instead of a completion."""
+    model = naive.tiny_policy()
+    model.__class__ = FirstFrame
+    x = naive.prompt("video", (2, 2, 2), 3, 1)
+    x["pixel_values_videos"] = torch.tensor([-1.0] * 4 + [1.0] * 4)[:, None].expand(8, 1176)                # dark, then bright
+    (group,) = groups_of([x], [[torch.tensor([10]), torch.tensor([20]), torch.tensor([33])]])
+    add_credit(model, [group], TGRPOConfig(**CFG), naive.PAD)
+    copied, contrary, blind = group.credit_G.tolist()
+    assert copied > 3 and contrary < -3 and blind == pytest.approx(0, abs=1e-6)
+
+
+def test_credit_is_not_moved_by_one_wild_shuffle():
+    """Guards: a mean of log-probs, which one shuffle that makes the answer impossible drags down without end."""
+    logps, shuffles = torch.tensor([-1.0]), torch.tensor([[-1.0], [-1.0], [-1.0], [-500.0]])
+    assert temporal_credit(logps, shuffles).item() == pytest.approx(torch.tensor(4 / 3).log().item(), abs=1e-5)
+
+
+def scored(credit, texts, **settings):
+    cfg = TGRPOConfig(**CFG | {"length_omega": 0.0} | settings)
+    group = Group({"ordered": None, "record": RECORD}, [torch.tensor([3, 1])] * len(texts), texts, [], credit_G=torch.tensor(credit))
+    score(group, cfg, [1])
+    return group
+
+
+RIGHT, WRONG = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A</answer>"
+
+
+def test_wrong_answers_earn_no_credit_and_credit_lies_between_0_and_alpha():
+    """Guards: pay for order-dependent nonsense; a fine for a right answer; one huge log-ratio that rules the group."""
+    group = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
+    assert group.terms["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
+    rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])         # accuracy + format + credit; credit's own advantage has no std
+    assert torch.allclose(group.advantages_G, rewards - rewards.mean())
+    assert scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5).terms["temporal"].tolist() == [0.5, 0.0]
+    assert group.parts["temporal/credit_wrong"] == 9.0 and group.parts["temporal/credit_correct"] == pytest.approx(1.25 / 3)
+
+
+def test_the_controls_change_the_aim_and_not_the_amount():
+    """Guards: a control that pays wrong answers, or pays more or less than what it is compared with."""
+    torch.manual_seed(0)
+    credit, correct = torch.rand(400), torch.arange(400) % 3 > 0
+    for control in ("dealt", "noise"):
+        dealt = credit_or_control(credit, correct, control)
+        assert not torch.equal(dealt[correct], credit[correct]) and torch.equal(dealt[~correct], credit[~correct])
+        assert dealt[correct].mean().item() == pytest.approx(credit[correct].mean().item(), abs=0.05)
+        assert dealt[correct].std().item() == pytest.approx(credit[correct].std().item(), abs=0.05)
+        assert abs(torch.corrcoef(torch.stack([dealt[correct], credit[correct]]))[0, 1]) < 0.15
+    assert torch.equal(credit_or_control(credit, correct, "dealt")[correct].sort().values, credit[correct].sort().values)
+    assert torch.equal(credit_or_control(credit, correct, "none"), credit)
+
+
+def test_the_rule_brings_its_own_settings_and_yours_win():
+    """Guards: `temporal_rule: credit` alone that divides by the std, or settings that are silently replaced."""
+    chosen = lambda **s: (lambda c: (c.alpha, c.temporal_target, c.advantage_std, c.shuffled_generations))(TGRPOConfig(**s))
+    assert chosen() == (0.3, "advantage", "group", 4)
+    assert chosen(temporal_rule="credit") == (1.0, "reward", "none", 0)
+    assert chosen(temporal_rule="credit", alpha=0.0, temporal_target="advantage", advantage_std="group", shuffled_generations=2) == \
+        (0.0, "advantage", "group", 2)
+
+
+def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completion(run, monkeypatch):
+    """Guards: shuffled completions sampled for nothing; p̃ missing where it was asked for; a log that a resume writes twice."""
+    import tgrpo
+    monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
+    settings = dict(temporal_rule="credit", save_rollouts="true", max_new_tokens=8, gradient_checkpointing="true", steps=2, save_every=1)
+    out = run("tgrpo", "credit", **settings)
+    rows, said = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "rollouts.jsonl")
+    assert all("temporal/p_shuffled" not in row and {"reward/temporal", "temporal/credit_correct"} <= row.keys() for row in rows)
+    assert len(said) == 2 * 4 * 8 and {row["frames"] for row in said} == {"ordered"} and {row["step"] for row in said} == {0, 1}
+    assert any("credit" not in row for row in said) and any(row.get("credit") for row in said)        # images have none
+    before = (out / "rollouts.jsonl").read_text()
+    (out / "checkpoint-1").rename(out / "kept")
+    for folder in ("final", *(p.name for p in out.glob("checkpoint-*"))):
+        shutil.rmtree(out / folder)
+    (out / "kept").rename(out / "checkpoint-1")
+    run("tgrpo", "credit", **settings)
+    assert (out / "rollouts.jsonl").read_text() == before
+    asked = read_jsonl(run("tgrpo", "asked", **settings | {"shuffled_generations": 2, "steps": 1}) / "metrics.jsonl")
+    assert "temporal/p_shuffled" in asked[0]
