@@ -57,7 +57,8 @@ WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 def check_model(cfg, stage, made_by=None):
     """UserError if `cfg.model` is a local path without a checkpoint; `made_by` is the command that makes one."""
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
-    if (Path(cfg.model) / "config.json").is_file() or (is_hub_name and not Path(cfg.model).exists()):
+    is_local = Path(cfg.model).exists() or "/" in cfg.model and Path(cfg.model).parent.is_dir()
+    if (Path(cfg.model) / "config.json").is_file() or is_hub_name and not is_local:
         return
     hint = f"; make one with: {made_by}" if made_by else ""
     raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
@@ -545,19 +546,19 @@ def micro_batches(items, cfg, accelerator, blank):
 class Skipped:
     """Counts and names the records whose media are unusable; stops the run past `max_unreadable` of all records."""
 
-    def __init__(self, cfg, n_records):
-        self.limit, self.n_records, self.seen = cfg.max_unreadable, n_records, {}
+    def __init__(self, cfg, n_records, seen=()):
+        self.limit, self.n_records, self.seen = cfg.max_unreadable, n_records, dict(seen)
 
     def __len__(self):
         return len(self.seen)
 
     def drop(self, accelerator, batch):
         """The readable samples of this rank's batch. Collective: all ranks learn of every unusable record."""
-        found = gather_object([(str(s["record"]["problem_id"]), s["error"]) for s in batch if "error" in s])
-        for problem_id, reason in found:
-            if problem_id not in self.seen:
-                accelerator.print(f"skipped {problem_id}: {reason}")
-                self.seen[problem_id] = reason
+        found = gather_object([(f"{s['record']['problem_id']} ({s['record']['path']})", s["error"]) for s in batch if "error" in s])
+        for name, reason in found:
+            if name not in self.seen:
+                accelerator.print(f"skipped {name}: {reason}")
+                self.seen[name] = reason
         if len(self.seen) > self.limit * self.n_records:
             raise UserError(f"{len(self.seen)} of {self.n_records} records are unusable, more than max_unreadable "
                             f"{self.limit} allows; `python data.py --check` lists them. The last: {found[-1][1]}")

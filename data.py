@@ -24,11 +24,13 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import decord
 import numpy as np
 import torch
@@ -58,6 +60,10 @@ HINTS = {
 
 DATA_TYPES = ("video", "image", "frame")                  # frame: a folder of numbered stills
 FOLDER_FPS = 3.0                                          # their rate
+# Where decord finds the frame it is asked for. In others (avi, ts, mpeg, wmv; MPEG-4 part 2 anywhere) it returns neighbours,
+# and says nothing: those are read from their start.
+SEEKABLE = {"h264", "hevc", "vp8", "vp9", "av1"}, {"mov", "matroska", "flv"}
+CONTROL = re.compile(r"<\|\w+\|>")                       # tokens that mean pixels or turns to the model, not words
 
 
 class Unusable(Exception):
@@ -91,7 +97,7 @@ def check_record(row, data_root, need_process):
     for name in ("problem_id", "problem", "data_type", "problem_type", "solution", "path"):
         if row.get(name) in (None, ""):
             raise ValueError(f"{name}: missing")
-        if name != "problem_id" and not isinstance(row[name], str):
+        if not isinstance(row[name], (str, int) if name == "problem_id" else str):
             raise ValueError(f"{name}: expected text, got {row[name]!r:.80}")
     if row["data_type"] not in DATA_TYPES:
         raise ValueError(f"data_type: expected one of {', '.join(DATA_TYPES)}, got {row['data_type']!r}")
@@ -102,6 +108,11 @@ def check_record(row, data_root, need_process):
         raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
     if row["problem_type"] == "multiple choice" and not options:
         raise ValueError("options: a multiple choice question without options")
+    for name, text in [*((n, row.get(n) or "") for n in ("problem", "process", "solution")), *(("options", o) for o in options)]:
+        if found := CONTROL.search(str(text)):
+            raise ValueError(f"{name}: holds {found[0]}, a token that the model takes for pixels or the end of a turn")
+        if any("\ud800" <= c <= "\udfff" for c in str(text)):
+            raise ValueError(f"{name}: half of a surrogate pair is no text: {text!a:.80}")
     try:
         parse_solution(row["solution"], row["problem_type"], options)
     except ValueError as error:
@@ -111,10 +122,11 @@ def check_record(row, data_root, need_process):
     if ("start" in row) != ("end" in row) or not all(isinstance(row.get(k, 0), int | float) for k in ("start", "end")):
         raise ValueError(f"start, end: expected two numbers of seconds, got {row.get('start')!r}, {row.get('end')!r}")
     media_path(row, data_root)
+    media_path({"path": row.get("image_path") or ""}, data_root)
 
 
 def media_path(row, data_root):
-    """Where the record's video, image or folder lies. ValueError if the path leaves the data root."""
+    """Where the record's video, image or folder lies. ValueError if the path leaves the data root (but by a link you made)."""
     root = os.path.abspath(data_root)
     path = os.path.abspath(os.path.join(root, row["path"]))
     if "\0" in path or os.path.commonpath([root, path]) != root:
@@ -192,18 +204,40 @@ def load_media(record, cfg):
 
 
 def read_video(path, record, n):
+    """(frames, frames a second, their indices, how many they are spread over) of a file whose frames are evenly spaced in time.
+
+    A file of uneven spacing is read as if it were even, at its mean rate: Qwen2.5-VL knows one distance between frames a clip.
+    """
     if os.path.getsize(path) == 0:
         raise ValueError("empty file")
-    reader = decord.VideoReader(path, num_threads=1)
-    total, fps = len(reader), float(reader.get_avg_fps())
+    with av.open(path) as container:
+        if not container.streams.video:
+            raise ValueError("no picture in this file")
+        stream = container.streams.video[0]
+        seekable = stream.codec_context.name in SEEKABLE[0] and SEEKABLE[1] & set(container.format.name.split(","))
+        if not seekable:
+            total, fps = sum(packet.size > 0 for packet in container.demux(stream)), float(stream.average_rate or 0)
+    if seekable:
+        reader = decord.VideoReader(path, num_threads=1)
+        total, fps = len(reader), float(reader.get_avg_fps())
     if total < 1 or not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"{total} frames at {fps} frames a second")
     indices, span = chosen_frames(record, total, fps, n)
-    return reader.get_batch(indices).asnumpy(), fps, indices, span
+    frames_FHWC = reader.get_batch(indices).asnumpy() if seekable else read_from_start(path, indices)
+    check_sides(*frames_FHWC.shape[1:3])
+    return frames_FHWC, fps, indices, span
+
+
+def read_from_start(path, indices):
+    """The frames at `indices` of a file in which seeking cannot be trusted: decodes all up to the last of them."""
+    with av.open(path) as container:
+        kept = {i: frame.to_ndarray(format="rgb24") for i, frame in zip(range(max(indices) + 1), container.decode(video=0)) if i in set(indices)}
+    return np.stack([kept[i] for i in indices])
 
 
 def read_folder(path, record, n):
-    files = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    stills = [p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = sorted(stills, key=lambda p: (int("".join(filter(str.isdecimal, p.stem)) or 0), p.name))      # 2.png before 10.png
     if not files:
         raise ValueError("no .jpg or .png in this folder")
     indices, span = chosen_frames(record, len(files), FOLDER_FPS, n, first=1)
@@ -211,8 +245,16 @@ def read_folder(path, record, n):
 
 
 def read_image(path):
+    """RGB, upright."""
     with Image.open(path) as image:
-        return image.convert("RGB")
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    check_sides(*image.size)
+    return image
+
+
+def check_sides(a, b):
+    if max(a, b) > 200 * min(a, b):
+        raise ValueError(f"{a} x {b} pixels: Qwen2.5-VL takes no picture more than 200 times as long as wide")
 
 
 def shuffled_order(n_frames, rng, unit="frame", patch=2):

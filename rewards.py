@@ -100,7 +100,7 @@ def parse_letter(text):
 NUMBER = re.compile(r"[$€£]?([+-]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE)
 WORD = r"[a-z%°µ][a-z°µ/·]*(?:\^[23]|(?<=m)[23]|[²³])?"    # "meters", "%", "km/h", "m^2", "m2", "m²"; not the "x3" of "2x3"
 UNIT = re.compile(rf"(?:(?:square|cubic|degrees) )?{WORD}(?: per {WORD})?", re.IGNORECASE)
-SCALES = {"k", "bn", "dozen", "hundred", "thousand", "million", "billion", "trillion", "x", "e"}     # "4 million" is not 4
+SCALES = {"k", "bn", "dozen", "hundred", "thousand", "million", "billion", "trillion", "quarter", "half", "x", "e", "or"}   # "4 million" is not 4
 
 
 def parse_number(text):
@@ -113,10 +113,10 @@ def parse_number(text):
     >>> [parse_number(t) for t in ("4.0", "1,000", "1e3", "-3", "50%", "$5", "3.5 square meters.")]
     [4.0, 1000.0, 1000.0, -3.0, 50.0, 5.0, 3.5]
     """
-    core = text.strip().lstrip("*").rstrip("*.$").replace("−", "-")                       # "**4**", "$4$", "4 m."
+    core = text.strip().lstrip("*").rstrip("*.$€£").replace("−", "-")                     # "**4**", "$4$", "4 m.", "5€"
     match = NUMBER.match(core)
     unit = " ".join(core[match.end():].split()) if match else ""
-    if not match or unit and (unit.lower() in SCALES or not UNIT.fullmatch(unit)):
+    if not match or unit and ({unit.lower(), unit.lower().rstrip("s")} & SCALES or not UNIT.fullmatch(unit)):
         raise ValueError(f"not a number: {text[:40]!r}")
     value = float(match[1].replace(",", ""))              # float, not int: no limit on digits, and linear
     if not math.isfinite(value):

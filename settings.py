@@ -39,7 +39,7 @@ class SharedConfig:
     records: str = option("", "JSON or JSONL file of records (see data.py)")
     data_root: str = option(".", "folder that the records' paths are relative to")
     output_dir: str = option("", "folder for checkpoints, metrics.jsonl, and the final model")
-    seed: int = option(0, "seed of data order, frame shuffling and sampling", low=0)
+    seed: int = option(0, "seed of data order, frame shuffling and sampling", low=0, high=2**32 - 1)
     prompt: str = option("", "prompt template with {problem}, {options} and {hint}; empty: data.PROMPT")
     max_frames: int = option(16, "most frames taken from a video, spread uniformly", low=1)
     min_pixels: int = option(16 * 28 * 28, "frames and images below this many pixels are enlarged to it", low=784)
@@ -47,7 +47,7 @@ class SharedConfig:
     max_prompt_tokens: int = option(16384, "longer prompts are skipped, counted and named, never cut", low=1)
     shuffle_unit: str = option("frame", "what shuffling moves: single frames, or temporal patches (pairs of frames)",
                                choices=("frame", "patch"))
-    max_unreadable: float = option(0.01, "share of the records that may be unreadable before the run stops", low=0, high=1)
+    max_unreadable: float = option(0.01, "share of the records that may be unreadable before training stops (evaluation counts them)", low=0, high=1)
     num_workers: int = option(4, "processes that decode and prepare clips beside the training step", low=0)
     fsdp: str = option("none", "full_shard: shard weights, gradients and optimizer over the GPUs",
                        choices=("none", "full_shard"))
@@ -57,6 +57,12 @@ class SharedConfig:
     def __post_init__(self):
         if self.min_pixels > self.max_pixels:
             raise UserError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+        try:
+            filled = (self.prompt or "{problem}").format(problem="<problem>", options="", hint="")
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise UserError(f"prompt: only {{problem}}, {{options}} and {{hint}} may stand in braces: {error} in {self.prompt!r}") from None
+        if "<problem>" not in filled:
+            raise UserError(f"prompt: {{problem}} is missing in {self.prompt!r}")
 
 
 @dataclass
@@ -70,8 +76,8 @@ class TrainConfig(SharedConfig):
     lr_schedule: str = option("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
     min_lr_ratio: float = option(0.0, "last learning rate as a share of the peak", low=0, high=1)
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
-    adam_beta1: float = option(0.9, "AdamW beta 1", low=0, high=1)
-    adam_beta2: float = option(0.999, "AdamW beta 2", low=0, high=1)
+    adam_beta1: float = option(0.9, "AdamW beta 1", low=0, high=0.999999)
+    adam_beta2: float = option(0.999, "AdamW beta 2", low=0, high=0.999999)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
     freeze_vision: bool = option(False, "train the language model only")
@@ -105,8 +111,8 @@ def convert(value, kind, choices=None, low=None, high=None):
             converted = kind(value)
             if not math.isfinite(converted):
                 raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(f"expected {name}, got {value!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"expected {name}, got {value!r:.80}") from None
     if choices and converted not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
     if low is not None and converted < low:
@@ -150,7 +156,8 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
 
     if path:
         tree = read_yaml(path)
-        sections = {name: tree.pop(name) or {} for name in STAGES if name in tree}
+        sections = {name: tree.pop(name) for name in STAGES if name in tree}
+        sections = {name: {} if part is None else part for name, part in sections.items()}
         shared = {f.name for f in fields(SharedConfig)}
         for name in tree:                                  # a stage's own setting must stand in its section
             if name not in shared:
@@ -166,13 +173,23 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
     return cls(**values)
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, to which a key that stands twice is an error instead of the last one winning in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands here twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path):
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), UniqueKeys)
         tree = {} if tree is None else tree                # an empty file: all defaults
     except OSError as error:
         raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:          # bytes that are no text, a number of thousands of digits
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected settings 'name: value', got {type(tree).__name__}")
@@ -229,7 +246,7 @@ def read_rows(path):
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     rows.append(json.loads(line))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f", line {number}" if number else ""
         raise UserError(f"{path}{where}: not JSON: {error}") from None
     if not rows:

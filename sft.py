@@ -62,10 +62,11 @@ def main():
     processor = common.load_processor(cfg)
     model = common.load_model(cfg, accelerator=accelerator).train()
     model, optimizer = common.prepare(accelerator, model, cfg)
-    start = common.resume(accelerator, cfg)["step"]
+    resumed = common.resume(accelerator, cfg)
+    start = resumed["step"]
     log = common.Log(accelerator, cfg, "sft", start)
     stop = common.StopSignal()
-    skipped = common.Skipped(cfg, len(records))
+    skipped = common.Skipped(cfg, len(records), resumed.get("skipped", {}))
 
     samples = data.Samples(records, processor, cfg, targets=True)
     blank = data.blank_sample(processor, cfg)

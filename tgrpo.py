@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import common
 import data
@@ -176,13 +176,15 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
     for layer, filled in zip(cache.layers, prefix.layers):                 # room for all tokens once: a growing cache is
         layer.update(filled.keys[rows], filled.values[rows])               # copied whole for every token
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    # the checkpoint's own generation settings (a penalty, a minimum length) would sample from another distribution than the policy's
+    ends, own, model.generation_config = eos_ids(model, tokenizer), model.generation_config, GenerationConfig()
     output = model.generate(
-        input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache,
-        max_new_tokens=max_new_tokens, repetition_penalty=1.0, suppress_tokens=placeholder_ids(model), disable_compile=not compiled,
-        eos_token_id=eos_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id, **sampling)
+        input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache, max_new_tokens=max_new_tokens,
+        suppress_tokens=placeholder_ids(model), disable_compile=not compiled, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **sampling)
+    model.generation_config = own
     model.train(was_training)
     completions_BT = output[:, ids.shape[1]:]
-    lengths_B = completion_mask(completions_BT, eos_ids(model, tokenizer)).sum(1)
+    lengths_B = completion_mask(completions_BT, ends).sum(1)
     return [row[:n] for row, n in zip(completions_BT, lengths_B)]
 
 
@@ -281,9 +283,10 @@ def score(group, cfg, eos):
         p_shuffled = (accuracy_S > CORRECT).double().mean().item()
         if cfg.temporal_rule != "credit":
             r_t = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule)
-        variance = p * (1 - p) / max(1, len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / max(1, len(accuracy_S) - 1)
         group.parts |= {"temporal/p": p, "temporal/p_shuffled": p_shuffled, "temporal/gap": p - p_shuffled,
-                        "temporal/gap_se": variance, "temporal/order_helped": float(p > p_shuffled)}
+                        "temporal/order_helped": float(p > p_shuffled)}
+        if min(len(lengths), len(accuracy_S)) > 1:        # one completion has no spread
+            group.parts["temporal/gap_se"] = p * (1 - p) / (len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / (len(accuracy_S) - 1)
     bonus_G = r_t * correct_G
     group.advantages_G = temporal_advantages(rewards_G, correct_G, r_t, cfg.temporal_target, cfg.advantage_std)  # 4.
     without_G = group_advantages(rewards_G, cfg.advantage_std)
@@ -385,7 +388,7 @@ def rollout_rows(group):
     for i, text in enumerate(group.texts):
         yield {**said, "frames": "ordered", "text": text, **{name: float(f"{values_G[i].item():.5g}") for name, values_G in columns.items()}}
     for text in group.shuffled_texts:
-        yield {**said, "frames": "shuffled", "text": text}
+        yield {**said, "frames": "shuffled", "text": text, "frame_order": group.sample["frame_order"]}
 
 
 def print_rollouts(step, groups):
@@ -419,10 +422,11 @@ def main():
     policy = accelerator.unwrap_model(model)
     sampler = common.rollout_copy(accelerator, policy, cfg)
     banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id
-    start = common.resume(accelerator, cfg)["step"]
+    resumed = common.resume(accelerator, cfg)
+    start = resumed["step"]
     log = common.Log(accelerator, cfg, "tgrpo", start)
     stop = common.StopSignal()
-    skipped = common.Skipped(cfg, len(records))
+    skipped = common.Skipped(cfg, len(records), resumed.get("skipped", {}))
 
     orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
     samples = data.Samples(records, processor, cfg, orders, shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0)

@@ -57,7 +57,7 @@ def generate(model, x, n=1, **sampling):
     return output.sequences[:, x["input_ids"].shape[1]:], output.scores
 
 
-def completion_logps(model, x, completion, temperature=1.0):
+def completion_logps(model, x, completion, temperature=1.0, placeholders=(IMAGE, VIDEO)):
     """Log-probs (T,) of one completion from one whole row and its full logits, placeholders banned as in sampling."""
     n, P = len(completion), x["input_ids"].shape[1]
     ids = torch.cat([x["input_ids"], completion[None]], 1)
@@ -65,7 +65,7 @@ def completion_logps(model, x, completion, temperature=1.0):
     model.model.rope_deltas = None
     logits = model(**{**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)},
                    use_cache=False).logits[0, P - 1:-1] / temperature
-    banned = torch.zeros(64, dtype=torch.bool).index_fill(0, torch.tensor([IMAGE, VIDEO]), True)
+    banned = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(placeholders), True)
     return logits.masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, completion[:, None])[:, 0]
 
 

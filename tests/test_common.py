@@ -32,11 +32,20 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
     ("tgrpo:\n  steps: true", [], "tgrpo.steps: expected a whole number, got True"),
     ("tgrpo:\n  steps: 0", [], "tgrpo.steps: expected at least 1, got 0"),
     ("tgrpo:\n  lr: nan", [], "tgrpo.lr: expected a number, got 'nan'"),
-    ("tgrpo:\n  temporal_rule: magic", [], "tgrpo.temporal_rule: expected one of margin, paper, released, none, got 'magic'"),
+    ("tgrpo:\n  temporal_rule: magic", [], "tgrpo.temporal_rule: expected one of margin, paper, released, none, credit, got 'magic'"),
     ("bf16: maybe", [], "bf16: expected true or false, got 'maybe'"),
     ("tgrpo: 3", [], "some.yaml: tgrpo: expected a section of settings, got 3"),
     ("- a\n- b", [], "some.yaml: expected settings 'name: value', got list"),
     ("a: [", [], "some.yaml: not YAML"),
+    ("tgrpo: []", [], "some.yaml: tgrpo: expected a section of settings, got []"),
+    ("tgrpo:\n  lr: 1\ntgrpo:\n  steps: 2", [], "some.yaml: not YAML: tgrpo stands here twice"),
+    ("seed: 1\nseed: 2", [], "some.yaml: not YAML: seed stands here twice"),
+    ("seed: " + "9" * 5000, [], "some.yaml: not YAML"),
+    ("tgrpo:\n  lr: " + "9" * 400, [], "some.yaml: tgrpo.lr: expected a number, got 999"),
+    ("tgrpo:\n  adam_beta1: 1", [], "tgrpo.adam_beta1: expected at most 0.999999, got 1"),
+    ('prompt: "{problem} {answer}"', [], "prompt: only {problem}, {options} and {hint} may stand in braces: 'answer'"),
+    ('prompt: "{problem} {"', [], "prompt: only {problem}"),
+    ('prompt: "{options}"', [], "prompt: {problem} is missing in '{options}'"),
     ("", ["--lr", "fast"], "command line: --lr: expected a number, got 'fast'"),
     ("min_pixels: 90000\nmax_pixels: 800", [], "min_pixels 90000 is larger than max_pixels 800"),
 ])
@@ -83,10 +92,12 @@ def test_help_explains_every_field(stage, capsys):
 
 def test_missing_cold_start_names_the_command(tmp_path):
     """Guards: a hub lookup or a traceback where the user forgot the first stage."""
-    cfg = load(tmp_path, "tgrpo:\n  model: runs/nowhere/final")
-    with pytest.raises(common.UserError) as error:
-        common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
-    assert "no checkpoint at runs/nowhere/final" in str(error.value) and "accelerate launch sft.py" in str(error.value)
+    for path in ("runs/nowhere/final", "configs/nowhere", "./nowhere", str(tmp_path)):
+        cfg = load(tmp_path, f"tgrpo:\n  model: {path}")
+        with pytest.raises(common.UserError) as error:
+            common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
+        assert f"no checkpoint at {path}" in str(error.value) and "accelerate launch sft.py" in str(error.value)
+    common.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):

@@ -18,13 +18,13 @@ GOOD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem
         "path": "./clip.mp4", "data_source": "test"}
 
 
-def write_video(path, n_frames, fps=4, size=(56, 56), **container_options):
+def write_video(path, n_frames, fps=4, size=(56, 56), codec="libx264", options=(("crf", "5"),), brighter=20, **container_options):
     """Frame i is a grey of brightness 10 + 20 i, so that a read frame tells its number."""
     with av.open(str(path), "w", options=container_options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "5"})
+        stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options))
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(n_frames):
-            frame = np.full((size[1], size[0], 3), min(10 + 20 * i, 250), dtype=np.uint8)
+            frame = np.full((size[1], size[0], 3), min(10 + brighter * i, 250), dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
@@ -64,6 +64,12 @@ def numbers(frames):
     ({"path": 7}, "path: expected text, got 7"),
     ({"problem": None}, "problem: missing"),
     ({"process": " "}, "process: missing"),
+    ({"problem_id": [1]}, "problem_id: expected text"),
+    ({"problem": "What is <|video_pad|> for?"}, "problem: holds <|video_pad|>"),
+    ({"options": ["A. <|im_end|>", "B. right"]}, "options: holds <|im_end|>"),
+    ({"process": "<think><|image_pad|></think>"}, "process: holds <|image_pad|>"),
+    ({"problem": "half \ud800"}, "problem: half of a surrogate pair"),
+    ({"image_path": "../secret.png"}, "path: leaves the data root"),
 ])
 def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
     """Guards: a bad record that is scored 0, or trained on, instead of being an error before anything starts."""
@@ -86,7 +92,7 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("", "no records"), ("[]", "no records"), ("   \n", "no records"), ("{", "line 1: not JSON"), ("[1, 2", "not JSON"),
-    ('{"problem_id": 1}\n{"a"', "line 2: not JSON"), ("[" * 100_000, "not JSON"), ("[3]", "row 1: expected a record, got 3"),
+    ('{"problem_id": 1}\n{"a"', "line 2: not JSON"), ("[" + "9" * 5000 + "]", "not JSON"), ("[" * 100_000, "not JSON"), ("[3]", "row 1: expected a record, got 3"),
 ])
 def test_broken_record_files_are_one_clear_error(tmp_path, text, message):
     """Guards: a traceback, or a training run over no data at all."""
@@ -152,13 +158,42 @@ def test_frames_are_uniform_and_their_times_true(tmp_path, total, expected):
     assert metadata.fps == pytest.approx(5) and metadata.total_num_frames == total
 
 
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mp4", "libx264", {"g": "12"}), ("a.mkv", "libx264", {"g": "12"}), ("a.webm", "libvpx-vp9", {"g": "12"}),
+    ("a.mp4", "mpeg4", {"g": "12", "bf": "2"}), ("a.avi", "libx264", {"g": "12"}), ("a.avi", "mpeg4", {"g": "12", "bf": "2"}),
+    ("a.ts", "libx264", {"g": "12"}), ("a.mpg", "mpeg2video", {}), ("a.wmv", "wmv2", {"g": "12"})])
+def test_the_frames_asked_for_are_the_frames_shown(tmp_path, name, codec, options):
+    """Guards: a decoder that lands on a neighbour after seeking, in silence: in an avi all frames can then be the first."""
+    write_video(tmp_path / name, 48, fps=25, size=(128, 96), codec=codec, options=options, brighter=5)
+    frames, metadata = data.load_media(GOOD | {"path": name}, config(tmp_path, max_frames=8))
+    assert metadata.frames_indices == [3, 9, 15, 21, 27, 33, 39, 45] and metadata.fps == pytest.approx(25)
+    assert [round((float(f.mean()) - 10) / 5) for f in frames] == metadata.frames_indices
+
+
 def test_a_folder_of_stills_is_a_video_at_3_fps(tmp_path):
-    """Guards: data_type "frame" turned into a question without pixels; files in listing order."""
-    (tmp_path / "stills").mkdir()
-    for i in (3, 1, 0, 2):
-        Image.new("RGB", (56, 56), (10 + 20 * i,) * 3).save(tmp_path / "stills" / f"{i:05}.png")
-    frames, metadata = data.load_media(GOOD | {"data_type": "frame", "path": "stills"}, config(tmp_path))
-    assert numbers(frames) == [0, 1, 2, 3] and metadata.fps == 3
+    """Guards: data_type "frame" turned into a question without pixels; files in listing order, where 10.png comes before 2.png."""
+    for folder, digits in (("padded", 5), ("plain", 1)):
+        (tmp_path / folder).mkdir()
+        for i in (3, 1, 0, 2, 11, 10, 9, 8, 7, 6, 5, 4):
+            Image.new("RGB", (56, 56), (10 + 20 * i,) * 3).save(tmp_path / folder / f"{i:0{digits}}.png")
+        frames, metadata = data.load_media(GOOD | {"data_type": "frame", "path": folder}, config(tmp_path))
+        assert numbers(frames) == list(range(12)) and metadata.fps == 3
+
+
+def test_a_picture_is_read_upright(tmp_path):
+    """Guards: a phone's photo lying on its side, with left and right swapped for up and down."""
+    image = Image.new("RGB", (60, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6                                      # turn by 90 degrees to see it upright
+    image.save(tmp_path / "clip.mp4", format="jpeg", exif=exif)
+    assert data.load_media(GOOD | {"data_type": "image"}, config(tmp_path))[0].size == (40, 60)
+
+
+def test_a_picture_the_processor_would_refuse_is_unusable_from_the_start(tmp_path):
+    """Guards: a run that dies days in, in a worker, of one picture that --check had called readable."""
+    Image.new("RGB", (4020, 20)).save(tmp_path / "clip.mp4", format="png")
+    with pytest.raises(data.Unusable, match="4020 x 20 pixels"):
+        data.load_media(GOOD | {"data_type": "image"}, config(tmp_path))
 
 
 @pytest.mark.parametrize("arguments, indices", [

@@ -124,7 +124,23 @@ def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsy
     folder, problem_id = broken_world
     out = run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5)      # 12 records: all are seen
     assert read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
-    assert f"skipped {problem_id}: ./media/" in capsys.readouterr().out
+    assert f"skipped {problem_id} (./media/" in capsys.readouterr().out
+
+
+def test_what_was_skipped_is_still_counted_after_a_resume(run, broken_world, capsys):
+    """Guards: a run that forgets at each restart how much of its data is broken, and never reaches its limit."""
+    folder, problem_id = broken_world
+    settings = dict(records=folder / "rl.json", data_root=folder, steps=6, max_unreadable=0.5, save_every=1, keep_checkpoints=9)
+    out = run("tgrpo", "whole", **settings)
+    counts = [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")]
+    first = counts.index(1) + 1
+    assert counts[-1] == 1 and first < 6
+    part = out.parent / "part"
+    shutil.copytree(out / f"checkpoint-{first}", part / f"checkpoint-{first}")
+    shutil.copy(out / "metrics.jsonl", part)
+    capsys.readouterr()
+    run("tgrpo", "part", **settings)
+    assert without_times(part) == without_times(out) and f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out
 
 
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
