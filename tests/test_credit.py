@@ -155,3 +155,50 @@ def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completio
     assert (out / "rollouts.jsonl").read_text() == before
     asked = read_jsonl(run("tgrpo", "asked", **settings | {"shuffled_generations": 2, "steps": 1}) / "metrics.jsonl")
     assert "temporal/p_shuffled" in asked[0]
+
+
+def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
+    """Guards: arms that are not what their labels say; an invalid seed that vanishes; a second run that does everything again."""
+    import json
+
+    import ablate
+    import toy
+    launched = []
+
+    def launch(script, *overrides, log=None):             # what a stage would leave, without running it
+        given = dict(zip(overrides[::2], overrides[1::2]))
+        launched.append((script, given))
+        folder = given["--output_dir"]
+        folder.mkdir(parents=True)
+        if script != "evaluate.py":
+            (folder / "final").mkdir()
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "time/rollout": 1.0, "time/update": 2.0}) + "\n")
+            row = {"step": 0, "frames": "ordered", "problem_id": 1, "text": "the background looks warm", "accuracy": 1.0}
+            (folder / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+            return
+        motion = ["the background looks cool", "it moves left"] if "sampled" in folder.name else ["it moves left"] * 2
+        failing = "seed1" in str(folder) and folder.name.startswith("skill")
+        rows = [{"frames": f, "prediction": text, "accuracy": 0.0 if failing else 1.0, "cue": "lies"} for f in ("ordered", "shuffled") for text in motion]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / "summary.json").write_text("{}")
+
+    def make_world(folder, seed, **_):
+        folder.mkdir(parents=True)
+        (folder / "rl.json").write_text(json.dumps([{"problem_id": 1, "cue": "lies"}]))
+        (folder / "sft.json").write_text("[]")
+
+    monkeypatch.setattr(toy, "launch", launch)
+    monkeypatch.setattr(toy, "make_world", make_world)
+    monkeypatch.setattr(toy, "make_model", lambda folder, *_: folder.mkdir())
+    ablate.ablate(tmp_path, seeds=3, jobs=1)
+    arms = [given for script, given in launched if script == "tgrpo.py" and "seed0" in str(given["--output_dir"])]
+    chosen = [{k: v for k, v in given.items() if k in ("--temporal_rule", "--temporal_target", "--advantage_std", "--credit_control")} for given in arms]
+    assert chosen == [{"--temporal_rule": "none"}, {"--temporal_rule": "none", "--advantage_std": "none"}, {"--temporal_target": "reward"}, {},
+                      {"--temporal_rule": "credit"}, {"--temporal_rule": "credit", "--credit_control": "dealt"}, {"--temporal_rule": "credit", "--credit_control": "noise"}]
+    assert len({str(given["--model"]) for given in arms}) == 1                # every arm from the same cold start
+    assert sum(script == "sft.py" and "seed1" in str(given["--output_dir"]) for script, given in launched) == 4          # three tries at the skill
+    said = capsys.readouterr().out
+    assert "Left out: seed 1" in said and "2 seeds" in said and (tmp_path / "ablation.png").exists()
+    n = len(launched)
+    ablate.ablate(tmp_path, seeds=3, jobs=1)
+    assert len(launched) == n

@@ -40,13 +40,13 @@ def test_advantages_are_relative_to_the_group():
 
 def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
     """Guards: the published placement, under which T-GRPO is GRPO whenever rewards take two values (method.md)."""
-    correct = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0], dtype=torch.bool)
+    correct = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
     rewards = correct.double() + 1                        # accuracy + format
     grpo = group_advantages(rewards)
     as_published = temporal_advantages(rewards, correct, 0.3, "reward")
     ours = temporal_advantages(rewards, correct, 0.3, "advantage")
     two = lambda advantages_G: [f"{a:+.4f}" for a in advantages_G[:2].tolist()]            # a correct one, a wrong one
-    assert [two(grpo), two(as_published), two(ours)] == [["+1.2074", "-0.7244"], ["+1.2074", "-0.7245"], ["+1.5074", "-0.7244"]]   # README
+    assert [two(grpo), two(as_published), two(ours)] == [["+1.0952", "-0.7302"], ["+1.0953", "-0.7302"], ["+1.3952", "-0.7302"]]   # README
     assert (as_published - grpo).abs().max() < 2e-4       # all that is left is the 1e-4 beside the std
     assert torch.allclose((ours - grpo)[correct], double(0.3))
     assert torch.equal(ours[~correct], grpo[~correct])
