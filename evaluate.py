@@ -184,6 +184,8 @@ def answer(cfg):
     rows = None
     if accelerator.is_main_process:
         done = finished_batches(folder, records, cfg)
+        if len(done) < len(batches):                      # say, a process of a run believed dead that still works here
+            raise UserError(f"{folder}: {len(batches) - len(done)} of {len(batches)} batches are not there; start this command again")
         rows = sorted((row for rows in done.values() for row in rows), key=lambda r: (r["index"], r.get("frames") or ""))
         settings.write_atomic(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         for file in folder.glob("predictions.*.jsonl"):
