@@ -15,6 +15,8 @@ fixed batches, shared out over the processes; a killed run goes on with the batc
 media could not be read. Torch and the model's code are not loaded to score, unless for --annotations or --report.
 """
 
+import functools
+import hashlib
 import json
 import math
 import os
@@ -65,7 +67,21 @@ def settings_of(cfg):
     """What the numbers depend on; it stands in every row and in the summary."""
     names = ("model", "max_frames", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt", "shuffle_unit", "temperature", "top_p",
              "max_new_tokens", "batch_size", "seed", "bf16", "records", "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
-    return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {})
+    return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {}) | {"weights": fingerprint(cfg.model)}
+
+
+@functools.cache
+def fingerprint(model):
+    """Which weights a folder holds: a hash of 64 kB at 16 places of each file, as a path may hold other weights tomorrow. "" for a hub name."""
+    digest, files = hashlib.sha256(), sorted(Path(model).glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()[:16] if files else ""
 
 
 # ----------------------------------------------------------------------------------------------------- questions
@@ -129,7 +145,7 @@ def finished_batches(folder, records, cfg):
                 if changed:
                     raise UserError(f"{folder}: holds answers made with {', '.join(changed)}; choose another --output_dir")
                 record = records[row["index"]]
-                if (row["benchmark"], row["id"]) != (record["benchmark"], record["id"]):
+                if any(row.get(key) != record.get(key) for key in ("benchmark", "id", "problem", "options", "solution", "path")):
                     raise UserError(f"{folder}: holds answers to other questions; choose another --output_dir")
                 by_batch.setdefault(row["batch"], {})[row["index"], row.get("frames")] = row
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -158,6 +174,8 @@ def answer(cfg):
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     done = {b: rows for b, rows in finished_batches(folder, records, cfg).items() if not any("error" in r for r in rows)}
+    if done:
+        accelerator.print(f"{sum(len(batches[b]) for b in done)} of {len(records)} questions were answered before, by the same weights")
     accelerator.wait_for_everyone()                       # all have read before anyone writes
     if accelerator.is_main_process:                       # from here on every batch is in one file, whole or not at all
         kept = folder / "predictions.0.jsonl"

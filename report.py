@@ -69,7 +69,8 @@ def gallery(rows):
             "benchmark": rows[0]["benchmark"], "id": str(rows[0]["id"]), "task": rows[0].get("task") or "",
             "error": next((r["error"] for r in rows if r["place"] == "unusable"), None),
             "problem": rows[0].get("problem") or "", "options": rows[0].get("options") or [], "solution": rows[0].get("solution") or "",
-            "answers": answers, "helped": (score["ordered"] > score["shuffled"]) - (score["ordered"] < score["shuffled"]) if both else None})
+            "answers": answers,
+            "helped": (score["ordered"] > score["shuffled"]) - (score["ordered"] < score["shuffled"]) if both else None})
     return questions, [rows[-1] for rows in chosen]       # the last: "shuffled", which has the frame order, if there are both
 
 

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import common
 import data
+import evaluate
 import sft
 import tgrpo
 from naive import without_times
@@ -271,6 +272,27 @@ def test_evaluation_refuses_to_mix_settings(run):
     run("evaluate")
     with pytest.raises(common.UserError, match="max_frames 8"):
         run("evaluate", max_frames=4)
+
+
+def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(run, world, tmp_path):
+    """Guards: a retrained model, or an edited question, that gets the old answers' score."""
+    model, records = tmp_path / "model", tmp_path / "test.json"
+    shutil.copytree(world / "base", model)
+    shutil.copy(world / "world/test.json", records)
+    run("evaluate", model=model, records=records)
+    changed = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in changed.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    evaluate.fingerprint.cache_clear()                    # each run is a process of its own elsewhere
+    with pytest.raises(common.UserError, match="weights"):
+        run("evaluate", model=model, records=records)
+    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+    evaluate.fingerprint.cache_clear()
+    run("evaluate", model=model, records=records)
+    rows = json.loads(records.read_text())
+    rows[0]["problem"] = "Another question?"
+    records.write_text(json.dumps(rows))
+    with pytest.raises(common.UserError, match="other questions"):
+        run("evaluate", model=model, records=records)
 
 
 def test_evaluation_names_what_it_could_not_read(run, broken_world, capsys):
