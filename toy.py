@@ -437,7 +437,7 @@ def plot(out, results):
     def curve(axis, rows, name, label, colour, window=9):
         points = [(r["step"] + 1, r[name]) for r in rows if name in r]
         steps, values = np.array(points).T
-        kernel = np.ones(window)
+        kernel = np.ones(min(window, len(values)))
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
         axis.plot(steps, values, color=colour, alpha=0.2, linewidth=1)
         axis.plot(steps, smooth, color=colour, linewidth=2, label=label)
