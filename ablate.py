@@ -121,33 +121,31 @@ def tables(results):
 
 
 def plot(results, path):
-    """Static reasons and conflict accuracy over the steps of RL, mean over seeds with each seed thin; test accuracy as dots."""
+    """Share of static reasons over the steps of RL; accuracies on the test clips and seconds a step, a dot a seed and a bar their mean."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     valid = [r for r in results if not r["wrong"]]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), width_ratios=(1, 1, 1.25))
-    smooth = lambda y: np.array([np.nanmean(y[max(0, i - 2):i + 3]) for i in range(len(y))])
-    for axis, key, title in ((axes[0], "static_steps", "reasons with the background"), (axes[1], "conflict_steps", "right where the background lies")):
-        for name, (label, _, colour) in ARMS.items():
-            curves = [smooth(np.array(r["arms"][name][key], dtype=float)) for r in valid]
-            for curve in curves:
-                axis.plot(curve, color=colour, alpha=0.12, linewidth=0.8)
-            axis.plot(np.mean(curves, 0), color=colour, linewidth=2, label=label)
-        axis.set(title=f"sampled completions: {title}", xlabel="step of RL", ylim=(-0.02, 1.02))
-    axes[0].set_ylabel("share")
-    for y, (name, (label, _, colour)) in enumerate(reversed(ARMS.items())):
-        for r in valid:
-            axes[2].plot(r["arms"][name]["conflict"], y + np.random.default_rng(r["seed"]).uniform(-0.22, 0.22), "o", color=colour, alpha=0.6, markersize=5)
-        axes[2].plot(statistics.fmean(r["arms"][name]["conflict"] for r in valid), y, "|", color=colour, markersize=26, markeredgewidth=3)
-    axes[2].set(title=f"held-out clips whose background lies, {len(valid)} seeds", xlabel="accuracy, greedy", yticks=range(len(ARMS)),
-                yticklabels=[label for label, *_ in reversed(ARMS.values())], xlim=(-0.03, 1.03))
-    axes[2].axvline(0.5, color="black", linestyle=":", linewidth=1)
-    for axis in axes:
+    figure, (curves, *dots) = plt.subplots(1, 5, figsize=(15, 4), width_ratios=(1.5, 1, 1, 1, 1), layout="constrained")
+    for name, (_, _, colour) in ARMS.items():
+        shares = np.array([r["arms"][name]["static_steps"] for r in valid])
+        curves.plot(shares.T, color=colour, alpha=0.12, linewidth=0.8)
+        curves.plot(shares.mean(0), color=colour, linewidth=2.5)
+    curves.set(title="reasons with the background\n(sampled completions)", xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
+    for axis, key, title in zip(dots, ("ordered", "conflict", "gap", "seconds"),
+                                ("accuracy in order", "accuracy where\nthe background lies", "accuracy in order\nless shuffled", "seconds a step")):
+        for y, (name, (_, _, colour)) in enumerate(reversed(ARMS.items())):
+            values = [r["arms"][name][key] for r in valid]
+            axis.plot(values, y + np.linspace(-0.25, 0.25, len(values)), "o", color=colour, alpha=0.5, markersize=4)
+            axis.plot(np.mean(values), y, "|", color=colour, markersize=24, markeredgewidth=3)
+        axis.set(title=title, yticks=range(len(ARMS)), yticklabels=[label for label, *_ in reversed(ARMS.values())] if key == "ordered" else [])
+        axis.set_xlim(*((0, None) if key == "seconds" else (-0.07, 1.03)))
+    for axis in (curves, *dots):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
+    figure.suptitle(f"{len(valid)} seeds; test clips, greedy; thin lines and dots: seeds, thick: their mean", fontsize=10)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
 
 
 def ablate(out, seeds, jobs):

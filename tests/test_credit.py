@@ -177,7 +177,7 @@ def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
             (folder / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
             return
         motion = ["the background looks cool", "it moves left"] if "sampled" in folder.name else ["it moves left"] * 2
-        failing = "seed1" in str(folder) and folder.name.startswith("skill")
+        failing = folder.parts[-3] == "seed1" and folder.name.startswith("skill")
         rows = [{"frames": f, "prediction": text, "accuracy": 0.0 if failing else 1.0, "cue": "lies"} for f in ("ordered", "shuffled") for text in motion]
         (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (folder / "summary.json").write_text("{}")
@@ -191,12 +191,12 @@ def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "make_world", make_world)
     monkeypatch.setattr(toy, "make_model", lambda folder, *_: folder.mkdir())
     ablate.ablate(tmp_path, seeds=3, jobs=1)
-    arms = [given for script, given in launched if script == "tgrpo.py" and "seed0" in str(given["--output_dir"])]
+    arms = [given for script, given in launched if script == "tgrpo.py" and given["--output_dir"].parent.name == "seed0"]
     chosen = [{k: v for k, v in given.items() if k in ("--temporal_rule", "--temporal_target", "--advantage_std", "--credit_control")} for given in arms]
     assert chosen == [{"--temporal_rule": "none"}, {"--temporal_rule": "none", "--advantage_std": "none"}, {"--temporal_target": "reward"}, {},
                       {"--temporal_rule": "credit"}, {"--temporal_rule": "credit", "--credit_control": "dealt"}, {"--temporal_rule": "credit", "--credit_control": "noise"}]
     assert len({str(given["--model"]) for given in arms}) == 1                # every arm from the same cold start
-    assert sum(script == "sft.py" and "seed1" in str(given["--output_dir"]) for script, given in launched) == 4          # three tries at the skill
+    assert sum(script == "sft.py" and given["--output_dir"].parent.name == "seed1" for script, given in launched) == 4          # three tries at the skill
     said = capsys.readouterr().out
     assert "Left out: seed 1" in said and "2 seeds" in said and (tmp_path / "ablation.png").exists()
     n = len(launched)

@@ -87,6 +87,13 @@ def test_published_scores_are_the_same_in_the_readme_and_in_the_table():
             assert tuple(map(float, cell.split("/"))) == PUBLISHED[model].get(name) if cell.strip() != "–" else name not in PUBLISHED[model]
 
 
+def test_the_tables_of_the_experiment_are_the_files():
+    """Guards: a result typed by hand, or one of an earlier run."""
+    from ablate import tables
+    for line in tables(json.loads((ROOT / "docs/ablation.json").read_text())).split("\n"):
+        assert not line.startswith("|") or line in README, line
+
+
 def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd):
     """Guards: a first command that breaks on a fresh machine; a summary without the promised numbers; a second run that works again."""
     launch, make_world = toy.launch, toy.make_world
