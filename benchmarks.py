@@ -94,7 +94,7 @@ def load_benchmark(name, root, clip_segments=True):
 
 def read_benchmark(name, root):
     """Every record that the files hold, checked."""
-    from data import check_record, media_path
+    from data import check_record
 
     base, files, convert = find_files(name, root)
     records, problems, first_seen = [], [], {}
@@ -109,7 +109,6 @@ def read_benchmark(name, root):
                     record |= {key: os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
                                for key in ("path", "image_path") if key in record}
                     check_record(record, root, need_process=False)
-                    media_path({"path": record.get("image_path", "")}, root)
                     if record["id"] in first_seen:
                         raise ValueError(f"id {record['id']!r} again; it stood in {first_seen[record['id']]}")
                     first_seen[record["id"]] = where
@@ -293,8 +292,7 @@ def video_r1(row, number, file, base):
     yield {**row, "id": need(row, "problem_id"), "task": task, "options": row.get("options") or [], "path": need(row, "path")}
 
 
-READERS = {"vsibench": vsibench, "videommmu": videommmu, "mvbench": mvbench, "tempcompass": tempcompass, "mmvu": mmvu,
-           "videomme": videomme}
+READERS = {reader.__name__: reader for reader in (vsibench, videommmu, mvbench, tempcompass, mmvu, videomme)}
 
 
 # ------------------------------------------------------------------------------------------------------------- media
@@ -315,10 +313,9 @@ def answer_of(prediction):
     >>> answer_of("<think>A?</think><answer>B</answer>"), answer_of(" B "), answer_of("<think>B")
     ('B', 'B', '')
     """
-    answer = extract_answer(prediction or "")
-    if answer is None:
-        return "" if any(tags_in(prediction or "")) else (prediction or "").strip()
-    return answer
+    text = prediction or ""
+    answer = extract_answer(text)
+    return answer if answer is not None else "" if any(tags_in(text)) else text.strip()
 
 
 def vsi_number(answer):
@@ -331,11 +328,6 @@ def tempcompass_letter(answer):
     """TempCompass without a judge: "B", or a text that begins with "B." or "B)"; no other spelling counts."""
     match = re.match(r"([A-D])(?:[.)]|$)", answer)
     return match[1] if match else None
-
-
-def tempcompass_yes_no(answer):
-    """The official prefix rule: "Not sure" begins with no."""
-    return next((word for word in ("yes", "no") if answer.lower().startswith(word)), None)
 
 
 def names_caption(answer, line):
@@ -402,7 +394,7 @@ def judge(row):
     if benchmark == "videommmu":
         return mmmu_open(answer, extract_answer(row["solution"])), True
     if benchmark == "tempcompass" and task == "yes_no":
-        word = tempcompass_yes_no(answer)
+        word = next((w for w in ("yes", "no") if answer.lower().startswith(w)), None)       # official: "Not sure" begins with no
         return float(word == truth), word is not None
     if benchmark == "tempcompass" and task == "caption_matching":
         lines = [line for line in (row.get("problem") or truth).split("\n") if ": " in line]
@@ -411,22 +403,7 @@ def judge(row):
     return float(ACCURACY[kind](answer, truth)), read
 
 
-def score_prediction(row):
-    """How right a prediction row is, in [0, 1], by its benchmark's rule; other benchmarks by rewards.accuracy_reward's."""
-    return judge(row)[0]
-
-
 # ---------------------------------------------------------------------------------------------- scoring a benchmark
-
-
-def score_rows(rows):
-    """{benchmark: {"score": percent, "se", "n", "answered", "unparsed": share of n, "by_task": {task: {...}}, ...}}.
-
-    One row a question: rows of one frame order. Raises what judge_rows raises.
-    Not in n, but listed: `unscored` (they need a judge model) and `unusable` (rows with an `error`: no answer was made).
-    """
-    judged = judge_rows(rows)
-    return {name: score_benchmark(name, [r for r in judged if r["benchmark"] == name]) for name in benchmarks_in(judged)}
 
 
 def benchmarks_in(rows):
@@ -484,11 +461,11 @@ def place_of(row):
 
 
 def score_benchmark(name, rows):
-    """Score of one benchmark's judged rows (see score_rows)."""
-    return summarise(name, *([r for r in rows if r["place"] == place] for place in ("scored", "unscored", "unusable")))
+    """{"score": percent, "se", "n", "answered", "unparsed": share of n, "by_task": {task: {...}}, ...} of judged rows, one a question.
 
-
-def summarise(name, scored, unscored, unusable):
+    Not in n, but listed: `unscored` (they need a judge model) and `unusable` (rows with an `error`: no answer was made).
+    """
+    scored, unscored, unusable = ([r for r in rows if r["place"] == place] for place in ("scored", "unscored", "unusable"))
     tasks = by(scored, "task")
     overall = {"vsibench": vsi_score, "videommmu": videommmu_score}.get(name, lambda rows, tasks: describe(rows))
     described = {**describe(scored), **overall(scored, tasks)}

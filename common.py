@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ class Packed:
 
     prompt_lengths_B: torch.Tensor
     row_N: torch.Tensor                                   # the row of each of the N completions
-    index_NT: torch.Tensor                                # its tokens, in the flattened (B·L); padding repeats the first
+    index_NT: torch.Tensor                                # its tokens, in the flattened (B·L); padding points at token 0
     valid_NT: torch.Tensor                                # False for that padding
 
     def to(self, device, **_):
@@ -214,13 +215,6 @@ def refresh(copy, model):
         target[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
 
-def trainable(model, cfg):
-    """The parameters the optimizer gets: all, or the language model only."""
-    if cfg.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 # ---------------------------------------------------------------------------------- Accelerate, sharded or not
 
 
@@ -279,10 +273,11 @@ def prepare(accelerator, model, cfg):
 
     Sharding comes first: ranks whose weights are still to come could not be matched with an optimizer made before.
     """
-    parameters = trainable(model, cfg)                    # freezes what is not to be trained
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
     if is_sharded(accelerator):
         model = fsdp2_prepare_model(accelerator, model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
     return accelerator.prepare(model, optimizer)
 
@@ -355,8 +350,8 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     embedding = model.get_input_embeddings().weight.numel()
     shards, size = (gpus if cfg.fsdp == "full_shard" else 1), 2 if cfg.bf16 else 4
     D, G, S, T = text.hidden_size, cfg.num_generations, cfg.shuffled_generations, cfg.max_new_tokens
-    B = min(cfg.micro_batch_size, max(1, cfg.batch_size // gpus))
     rows = max(1, cfg.batch_size // gpus)
+    B = min(cfg.micro_batch_size, rows)
     patches = patches or cfg.max_frames // 2 * cfg.max_pixels // 196       # of one clip: 14 x 14 pixels of a pair of frames
     P = prompt_tokens or patches // 4 + 200
 
@@ -386,8 +381,7 @@ def print_plan(cfg, gpus, card=80e9):
     """The plan as a table, and whether it fits on cards of `card` bytes (a tenth is left to CUDA and fragments)."""
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
     print(f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes); the cache and the activations do not meet, the larger counts")
-    for name, size in parts.items():
-        print(f"  {name:<24}{size / 1e9:>8.1f}")
+    print("\n".join(f"  {name:<24}{size / 1e9:>8.1f}" for name, size in parts.items()))
     verdict = "fits" if peak < 0.9 * card else "does not fit: more GPUs, fewer max_frames, max_pixels or max_new_tokens"
     print(f"  {'peak':<24}{peak / 1e9:>8.1f}   {verdict} in {card / 1e9:.0f} GB (with a tenth to spare)")
 
@@ -496,12 +490,10 @@ def resume(accelerator, cfg):
 class StopSignal:
     """True once the process was asked to stop (SIGTERM): the loop then saves and leaves with exit status 0."""
 
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
+    asked = False
 
-    def _ask(self, *_):
-        self.asked = True
+    def __init__(self):
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
 
 
 def after_step(accelerator, cfg, step, stop, state):
@@ -523,11 +515,11 @@ def after_step(accelerator, cfg, step, stop, state):
 
 def check_batches(cfg, accelerator):
     """UserError, at start-up, for a batch that the processes cannot share evenly."""
-    ranks = accelerator.num_processes
+    ranks, share = accelerator.num_processes, cfg.batch_size // accelerator.num_processes
     if cfg.batch_size % ranks:
         raise UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
-    if cfg.batch_size // ranks % min(cfg.micro_batch_size, cfg.batch_size // ranks):
-        raise UserError(f"the {cfg.batch_size // ranks} records of one process do not divide into micro-batches of {cfg.micro_batch_size}")
+    if share % min(cfg.micro_batch_size, share):
+        raise UserError(f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}")
 
 
 def micro_batches(items, cfg, accelerator, blank):
@@ -536,9 +528,8 @@ def micro_batches(items, cfg, accelerator, blank):
     Sharded weights are gathered by all ranks together, so every rank must run the same number of forwards. Where an
     unusable record left a rank short, it runs `blank` with weight 0 instead; nothing is learned from it.
     """
-    size = min(cfg.micro_batch_size, cfg.batch_size // accelerator.num_processes)
-    for first in range(0, cfg.batch_size // accelerator.num_processes, size):
-        chunk = items[first:first + size]
+    for first in range(0, cfg.batch_size // accelerator.num_processes, cfg.micro_batch_size):
+        chunk = items[first:first + cfg.micro_batch_size]
         if chunk or accelerator.num_processes > 1:
             yield (chunk, 1.0) if chunk else ([blank], 0.0)
 
@@ -626,7 +617,7 @@ class Log:
                 kept = [row for row in read_jsonl(path) if row["step"] < start_step]
                 if kept or path.exists():
                     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-            write_atomic(Path(cfg.output_dir) / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
+            write_atomic(self.folder / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
         if accelerator.log_with:
             accelerator.init_trackers("tensorboard")
 
@@ -647,11 +638,7 @@ class Log:
 
 def trackers(cfg):
     """Arguments of Accelerator for TensorBoard, empty where it is not installed."""
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        return {}
-    return {"log_with": "tensorboard", "project_dir": cfg.output_dir}
+    return {"log_with": "tensorboard", "project_dir": cfg.output_dir} if find_spec("tensorboard") else {}
 
 
 if __name__ == "__main__":

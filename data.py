@@ -19,7 +19,6 @@ named; they are never replaced by another clip, and no question is ever trained 
 Axes: F frames · H height · W width · C channels · P tokens of a prompt
 """
 
-import argparse
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
 import settings
-from rewards import CORRECT, PROBLEM_TYPES, accuracy_reward, format_reward, parse_solution
+from rewards import ACCURACY, CORRECT, accuracy_reward, format_reward, parse_solution
 from settings import UserError, option, read_rows
 
 PROMPT = """{problem}
@@ -59,9 +59,9 @@ HINTS = {
 }
 
 DATA_TYPES = ("video", "image", "frame")                  # frame: a folder of numbered stills
-FOLDER_FPS = 3.0                                          # their rate
-# Where decord finds the frame it is asked for. In others (avi, ts, mpeg, wmv; MPEG-4 part 2 anywhere) it returns neighbours,
-# and says nothing: those are read from their start.
+FOLDER_FPS = 3.0                                          # the rate of such a folder
+# (codecs), (containers) in which decord finds the frame it is asked for. In all others (avi, ts, mpeg, wmv; MPEG-4 part 2
+# anywhere) it returns neighbours, and says nothing: those are read from their start.
 SEEKABLE = {"h264", "hevc", "vp8", "vp9", "av1"}, {"mov", "matroska", "flv"}
 CONTROL = re.compile(r"<\|\w+\|>")                       # tokens that mean pixels or turns to the model, not words
 
@@ -101,8 +101,8 @@ def check_record(row, data_root, need_process):
             raise ValueError(f"{name}: expected text, got {row[name]!r:.80}")
     if row["data_type"] not in DATA_TYPES:
         raise ValueError(f"data_type: expected one of {', '.join(DATA_TYPES)}, got {row['data_type']!r}")
-    if row["problem_type"] not in PROBLEM_TYPES:
-        raise ValueError(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {row['problem_type']!r}")
+    if row["problem_type"] not in ACCURACY:
+        raise ValueError(f"problem_type: expected one of {', '.join(ACCURACY)}, got {row['problem_type']!r}")
     options = row.get("options") or []
     if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
         raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
@@ -166,7 +166,7 @@ def segment_indices(total, fps, n, start, end, first=0):
 
 
 def chosen_frames(record, total, fps, n, first=0):
-    """(indices of at most `n` frames, from 0; how many frames of the file they are spread over).
+    """(indices of at most `n` frames, from 0; how many frames of the file they are spread over, of which their times follow).
 
     A record's `start` and `end` (seconds) show a part of its clip. `last_frame`: the clip ends on the question's own
     picture, which is always shown.
@@ -320,13 +320,13 @@ class Samples(Dataset):
     """Item `position` of the endless training order (or of the file, with shuffle=False), encoded for the model.
 
     An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips) with their
-    `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. `shuffles` has inputs in that
-    many more orders (empty for images and one-frame clips). Frames are shuffled from (seed, position).
+    `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. `shuffles`, for credit, is a
+    list of inputs in `n_shuffles` more orders (empty for images and one-frame clips). Frames are shuffled from (seed, position).
     """
 
-    def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, shuffles=0):
+    def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, n_shuffles=0):
         self.records, self.processor, self.cfg = records, processor, cfg
-        self.orders, self.targets, self.shuffle, self.shuffles = orders, targets, shuffle, shuffles
+        self.orders, self.targets, self.shuffle, self.n_shuffles = orders, targets, shuffle, n_shuffles
 
     def __len__(self):
         return len(self.records)
@@ -343,8 +343,8 @@ class Samples(Dataset):
             if "shuffled" in self.orders:
                 sample["frame_order"] = permutation = draw()
                 sample["shuffled"] = permutation and encode(self.processor, record, media[permutation], metadata, self.cfg)
-            if self.shuffles:
-                drawn = [p for p in (draw() for _ in range(self.shuffles)) if p]
+            if self.n_shuffles:
+                drawn = [p for p in (draw() for _ in range(self.n_shuffles)) if p]
                 sample["shuffles"] = [encode(self.processor, record, media[p], metadata, self.cfg) for p in drawn]
         except Unusable as error:
             return {"record": record, "position": position, "error": str(error)}
@@ -370,15 +370,12 @@ def blank_sample(processor, cfg):
 
 def data_index(position, n, seed):
     """Which record stands at `position` of the endless order: a new permutation of all `n` each epoch."""
-    epoch, place = divmod(position, n)
-    return epoch_order(epoch, n, seed)[place]
+    return epoch_order(position // n, n, seed)[position % n]
 
 
-def epoch_order(epoch, n, seed, cache={}):
-    if (epoch, n, seed) not in cache:
-        cache.clear()
-        cache[epoch, n, seed] = np.random.default_rng([seed, epoch]).permutation(n)
-    return cache[epoch, n, seed]
+@lru_cache(maxsize=1)
+def epoch_order(epoch, n, seed):
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def loader(samples, batches, cfg):
@@ -405,12 +402,8 @@ def rank_batches(cfg, start_step, rank, ranks):
 
 def join_media(inputs):
     """The pixels, grids and frame times of several prompts, concatenated in their order: one call of the vision tower each."""
-    joined = {}
-    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
-        parts = [x[name] for x in inputs if name in x]
-        if parts:
-            joined[name] = torch.cat(parts)
-    return joined
+    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    return {name: torch.cat(parts) for name in names if (parts := [x[name] for x in inputs if name in x])}
 
 
 def pad(rows, value, side):
@@ -420,12 +413,8 @@ def pad(rows, value, side):
 
 def collate_prompts(inputs, pad_id):
     """Prompts of unequal length as one left-padded batch, ready for generate."""
-    return {
-        "input_ids": pad([x["input_ids"][0] for x in inputs], pad_id, "left"),
-        "attention_mask": pad([x["attention_mask"][0] for x in inputs], 0, "left"),
-        "mm_token_type_ids": pad([x["mm_token_type_ids"][0] for x in inputs], 0, "left"),
-        **join_media(inputs),
-    }
+    fill = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    return {name: pad([x[name][0] for x in inputs], value, "left") for name, value in fill.items()} | join_media(inputs)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -491,9 +480,7 @@ def distill(rows, data_root, min_accuracy=CORRECT):
 
 
 def main():
-    chooser = argparse.ArgumentParser(add_help=False)
-    chooser.add_argument("--stage", default="tgrpo")
-    stage = chooser.parse_known_args()[0].stage
+    stage = settings.given("stage", "tgrpo")              # it says which section of the config to read
     cfg = settings.load_config(DataConfig, stage, doc=__doc__, partial=True)
     if cfg.distill:
         settings.require(cfg, "data", "out")

@@ -159,7 +159,7 @@ def answer(cfg):
     import common
     import data
 
-    common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.config_path())
+    common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.given("config", "CONFIG"))
     records, missing, n_missing = load_questions(cfg)
     accelerator = common.make_accelerator(cfg)
     if missing:
@@ -223,7 +223,7 @@ def mean_and_se(values):
 
 
 def summarise(rows):
-    """Scores of every benchmark (see benchmarks.score_rows); where rows have both frame orders, `shuffled` and `gap` beside them.
+    """Scores of every benchmark (see benchmarks.score_benchmark); where rows have both frame orders, `shuffled` and `gap` beside them.
 
     Raises what judge_rows raises, numbers being those of `rows`.
     """
@@ -278,9 +278,8 @@ def bootstrap(differences, clips, seed=0):
 def print_gaps(summary):
     """Which benchmarks and tasks need the order of frames: p, p̃, and the gap with its interval."""
     parts = {name: part["gap"] for name, part in summary.items() if isinstance(part, dict) and part.get("gap")}
-    if not parts:
-        return
-    print(f"\n{'videos, percent':<34} {'n':>6} {'in order':>9} {'shuffled':>9} {'gap':>6}   95 % interval (bootstrap over clips)")
+    if parts:
+        print(f"\n{'videos, percent':<34} {'n':>6} {'in order':>9} {'shuffled':>9} {'gap':>6}   95 % interval (bootstrap over clips)")
     for name, gap in parts.items():
         for label, line in {name: gap, **{f"  {t}": g for t, g in gap["by_task"].items()}}.items():
             print(f"{label:<34.34} {line['n']:>6} {line['p']:>9.1f} {line['p_shuffled']:>9.1f} {line['gap']:>+6.1f}   "

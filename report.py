@@ -144,6 +144,8 @@ def scores_html(summary):
     interval = lambda g: f"{number(g['gap'], '+')} <small>({number(g['low'], '+')} to {number(g['high'], '+')})</small>" if g else "–"
     head = "".join(f"<th scope=col>{html.escape(h)}</th>" for h in (
         "questions", "score, %", "unread", "shuffled, %", "gap (95 %)", *(f"{m} (published)" for m in PUBLISHED)))
+    figures = lambda line: (line["n"], f"{number(line['score'])} ± {number(line['se'])}")
+    subrow = lambda label, *values: f"<tr class=task><th scope=row>{html.escape(label)}</th>{cells(*values)}</tr>"
     body = []
     for name, part in summary.items():
         if not isinstance(part, dict) or "by_task" not in part:
@@ -155,13 +157,11 @@ def scores_html(summary):
             number(shuffled.get("score")), interval(gap), *published) + "</tr>")
         for task, line in part["by_task"].items():
             again = (shuffled.get("by_task") or {}).get(task) or {}
-            body.append(f"<tr class=task><th scope=row>{html.escape(task)}</th>" + cells(
-                line["n"], f"{number(line['score'])} ± {number(line['se'])}", "", number(again.get("score")),
-                interval((gap.get("by_task") or {}).get(task)), *[""] * len(PUBLISHED)) + "</tr>")
+            interval_here = interval((gap.get("by_task") or {}).get(task))
+            body.append(subrow(task, *figures(line), "", number(again.get("score")), interval_here, *[""] * len(PUBLISHED)))
         for group in [g for g in GROUPS if f"by_{g}" in part]:
-            for label, line in part[f"by_{group}"].items():
-                body.append(f"<tr class=task><th scope=row>{group.replace('_', '-')} {html.escape(label)}</th>" + cells(
-                    line["n"], f"{number(line['score'])} ± {number(line['se'])}", *[""] * (3 + len(PUBLISHED))) + "</tr>")
+            body += [subrow(f"{group.replace('_', '-')} {label}", *figures(line), *[""] * (3 + len(PUBLISHED)))
+                     for label, line in part[f"by_{group}"].items()]
         notes = [part["note"]] if "note" in part else []
         notes += [f"{part['clipped']} questions on a part of their video"] if "clipped" in part else []
         notes += [f"{len(part[key])} {key}, not in the score" for key in ("unscored", "unusable") if part[key]]

@@ -291,7 +291,6 @@ ACCURACY = {                                              # each: (the model's a
     "free-form": free_form_accuracy,
     "regression": lambda answer, truth: relative_accuracy(number_or_nan(answer), truth),
 }
-PROBLEM_TYPES = tuple(ACCURACY)
 
 
 # ------------------------------------------------------------------------------------------------------- the rewards
@@ -329,7 +328,7 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
     """How much the order of the frames helped this question: r_t, in [0, alpha], for its correct ordered completions.
 
     p, p_shuffled: shares in [0, 1] of correct completions with frames in order and shuffled. The sources differ:
-    "margin" (the brief; ours) alpha (p − p̃) if p > p̃ · "paper" (eq. 1) alpha if p >= p̃ · "released" alpha if p >= 0.8 p̃,
+    "margin" (ours) alpha (p − p̃) if p > p̃ · "paper" (eq. 1) alpha if p >= p̃ · "released" alpha if p >= 0.8 p̃,
     where that code has mean accuracies for the shares · "none" 0, which is GRPO. Another rule: ValueError.
 
     >>> temporal_reward(1.0, 0.5), temporal_reward(0.5, 0.5), temporal_reward(0.5, 0.5, rule="paper")

@@ -156,8 +156,8 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
 
     if path:
         tree = read_yaml(path)
-        sections = {name: tree.pop(name) for name in STAGES if name in tree}
-        sections = {name: {} if part is None else part for name, part in sections.items()}
+        sections = {name: part for name in STAGES if (part := tree.pop(name, None)) is not None}
+        section = sections.get(stage, {})
         shared = {f.name for f in fields(SharedConfig)}
         for name in tree:                                  # a stage's own setting must stand in its section
             if name not in shared:
@@ -165,9 +165,8 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
                 hint = difflib.get_close_matches(str(name), shared, 1)
                 raise UserError(f"{path}: {name}: no such setting{where or (f'; did you mean {hint[0]}?' if hint else '')}")
         take(f"{path}: ", tree)
-        if not isinstance(sections.get(stage, {}), dict):
-            raise UserError(f"{path}: {stage}: expected a section of settings, got {sections[stage]!r}")
-        section = sections.get(stage, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {stage}: expected a section of settings, got {section!r}")
         take(f"{path}: {stage}.", {k: v for k, v in section.items() if k in known} if partial else section)
     take("command line: --", {k: v for k, v in given.items() if v is not None})
     return cls(**values)
@@ -186,21 +185,20 @@ class UniqueKeys(yaml.SafeLoader):
 def read_yaml(path):
     try:
         tree = yaml.load(Path(path).read_text(), UniqueKeys)
-        tree = {} if tree is None else tree                # an empty file: all defaults
     except OSError as error:
         raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:          # bytes that are no text, a number of thousands of digits
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise UserError(f"{path}: expected settings 'name: value', got {type(tree).__name__}")
-    return tree
+    return tree or {}                                     # an empty file: all defaults
 
 
-def config_path():
-    """The --config this script was started with, for messages."""
+def given(name, default):
+    """What the command line says for --name, before any setting is read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default="CONFIG")
-    return parser.parse_known_args()[0].config
+    parser.add_argument(f"--{name}", default=default)
+    return getattr(parser.parse_known_args()[0], name)
 
 
 def require(cfg, stage, *names):

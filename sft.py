@@ -74,8 +74,8 @@ def main():
     timer = common.Timer()
     bar = tqdm(batches, initial=start, total=cfg.steps, desc="sft", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar, start):
-        timer.lap("data_wait")                                                       # 1. a batch
-        batch = skipped.drop(accelerator, batch)
+        timer.lap("data_wait")
+        batch = skipped.drop(accelerator, batch)                                     # 1. a batch
         total = common.all_sum(accelerator, {"tokens": sum(len(s["target"]) for s in batch)})["tokens"]
         loss_sum = 0.0
         for micro, weight in common.micro_batches(batch, cfg, accelerator, blank):
@@ -83,7 +83,7 @@ def main():
             logps_N, _ = model(**common.to_device(inputs, accelerator.device), predict=predict.to(accelerator.device),
                                targets=targets.to(accelerator.device))               # 2. log-probs
             loss = -weight * logps_N.sum() / max(1, total)                           # 3. loss
-            accelerator.backward(loss * accelerator.num_processes)                   # ranks' gradients are averaged
+            accelerator.backward(loss * accelerator.num_processes)                   # 4. backward; ranks' gradients are averaged
             loss_sum += loss.item()
         grad_norm = common.update(accelerator, model, optimizer, step, cfg)          # 4. step
         timer.lap("train")

@@ -4,7 +4,7 @@
     accelerate launch tgrpo.py --config configs/7b.yaml        # Qwen2.5-VL-7B, FSDP over the GPUs of this machine
 
 Each step:
-    1. a batch of prompts; every video comes twice, with its frames in order and shuffled
+    1. a batch of prompts; a video comes with its frames in order and shuffled
     2. rollout: the policy samples G completions with the frames in order and S with the frames shuffled
     3. score: accuracy, format and length of each completion; p and p̃, the shares of correct ones in order and shuffled
     4. advantages: rewards relative to their group, plus the temporal term α (p − p̃) for the correct ones
@@ -19,8 +19,8 @@ Differs from the paper, and why: rollouts sample from the whole distribution (no
 are those of the distribution sampled from; the temporal term joins the advantage, because division by the group's std
 cancels it in the reward (`temporal_target: reward` is the published way).
 
-Axes: N prompts (or prompt variants) · G ordered completions of a prompt · S shuffled ones · K shuffles · T completion tokens
-      B packed rows · L tokens of a packed row · P prompt tokens
+Axes: G ordered completions (of a prompt, or of a micro-batch) · S shuffled ones · K shuffles · T completion tokens
+      N completions of several prompts; in token_logps: their tokens · B packed rows · L tokens of a packed row · P prompt tokens
 """
 
 import math
@@ -43,7 +43,7 @@ class TGRPOConfig(settings.TrainConfig):
     """Settings of T-GRPO. Defaults are the paper's values unless the help says otherwise."""
 
     num_generations: int = option(8, "G: completions a prompt with the frames in order", low=1)
-    shuffled_generations: int = option(-1, "S: completions a video with the frames shuffled; -1: half of num_generations, for credit 0", low=-1)
+    shuffled_generations: int = option(-1, "S: completions a video with the frames shuffled; -1: half of num_generations, 0 with rule credit", low=-1)
     temperature: float = option(1.0, "sampling temperature, and that of the log-probs", low=1e-3)
     max_new_tokens: int = option(768, "longest completion", low=1)
     beta: float = option(0.04, "weight of the KL to the frozen cold start; 0: no reference model", low=0)
@@ -52,13 +52,13 @@ class TGRPOConfig(settings.TrainConfig):
     temporal_rule: str = option("margin", "how p and p̃ make the temporal term; none: plain GRPO; credit: each completion its own",
                                 choices=("margin", "paper", "released", "none", "credit"))
     temporal_target: str = option("auto", "where the term enters; reward: as published, where a group's std cancels it; auto: "
-                                  "advantage, for credit reward", choices=("auto", "advantage", "reward"))
-    alpha: float = option(-1, "size of the temporal term; -1: 0.3, for credit 1", low=-1)
-    advantage_std: str = option("auto", "group: divide by the group's std; none: only subtract the mean; auto: group, for credit none",
+                                  "advantage, with rule credit reward", choices=("auto", "advantage", "reward"))
+    alpha: float = option(-1, "size of the temporal term; -1: 0.3, with rule credit 1", low=-1)
+    advantage_std: str = option("auto", "group: divide by the group's std; none: only subtract the mean; auto: group, with rule credit none",
                                 choices=("auto", "group", "none"))
     credit_shuffles: int = option(4, "K: shuffled orders of the frames that a completion's credit compares with", low=1)
     credit_control: str = option("none", "for experiments. dealt: the credits go to the correct completions at random; noise: "
-                                 "noise of their mean and spread goes", choices=("none", "dealt", "noise"))
+                                 "normal noise with their mean and std takes their place", choices=("none", "dealt", "noise"))
     length_min: int = option(320, "a correct completion of at least this many tokens ...", low=0)
     length_max: int = option(512, "... and at most this many ...", low=0)
     length_omega: float = option(0.2, "... earns this", low=0)
@@ -252,7 +252,7 @@ class Group:
     sample: dict
     completions: list                                     # G 1-D tensors
     texts: list
-    shuffled_texts: list                                  # S of them; empty for images and one-frame clips
+    shuffled_texts: list                                  # S of them; empty for images, one-frame clips and S = 0
     shuffled_lengths: list = field(default_factory=list)
     parts: dict = field(default_factory=dict)             # means over the group, for the log
     terms: dict = field(default_factory=dict)             # every reward term (G,)
@@ -266,14 +266,13 @@ def score(group, cfg, eos):
     record = group.sample["record"]
     judge = lambda texts: torch.tensor([accuracy_reward(t, record["solution"], record["problem_type"]) for t in texts])
     accuracy_G, accuracy_S = judge(group.texts), judge(group.shuffled_texts)
-    correct_G = accuracy_G > CORRECT
-    lengths = [len(c) for c in group.completions]
-    length_G = torch.tensor([length_reward(n, bool(ok), cfg.length_min, cfg.length_max, cfg.length_omega)
-                             for n, ok in zip(lengths, correct_G)])
-    format_G = torch.tensor([format_reward(t) for t in group.texts])
-    rewards_G = accuracy_G + format_G + length_G                                     # 3. score
+    correct_G, lengths = accuracy_G > CORRECT, [len(c) for c in group.completions]
+    length = lambda n, ok: length_reward(n, bool(ok), cfg.length_min, cfg.length_max, cfg.length_omega)
+    group.terms = {"accuracy": accuracy_G, "format": torch.tensor([format_reward(t) for t in group.texts]),
+                   "length": torch.tensor([length(n, ok) for n, ok in zip(lengths, correct_G)])}
+    rewards_G = sum(group.terms.values())                                            # 3. score
 
-    p, r_t = correct_G.double().mean().item(), 0.0
+    p, r_t = correct_G.double().mean().item(), 0.0        # r_t: one number, or with credit (G,)
     if group.credit_G is not None:
         r_t = cfg.alpha * credit_or_control(group.credit_G.clamp(0, 1), correct_G, cfg.credit_control)
         for name, which_G in (("correct", correct_G), ("wrong", ~correct_G)):
@@ -285,12 +284,11 @@ def score(group, cfg, eos):
             r_t = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule)
         group.parts |= {"temporal/p": p, "temporal/p_shuffled": p_shuffled, "temporal/gap": p - p_shuffled,
                         "temporal/order_helped": float(p > p_shuffled)}
-        if min(len(lengths), len(accuracy_S)) > 1:        # one completion has no spread
+        if min(len(lengths), len(accuracy_S)) > 1:        # one completion has no spread. A variance here: main takes the root of its mean
             group.parts["temporal/gap_se"] = p * (1 - p) / (len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / (len(accuracy_S) - 1)
     bonus_G = r_t * correct_G
     group.advantages_G = temporal_advantages(rewards_G, correct_G, r_t, cfg.temporal_target, cfg.advantage_std)  # 4.
     without_G = group_advantages(rewards_G, cfg.advantage_std)
-    group.terms = {"accuracy": accuracy_G, "format": format_G, "length": length_G}
     if group.shuffled_texts or group.credit_G is not None:
         group.terms["temporal"] = bonus_G
     mean = lambda values_G: values_G.double().mean().item()
@@ -345,14 +343,13 @@ def sample_groups(model, samples, processor, cfg):
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
     completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens,
                           compiled=cfg.rollout_compile)                              # 2. rollout
-    texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    lengths = iter([len(c) for c in completions[len(samples) * cfg.num_generations:]])
-    completions, texts = iter(completions), iter(texts)
-    take = lambda source, n: [next(source) for _ in range(n)]
-    groups = [Group(s, take(completions, cfg.num_generations), take(texts, cfg.num_generations), []) for s in samples]
+    texts = iter(processor.tokenizer.batch_decode(completions, skip_special_tokens=True))
+    completions = iter(completions)
+    take = lambda n: ([next(completions) for _ in range(n)], [next(texts) for _ in range(n)])
+    groups = [Group(s, *take(cfg.num_generations), []) for s in samples]
     for group in (g for g in groups if any(g.sample is s for s in shuffled)):
-        group.shuffled_texts = take(texts, cfg.shuffled_generations)
-        group.shuffled_lengths = take(lengths, cfg.shuffled_generations)
+        others, group.shuffled_texts = take(cfg.shuffled_generations)
+        group.shuffled_lengths = [len(c) for c in others]
     if cfg.temporal_rule == "credit":
         add_credit(model, groups, cfg, processor.tokenizer.pad_token_id)
     for group in groups:
@@ -360,25 +357,22 @@ def sample_groups(model, samples, processor, cfg):
     return groups
 
 
-def decoding_bytes(model, groups):
-    """Bytes that decoding these groups had to read at least: all text weights once a step, and every row's cache.
+def bandwidth_share(model, groups, seconds):
+    """Bytes that decoding these groups had to read at least, as a share of what the GPU's memory could give; {} on a CPU.
 
-    Its share of the memory's peak bandwidth says how far a rollout is from the limit of the GPU.
+    Read are all text weights once a token, and every row's cache.
     """
+    if model.device.type != "cuda":
+        return {}
+    gpu = torch.cuda.get_device_properties(model.device)
+    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8                # bytes a second
     text = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
     weights += 0 if text.tie_word_embeddings else -model.get_input_embeddings().weight.nbytes + model.lm_head.weight.nbytes
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * model.dtype.itemsize
     rows = [(g.sample["ordered"]["input_ids"].shape[1], n) for g in groups for n in [*map(len, g.completions), *g.shuffled_lengths]]
-    return max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
-
-
-def memory_bandwidth(device):
-    """Peak bytes a second of this GPU's memory; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    gpu = torch.cuda.get_device_properties(device)
-    return 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
+    read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
+    return {"rollout/bandwidth_share": read / seconds / peak}
 
 
 def rollout_rows(group):
@@ -410,7 +404,7 @@ def main():
     settings.require(cfg, "tgrpo", "model", "records", "output_dir")
     if cfg.plan:
         return common.print_plan(cfg, cfg.gpus)
-    common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.config_path())
+    common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.given("config", "CONFIG"))
     records = data.load_records(cfg.records, cfg.data_root)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
@@ -429,7 +423,7 @@ def main():
     skipped = common.Skipped(cfg, len(records), resumed.get("skipped", {}))
 
     orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
-    samples = data.Samples(records, processor, cfg, orders, shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0)
+    samples = data.Samples(records, processor, cfg, orders, n_shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0)
     blank = data.blank_sample(processor, cfg)
     blank = Group(blank, [blank["target"]], [""], [], advantages_G=torch.zeros(1))
     batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
@@ -447,17 +441,14 @@ def main():
             means.add(group.parts)
         if groups:
             n_tokens = sum(map(len, (c for g in groups for c in g.completions))) + sum(n for g in groups for n in g.shuffled_lengths)
-            means.add({"rollout/tokens_per_s": n_tokens / seconds})                  # of one process
-            if bandwidth := memory_bandwidth(accelerator.device):
-                means.add({"rollout/bandwidth_share": decoding_bytes(sampler, groups) / seconds / bandwidth})
+            means.add({"rollout/tokens_per_s": n_tokens / seconds, **bandwidth_share(sampler, groups, seconds)})      # of one process
         total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
 
         for _ in range(cfg.updates_per_rollout):
             for micro, weight in common.micro_batches(groups, cfg, accelerator, blank):
                 lengths = [len(c) for g in micro for c in g.completions]
-                inputs, predict, targets = pack(policy, [g.sample["ordered"] for g in micro],
-                                                [g.completions for g in micro], pad_id)
-                packed = common.to_device((inputs, predict, targets), accelerator.device)
+                packed = pack(policy, [g.sample["ordered"] for g in micro], [g.completions for g in micro], pad_id)
+                packed = common.to_device(packed, accelerator.device)
                 advantages_G = torch.cat([g.advantages_G for g in micro]).to(accelerator.device)
                 mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(accelerator.device)
 
@@ -466,12 +457,12 @@ def main():
                     with torch.no_grad():
                         ref_logps_GT, _ = token_logps(reference, packed, lengths, cfg.temperature, banned)
                 logps_GT, entropy_GT = token_logps(model, packed, lengths, cfg.temperature, banned)
-                if micro[0].old_logps_GT is None:                                    # first update: ρ = 1
+                if micro[0].old_logps_GT is None:          # first update: ρ = 1. Kept on the first group, for the whole micro-batch
                     micro[0].old_logps_GT = logps_GT.detach()
                 loss_G, kl_GT, clipped_GT = grpo_loss(logps_GT, micro[0].old_logps_GT, ref_logps_GT, advantages_G, mask_GT,
                                                       cfg.clip_epsilon, cfg.beta)    # 5. loss
                 loss = weight * loss_G.sum() / max(1, total)
-                accelerator.backward(loss * accelerator.num_processes)               # ranks' gradients are averaged
+                accelerator.backward(loss * accelerator.num_processes)               # 6. backward; ranks' gradients are averaged
                 means.add({"loss": loss_G.mean().item(), "policy/kl": masked_mean(kl_GT, mask_GT).mean().item(),
                            "policy/entropy": masked_mean(entropy_GT, mask_GT).mean().item(),
                            "policy/clip_frac": masked_mean(clipped_GT, mask_GT).mean().item()}, weight=weight * len(loss_G))

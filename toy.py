@@ -7,7 +7,7 @@
     python toy.py --ablate            # that question, for seven ways of rewarding and many seeds (hours; see ablate.py)
 
     1. render clips and stills with questions about them, as records in the released format
-    2. train a tokenizer on their words and build a random Qwen2.5-VL of 0.4 million parameters
+    2. train a tokenizer on their words and build a random Qwen2.5-VL of 0.45 million parameters
     3. run sft.py, tgrpo.py and evaluate.py as a user would: the scripts that train 7B
     4. compare the cold start with the trained policy: frames in order, frames shuffled, clips whose background lies
 
@@ -81,7 +81,7 @@ def cue_for(answer, rng, agreement, neutral):
     return ("agrees" if agrees else "lies"), CUED[answer if agrees else OPPOSITE[answer]]
 
 
-def direction(rng, agreement, neutral=0.3):
+def direction(rng, agreement, neutral):
     """A shape moves along one axis. Forwards and backwards show the same set of frames."""
     answer = rng.choice(["right", "left", "up", "down"])
     cue, background = cue_for(answer, rng, agreement, neutral)
@@ -99,7 +99,7 @@ def direction(rng, agreement, neutral=0.3):
     return frames, f"Which way does the {shape} move?", answer, thought, cue
 
 
-def size(rng, agreement, neutral=0.3):
+def size(rng, agreement, neutral):
     """A shape grows or shrinks. Both show the same set of frames."""
     answer = rng.choice(["grows", "shrinks"])
     cue, background = cue_for(answer, rng, agreement, neutral)
@@ -116,7 +116,7 @@ def size(rng, agreement, neutral=0.3):
     return frames, f"Does the {shape} grow or shrink?", answer, thought, cue
 
 
-def flash(rng, agreement, neutral=0.3):
+def flash(rng, agreement, neutral):
     """A shape flashes in some of the frames; how often does not depend on their order."""
     count, shape, colour = rng.randint(1, 4), rng.choice(SHAPES), rng.choice(list(COLOURS))
     lit, x, y = rng.sample(range(FRAMES), count), rng.uniform(18, 38), rng.uniform(18, 38)
@@ -126,7 +126,7 @@ def flash(rng, agreement, neutral=0.3):
     return frames, f"How often does the {shape} flash?", str(count), thought, "none"
 
 
-def still(rng, agreement, neutral=0.3):
+def still(rng, agreement, neutral):
     """One picture: where, how big, or of which colour the shape is."""
     shape, colour, kind = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(["where", "big", "colour"])
     place, radius = {"x": 28, "y": 28}, rng.uniform(8, 12)

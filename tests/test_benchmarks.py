@@ -6,11 +6,20 @@ import math
 import pytest
 
 import benchmarks
-from benchmarks import (answer_of, join_annotations, load_benchmark, missing_media, mmmu_open, print_table, score_prediction,
-                        score_rows)
+from benchmarks import (answer_of, benchmarks_in, join_annotations, judge, judge_rows, load_benchmark, missing_media, mmmu_open, print_table,
+                        score_benchmark)
 from data import check_record
 from rewards import accuracy_reward
 from settings import UserError
+
+
+def score_prediction(row):
+    return judge(row)[0]
+
+
+def score_rows(rows):
+    judged = judge_rows(rows)
+    return {name: score_benchmark(name, [r for r in judged if r["benchmark"] == name]) for name in benchmarks_in(judged)}
 
 
 def write(path, content):

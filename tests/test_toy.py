@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def clips(kind, n, agreement=0.5, seed=0):
     """n × (frames (F, H, W, C) as float, answer, cue) straight from the renderer."""
     for i in range(n):
-        frames, _, answer, _, cue = kind(random.Random(f"{seed}/{i}"), agreement)
+        frames, _, answer, _, cue = kind(random.Random(f"{seed}/{i}"), agreement, 0.3)
         yield np.stack(frames).astype(float), answer, cue
 
 
@@ -67,7 +67,7 @@ def test_answers_are_balanced_and_nothing_beside_the_pixels_tells_them(world):
     letters, order = Counter(), []
     for _, split, i, source, key in jobs:
         rng = random.Random(key)
-        frames, problem, answer, thought, cue = toy.QUESTIONS[source][0](rng, 0.8)
+        frames, problem, answer, thought, cue = toy.QUESTIONS[source][0](rng, 0.8, 0.3)
         answer, wrong = answer if isinstance(answer, tuple) else (answer, toy.OPPOSITE.get(answer))
         if wrong:
             letter = toy.two_options(rng, answer, wrong)[1]
@@ -90,7 +90,7 @@ def test_the_records_are_valid_and_the_teacher_lies_only_to_the_cold_start(tmp_p
             key = f"3/{i}"
             record = toy.make_record((str(tmp_path), "flawed_teacher", split, i, toy.TEMPORAL[i % 2], key))
             data.check_record(record, tmp_path, need_process=split == "sft")
-            answer = toy.QUESTIONS[record["data_source"]][0](random.Random(key), 0.8)[2]
+            answer = toy.QUESTIONS[record["data_source"]][0](random.Random(key), 0.8, 0.3)[2]
             said = record["options"]["AB".index(record["solution"][8])][3:]
             wrong[split, record["cue"]] += said != answer
             assert split != "sft" or said in record["process"]
