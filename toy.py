@@ -152,7 +152,9 @@ QUESTIONS = {"toy-direction": (direction, 2), "toy-size": (size, 2), "toy-flash"
 def write_clip(path, frames):
     """mp4 of uint8 frames (H, W, 3), good enough that colours survive."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "10", "preset": "veryfast"})
+        # mbtree off: at a width that is no multiple of 16 it reads memory nobody wrote, and the same seed gives other files
+        options = {"crf": "10", "preset": "veryfast", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = SIZE, SIZE, "yuv420p", 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -1,6 +1,7 @@
 """The toy world tells nothing away: the order of the frames is the only way to the temporal answers."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def test_the_same_seed_is_the_same_world(tmp_path, world):
         toy.make_world(tmp_path / name, seed, n_sft=12, n_rl=12, n_temporal=8, n_other=4)
     read = lambda folder: [(folder / f"{split}.json").read_text() for split in ("sft", "rl", "test")]
     assert read(tmp_path / "same") == read(world / "world") and read(tmp_path / "other") != read(world / "world")
+
+
+def test_the_same_seed_gives_the_same_files_to_the_byte(tmp_path):
+    """Guards: an encoder that looks at memory nobody wrote, so that a seed's result cannot be made again."""
+    code = ("import toy, random, hashlib; frames = [toy.size(random.Random(f'0/sft/{i}'), 0.8, 0.3)[0] for i in (124, 141, 146, 163)]\n"
+            "for i, f in enumerate(frames): toy.write_clip(f'OUT/{i}.mp4', f); print(hashlib.md5(open(f'OUT/{i}.mp4', 'rb').read()).hexdigest())")
+    said = [subprocess.run([sys.executable, "-c", code.replace("OUT", str(tmp_path))], cwd=ROOT, capture_output=True, text=True,
+                           env={**os.environ, "MALLOC_PERTURB_": fill}).stdout for fill in ("0", "85", "170")]
+    assert said[0].count("\n") == 4 and len(set(said)) == 1
 
 
 def test_a_stopped_renderer_leaves_no_half_world(tmp_path, monkeypatch):
