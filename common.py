@@ -151,8 +151,26 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
     def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
         if targets is None:
             return super().forward(*args, **inputs)
+        if "pixel_values" in inputs:
+            inputs = self.pictures_as_videos(**inputs)
         hidden_BLD = self.model(*args, use_cache=False, **inputs).last_hidden_state
         return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
+
+    def pictures_as_videos(self, input_ids, attention_mask=None, mm_token_type_ids=None, position_ids=None, **media):
+        """The same inputs, pictures handed over as videos of one moment: then the vision tower runs once, whatever the batch holds.
+
+        The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together, so a rank
+        with both kinds would wait for ever for one with videos alone. One picture or video a row; positions are taken before.
+        """
+        if position_ids is None:
+            grids = {k: v for k, v in media.items() if not k.startswith("pixel")}
+            position_ids = self.model.get_rope_index(input_ids, mm_token_type_ids, attention_mask=attention_mask, **grids)[0]
+        split = lambda pixels, grid: iter(zip(media[pixels].split(media[grid].prod(1).tolist()), media[grid])) if pixels in media else iter(())
+        pictures, videos = split("pixel_values", "image_grid_thw"), split("pixel_values_videos", "video_grid_thw")
+        is_picture_BL = input_ids == self.config.image_token_id
+        pixels, grid = zip(*(next(pictures if row else videos) for row in is_picture_BL.any(1).tolist()))
+        return {"input_ids": input_ids.masked_fill(is_picture_BL, self.config.video_token_id), "attention_mask": attention_mask,
+                "position_ids": position_ids, "pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.stack(grid)}
 
 
 def load_model(cfg, dtype=torch.float32, accelerator=None):

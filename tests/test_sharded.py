@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data import data_index
 from naive import without_times
 from settings import read_jsonl
 
@@ -32,6 +33,15 @@ def outputs(world, tmp_path_factory):
     shutil.copytree(world / "world", two / "broken")
     record = next(r for r in json.loads((two / "broken/rl.json").read_text()) if r["data_type"] == "video")
     (two / "broken" / record["path"]).write_bytes(b"")
+    for stage, file in (("sft", "sft"), ("tgrpo", "rl")):                # step 0: rank 0 has a picture and a video, rank 1 two videos
+        records = json.loads((world / f"world/{file}.json").read_text())
+        pictures, videos = ([r for r in records if (r["data_type"] == "image") == kind] for kind in (True, False))
+        picked = [pictures[0], *videos[:7]]
+        order = [data_index(position, 8, 0) for position in range(8)]    # the training order of seed 0
+        placed = [None] * 8
+        for place, r in zip(order, picked):
+            placed[place] = r
+        (world / f"world/mixed_{stage}.json").write_text(json.dumps(placed))
     for command in ([sys.executable, "tests/two_ranks.py", world, one, "none"], [*TORCHRUN, "tests/two_ranks.py", world, two, "full_shard"]):
         status, said = launch(command)
         assert status == 0, said[-4000:]
@@ -47,7 +57,7 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize("stage", ["sft", "tgrpo", "credit", "frozen"])
+@pytest.mark.parametrize("stage", ["sft", "tgrpo", "credit", "frozen", "mixed sft", "mixed tgrpo"])
 def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, stage):
     """Guards: loss or metrics averaged by ranks instead of tokens and completions; weights of a stale shard in the file."""
     one, two = outputs

@@ -31,8 +31,7 @@ def start(arguments, **kwargs):
 
 def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
     """Guards: a checkpoint that forgets optimizer, order or seeds; a log with steps twice or missing; SIGKILL while saving."""
-    assert start(command(world, tmp_path / "whole")).wait(120) == 0
-    run = start(command(world, tmp_path / "killed"))
+    whole, run = start(command(world, tmp_path / "whole")), start(command(world, tmp_path / "killed"))
     while not (tmp_path / "killed/checkpoint-4").exists():
         assert run.poll() is None
         time.sleep(0.01)
@@ -42,7 +41,8 @@ def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
     assert not (tmp_path / "killed/final").exists()
     again = start(command(world, tmp_path / "killed"))
     said, _ = again.communicate(timeout=120)
-    assert again.returncode == 0 and "resumed from" in said
+    whole.communicate(timeout=120)
+    assert whole.returncode == again.returncode == 0 and "resumed from" in said
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     assert difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
 

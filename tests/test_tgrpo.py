@@ -216,6 +216,18 @@ def test_packed_logps_and_gradients_equal_the_plain_way(policy, G, temperature):
         assert a is None or (a - b).abs().max() < 1e-4 * max(1, b.abs().max().item())
 
 
+def test_the_vision_tower_runs_once_whatever_the_batch_holds(policy, monkeypatch):
+    """Guards: sharded ranks that gather its weights a different number of times, and wait for each other for ever."""
+    calls, real = [], policy.model.visual.forward
+    monkeypatch.setattr(policy.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    prompts, groups = sampled_groups(policy, 2)
+    for chosen in ([0], [1], [0, 2], [0, 1], [1, 2, 0]):  # videos, pictures, both
+        calls.clear()
+        packed = pack(policy, [prompts[i] for i in chosen], [groups[i] for i in chosen], naive.PAD)
+        token_logps(policy, packed, [len(c) for i in chosen for c in groups[i]], 1.0, BANNED)
+        assert len(calls) == 1
+
+
 def test_micro_batches_and_padding_change_nothing(policy):
     """Guards: a normalisation per micro-batch, or a long neighbour in the batch that changes a short row."""
     prompts, groups = sampled_groups(policy, 3)

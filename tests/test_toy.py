@@ -110,8 +110,12 @@ def test_the_same_seed_gives_the_same_files_to_the_byte(tmp_path):
     """Guards: an encoder that looks at memory nobody wrote, so that a seed's result cannot be made again."""
     code = ("import toy, random, hashlib; frames = [toy.size(random.Random(f'0/sft/{i}'), 0.8, 0.3)[0] for i in (124, 141, 146, 163)]\n"
             "for i, f in enumerate(frames): toy.write_clip(f'OUT/{i}.mp4', f); print(hashlib.md5(open(f'OUT/{i}.mp4', 'rb').read()).hexdigest())")
-    said = [subprocess.run([sys.executable, "-c", code.replace("OUT", str(tmp_path))], cwd=ROOT, capture_output=True, text=True,
-                           env={**os.environ, "MALLOC_PERTURB_": fill}).stdout for fill in ("0", "170")]
+    running = []
+    for fill in ("0", "170"):                             # what unwritten memory holds
+        (tmp_path / fill).mkdir()
+        running.append(subprocess.Popen([sys.executable, "-c", code.replace("OUT", str(tmp_path / fill))], cwd=ROOT, stdout=subprocess.PIPE,
+                                        text=True, env={**os.environ, "MALLOC_PERTURB_": fill}))
+    said = [process.communicate()[0] for process in running]
     assert said[0].count("\n") == 4 and len(set(said)) == 1
 
 

@@ -76,6 +76,8 @@ def main():
         return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     run(tgrpo, "credit", temporal_rule="credit")
+    for stage in (sft, tgrpo):                            # micro-batches of pictures beside videos on one rank, videos alone on the other
+        run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
     if FSDP == "none":
         return
