@@ -217,6 +217,20 @@ def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
     assert torch.equal(sample["ordered"]["input_ids"], sample["shuffled"]["input_ids"])
 
 
+def test_each_clip_has_its_own_shuffle_of_the_unit_asked_for(world, tmp_path):
+    """Guards: one permutation for all clips of a run; shuffle_unit that nothing reads; K equal shuffles for the credit."""
+    write_video(tmp_path / "clip.mp4", 8)
+    records = [{k: v for k, v in RECORD.items()} for _ in range(6)]
+    for unit in ("frame", "patch"):
+        cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path), "shuffle_unit": unit})
+        samples = data.Samples(records, common.load_processor(cfg), cfg, ("shuffled",), shuffle=False, n_shuffles=4)
+        orders = [tuple(samples[i]["frame_order"]) for i in range(6)]
+        assert len(set(orders)) > 3 and orders == [tuple(samples[i]["frame_order"]) for i in range(6)]
+        assert all(order[i + 1] == order[i] + 1 for order in orders for i in range(0, 8, 2)) == (unit == "patch")
+        drawn = [x["pixel_values_videos"] for x in samples[0]["shuffles"]]
+        assert len(drawn) == 4 and any(not torch.equal(drawn[0], x) for x in drawn[1:])
+
+
 def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
     """Guards: a temporal reward for a clip without time; an endless search for a permutation of one."""
     write_video(tmp_path / "clip.mp4", 1)

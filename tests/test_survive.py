@@ -1,5 +1,6 @@
 """Runs that are killed, disks that are full, gradients that are not finite: nothing a user made is lost."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -31,12 +32,12 @@ def start(arguments, **kwargs):
 
 def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
     """Guards: a checkpoint that forgets optimizer, order or seeds; a log with steps twice or missing; SIGKILL while saving."""
-    whole, run = start(command(world, tmp_path / "whole")), start(command(world, tmp_path / "killed"))
+    whole, run = start(command(world, tmp_path / "whole")), start(command(world, tmp_path / "killed"), start_new_session=True)
     while not (tmp_path / "killed/checkpoint-4").exists():
         assert run.poll() is None
         time.sleep(0.01)
     time.sleep(0.3)
-    run.send_signal(signal.SIGKILL)
+    os.killpg(run.pid, signal.SIGKILL)                    # its data workers too
     run.wait()
     assert not (tmp_path / "killed/final").exists()
     again = start(command(world, tmp_path / "killed"))
