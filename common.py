@@ -3,11 +3,14 @@
 Read `data.py` and `rewards.py` first; come back here when a stage script calls one of these:
 
     load_processor, load_model, Policy      transformers' own classes, and a head that returns log-probs
+    mrope_positions                         where each token of a prompt stands in time, row and column
     make_accelerator                        Accelerate, with FSDP switched on from the config
     save_model, save_checkpoint, resume     atomic: a half-written folder is never chosen
+    starting_files                          the checkpoint's own config and tokenizer files, kept for `final`
     Log                                     metrics.jsonl, one dict a step
 
-Axes: B rows · L tokens of a row · N predicted tokens · D hidden size · V vocabulary
+Axes: B rows · L tokens of a row · P tokens of a prompt · N predicted tokens · D hidden size · V vocabulary
+      in Packed: N completions · T tokens of the longest completion · M completion tokens of all rows
 """
 
 import argparse
@@ -23,6 +26,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,8 +36,9 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -42,14 +47,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoProcessor, GenerationConfig, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+                          Qwen2_5_VLForConditionalGeneration, StaticCache)
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from settings import SharedConfig, UserError, read_jsonl, read_yaml, write_atomic
 
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+TEXT, IMAGE, VIDEO = 0, 1, 2                              # values of mm_token_type_ids
 
 
 # ------------------------------------------------------------------------------------- processor and model
@@ -72,38 +79,70 @@ def load_processor(cfg):
 
 @dataclass
 class Packed:
-    """Which tokens of packed rows [prompt, completion 1 … completion G] are which; it takes the place of an attention mask."""
+    """Which tokens of packed rows [prompt, completion 1 … completion G] are which; it takes the place of an attention mask.
 
+    All of it is made once, on the CPU: a length or an index that is read from the GPU inside a layer makes the host wait.
+    """
+
+    longest_prompt: int
     prompt_lengths_B: torch.Tensor
-    row_N: torch.Tensor                                   # the row of each of the N completions
-    index_NT: torch.Tensor                                # its tokens, in the flattened (B·L); padding points at token 0
-    valid_NT: torch.Tensor                                # False for that padding
+    # the row of each of the N completions
+    row_N: torch.Tensor
+    # its tokens, in the flattened (B·L); padding points at tokens spread over all rows
+    index_NT: torch.Tensor
+    # the M tokens that are no padding: their places in the flattened (N·T) and in the flattened (B·L)
+    slot_M: torch.Tensor
+    token_M: torch.Tensor
+
+    @classmethod
+    def of(cls, prompt_lengths, row_N, begins, lengths, total):
+        """`begins` and `lengths` are those of the N completions in the flattened rows, `total` = B·L.
+
+        The gradient of an index adds equal ones one after the other on a GPU, so padding must not point at one token.
+        """
+        T = max(lengths)
+        steps_T = torch.arange(T)
+        index_NT = torch.tensor(begins)[:, None] + steps_T
+        valid_NT = steps_T < torch.tensor(lengths)[:, None]
+        index_NT[~valid_NT] = torch.arange(int((~valid_NT).sum())) % total
+        slot_M = valid_NT.flatten().nonzero()[:, 0]
+        return cls(max(prompt_lengths), torch.tensor(prompt_lengths), row_N, index_NT, slot_M, index_NT.flatten()[slot_M])
 
     def to(self, device, **_):
-        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+        values = [getattr(self, f.name) for f in fields(self)]
+        return Packed(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention in which a completion sees its prompt and itself, without the (L, L) pairs of one completion with another.
 
-    Registered with transformers as "packed". query (B, H, L, D), key and value (B, H_kv, L, D); returns (B, L, H, D). With an
-    ordinary mask it is transformers' own SDPA. P is the longest prompt; what lies behind a shorter one is overwritten.
+    Registered with transformers as "packed". query (B, H, L, D), key and value (B, H_kv, L, D); returns (B, L, H, D).
+    With an ordinary mask it is transformers' own SDPA. P is the longest prompt; what lies behind a shorter one is overwritten.
     """
-    if not isinstance(mask := attention_mask, Packed):
+    mask = attention_mask
+    if not isinstance(mask, Packed):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    (B, H, L, D), (N, T), P = query.shape, mask.index_NT.shape, int(mask.prompt_lengths_B.max())
+    (B, H, L, D), (N, T), P = query.shape, mask.index_NT.shape, mask.longest_prompt
     prompts = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, scale=scaling)
 
-    own = lambda x: x.transpose(1, 2).reshape(B * L, H, D)[mask.index_NT].transpose(1, 2)                # (N, H, T, D)
-    seen = lambda x: torch.cat([x[mask.row_N, :, :P], own(x)], 2)                                        # (N, H, P + T, D)
-    prompt_NTP = (torch.arange(P, device=query.device) < mask.prompt_lengths_B[mask.row_N, None])[:, None].expand(N, T, P)
-    causal_NTT = torch.ones(T, T, dtype=torch.bool, device=query.device).tril().expand(N, T, T)
-    completions = F.scaled_dot_product_attention(own(query), seen(key), seen(value), scale=scaling,
-                                                 attn_mask=torch.cat([prompt_NTP, causal_NTT], 2)[:, None])
+    def own(x):
+        """The completions' own tokens (N, H, T, D)."""
+        return x.transpose(1, 2).reshape(B * L, H, D)[mask.index_NT].transpose(1, 2)
+
+    def seen(x):
+        """What a completion may look at: its prompt and itself (N, H, P + T, D)."""
+        return torch.cat([x[mask.row_N, :, :P], own(x)], 2)
+
+    is_prompt_NP = torch.arange(P, device=query.device) < mask.prompt_lengths_B[mask.row_N, None]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
+    visible_NTL = torch.cat([is_prompt_NP[:, None].expand(N, T, P), causal_TT.expand(N, T, T)], 2)
+    completions = F.scaled_dot_product_attention(
+        own(query), seen(key), seen(value), attn_mask=visible_NTL[:, None], scale=scaling
+    )
     output = F.pad(prompts.transpose(1, 2), (0, 0, 0, 0, 0, L - P)).reshape(B * L, H, D)
-    output = output.index_put((mask.index_NT[mask.valid_NT],), completions.transpose(1, 2)[mask.valid_NT])
-    return output.view(B, L, H, D), None
+    completions_MHD = completions.transpose(1, 2).reshape(N * T, H, D)[mask.slot_M]
+    return output.index_put((mask.token_M,), completions_MHD).view(B, L, H, D), None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -124,8 +163,9 @@ class LogpHead(nn.Linear):
 
     def _logps(self, hidden_ND, targets_N, temperature, banned):
         logits_NV = F.linear(hidden_ND, self.weight).float() / temperature      # log-softmax is always float32
-        if banned:                                        # never sampled, so they have no probability here either
-            logits_NV[:, list(banned)] = torch.finfo(torch.float32).min
+        # never sampled, so they have no probability here either
+        for token in banned:
+            logits_NV[:, token] = torch.finfo(torch.float32).min
         log_norm_N = logits_NV.logsumexp(-1)
         logps_N = logits_NV.gather(-1, targets_N[:, None])[:, 0] - log_norm_N
         with torch.no_grad():
@@ -133,48 +173,98 @@ class LogpHead(nn.Linear):
         return logps_N, entropy_N
 
 
+def mrope_positions(prompt, config):
+    """M-RoPE positions (3, P) of a prompt's tokens — time, row, column — by the rule Qwen2.5-VL was trained with.
+
+    Text goes on at (largest position so far, of all three axes) + 1. Patch (t, row, column) of a picture or clip that starts
+    at s stands at s + (floor(t · tokens_per_second · seconds between temporal patches), row, column); a picture has t = 0.
+    So the answer to a two-minute clip begins behind the clip's last moment. This is what transformers 4.49 to 4.57 compute;
+    5.24 goes on at s + max(rows, columns) instead, which is inside any clip of more than a few seconds.
+
+    `prompt` holds mm_token_type_ids (1, P) and the grids and frame times of its media, `config` is the model's vision config.
+    At tokens_per_second 2, patches less than half a second apart share a time position: 16 frames of a clip under 4 seconds.
+    """
+    grids = {IMAGE: iter(prompt.get("image_grid_thw", ())), VIDEO: iter(prompt.get("video_grid_thw", ()))}
+    seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
+    kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
+    parts, start = [], 0
+    for kind, length in zip(kinds.tolist(), lengths.tolist()):
+        if kind == TEXT:
+            part = torch.arange(length).expand(3, -1)
+        else:
+            T, H, W = next(grids[kind]).tolist()
+            time_T = torch.arange(T)
+            if kind == VIDEO:
+                time_T = (time_T * next(seconds_per_patch) * config.tokens_per_second).long()
+            rows, columns = torch.arange(H // config.spatial_merge_size), torch.arange(W // config.spatial_merge_size)
+            part = torch.stack(torch.meshgrid(time_T, rows, columns, indexing="ij")).flatten(1)
+        parts.append(start + part)
+        start += int(part.max()) + 1
+    return torch.cat(parts, 1)
+
+
 class Policy(Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose forward can return log-probs of chosen tokens. Its weights are those of the base class.
 
-    forward(**inputs, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points into the
+    forward(**inputs, position_ids=, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points into the
     flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
     forward, because under FSDP its weight exists only there. Without `targets` it is the plain model.
     """
 
     @classmethod
     def of(cls, model):
-        """The loaded base model, turned into a Policy in place (transformers knows the file layout of the base class only)."""
-        model.__class__, model.lm_head.__class__ = cls, LogpHead
+        """The loaded base model, turned into a Policy in place (transformers knows the file layout of the base class only).
+
+        Of the checkpoint's generation settings only the end of a turn is kept: a penalty or a top-k would sample from another
+        distribution than the one whose log-probs are trained.
+        """
+        model.__class__ = cls
+        model.lm_head.__class__ = LogpHead
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         return model
 
     @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)       # generate() looks at the signature
     def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
         if targets is None:
             return super().forward(*args, **inputs)
+        if inputs.get("position_ids") is None:
+            raise TypeError("position_ids are missing: common.mrope_positions makes them (transformers' own are others)")
+        inputs.pop("second_per_grid_ts", None)
         if "pixel_values" in inputs:
             inputs = self.pictures_as_videos(**inputs)
-        hidden_BLD = self.model(*args, use_cache=False, **inputs).last_hidden_state
+        lengths = vision_lengths(inputs["video_grid_thw"], self.config.vision_config)
+        hidden_BLD = self.model(*args, use_cache=False, **lengths, **inputs).last_hidden_state
         return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
 
-    def pictures_as_videos(self, input_ids, attention_mask=None, mm_token_type_ids=None, position_ids=None, **media):
+    def pictures_as_videos(self, input_ids, **inputs):
         """The same inputs, pictures handed over as videos of one moment: then the vision tower runs once, whatever the batch holds.
 
         The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together, so a rank
-        with both kinds would wait for ever for one with videos alone. One picture or video a row; positions are taken before.
+        with both kinds would wait for ever for one with videos alone. One picture or video per row.
         """
-        if position_ids is None:
-            grids = {k: v for k, v in media.items() if not k.startswith("pixel")}
-            position_ids = self.model.get_rope_index(input_ids, mm_token_type_ids, attention_mask=attention_mask, **grids)[0]
-        split = lambda pixels, grid: iter(zip(media[pixels].split(media[grid].prod(1).tolist()), media[grid])) if pixels in media else iter(())
-        pictures, videos = split("pixel_values", "image_grid_thw"), split("pixel_values_videos", "video_grid_thw")
+        media = {}
+        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+            pixels, grid = inputs.pop(pixels, None), inputs.pop(grid, None)
+            media[kind] = iter(() if pixels is None else zip(pixels.split(grid.prod(1).tolist()), grid))
         is_picture_BL = input_ids == self.config.image_token_id
-        pixels, grid = zip(*(next(pictures if row else videos) for row in is_picture_BL.any(1).tolist()))
-        return {"input_ids": input_ids.masked_fill(is_picture_BL, self.config.video_token_id), "attention_mask": attention_mask,
-                "position_ids": position_ids, "pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.stack(grid)}
+        kinds = ["image" if row else "video" for row in is_picture_BL.any(1).tolist()]
+        pixels, grids = zip(*(next(media[kind]) for kind in kinds))
+        return {"input_ids": input_ids.masked_fill(is_picture_BL, self.config.video_token_id), **inputs,
+                "pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.stack(grids)}
 
 
-def load_model(cfg, dtype=torch.float32, accelerator=None):
-    """Policy on the CPU, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
+def vision_lengths(grid_thw, config):
+    """The lengths of the windows that the vision blocks attend in, on the CPU, as arguments of the model's forward.
+
+    Every vision block reads them as numbers. On the CPU that is free; on the GPU it would stop the host three times per block.
+    """
+    grid_thw = grid_thw.cpu()
+    index, windows = get_vision_window_index(grid_thw, config.spatial_merge_size, config.window_size, config.patch_size)
+    return {"video_cu_seqlens": get_vision_cu_seqlens(grid_thw), "video_window_index": index, "video_cu_window_seqlens": windows}
+
+
+def load_model(cfg, dtype=torch.float32, accelerator=None, device="cpu"):
+    """Policy on `device`, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
 
     Where it will be sharded only rank 0 reads the weights and the others get them from it: one copy in the memory of a machine.
     """
@@ -184,7 +274,9 @@ def load_model(cfg, dtype=torch.float32, accelerator=None):
         model.tie_weights()                               # the context above has parted them
         model.generation_config = GenerationConfig.from_pretrained(cfg.model)
     else:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="packed")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            cfg.model, dtype=dtype, attn_implementation="packed", device_map={"": device}
+        )
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return Policy.of(model)
@@ -204,6 +296,20 @@ def compute_dtype(cfg):
     return torch.bfloat16 if cfg.bf16 else torch.float32
 
 
+@functools.lru_cache(maxsize=4)
+def kept_cache(model, rows, room):
+    """A static cache for `rows` rows of `room` tokens, the same one at each call: compiled decoding is recorded for its addresses.
+
+    The four shapes used last are kept; what the caller finds in it is the last rollout, to be reset().
+    """
+    return StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+
+
+def compiled_room(tokens):
+    """Tokens that a cache for compiled decoding has room for: multiples of 512, as each size is compiled once."""
+    return -(-tokens // 512) * 512
+
+
 def rollout_copy(accelerator, model, cfg):
     """The model to sample from: the policy itself, or, where it is sharded or trained in bfloat16, a whole copy to refresh().
 
@@ -213,9 +319,10 @@ def rollout_copy(accelerator, model, cfg):
     if not is_sharded(accelerator) and not cfg.bf16:
         return policy
     with torch.device(accelerator.device), no_init_weights():
-        copy = Policy.of(empty_model(policy.config, compute_dtype(cfg)))
+        copy = empty_model(policy.config, compute_dtype(cfg))
     copy.tie_weights()                                     # skipped with the initial weights
     copy.generation_config = policy.generation_config
+    copy = Policy.of(copy)
     return copy.eval().requires_grad_(False)
 
 
@@ -236,29 +343,71 @@ def refresh(copy, model):
 # ---------------------------------------------------------------------------------- Accelerate, sharded or not
 
 
-def make_accelerator(cfg, **kwargs):
-    """Accelerator for this launch; with `fsdp: full_shard` the model handed to prepare() is sharded (FSDP2).
+# What an accelerate config may ask for that these scripts do not do: the variable it sets, and its name.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+# What an accelerate config may say about training. Here the stage's own config says it, so these are dropped.
+OVERRULED = re.compile(
+    r"FSDP_\w+|ACCELERATE_USE_FSDP|ACCELERATE_MIXED_PRECISION|ACCELERATE_GRADIENT_ACCUMULATION_STEPS|ACCELERATE_DYNAMO_\w+"
+)
+# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. A rank that died is noticed
+# at once all the same, by the launcher.
+PATIENCE = timedelta(hours=6)
 
-    The plugin is built here, so that `accelerate launch` needs no config file; a user's own FSDP config wins.
+
+def make_accelerator(cfg, shard=True, **kwargs):
+    """Accelerator for this launch. Over several processes, `fsdp: full_shard` shards the model handed to prepare() (FSDP2).
+
+    An accelerate config of the user's own is welcome: it says which processes run where, and an FSDP one asks for sharding
+    too. How they train is said by `cfg` alone. `shard` False is for a stage whose processes each hold a whole model.
+
+    Raises UserError for DeepSpeed, Megatron-LM and other parallelism.
     """
-    plugin = None
-    if cfg.fsdp == "full_shard" and "ACCELERATE_USE_FSDP" not in os.environ:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=WRAPPED_LAYERS,
-            state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=True,
-            mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.bf16 else None,
-                                                        reduce_dtype=torch.float32, cast_forward_inputs=False))
+    for name, library in UNSUPPORTED.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise UserError(f"the accelerate config asks for {library}, which is not supported here: choose multi-GPU or FSDP")
+    asks_for_shards = cfg.fsdp == "full_shard" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
+        del os.environ[name]
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    plugin = fsdp_plugin(cfg) if shard and asks_for_shards and processes > 1 else None
     on_cpu = not torch.cuda.is_available()
-    autocast = "bf16" if cfg.bf16 and plugin is None else "no"        # under FSDP the policy above casts
-    accelerator = Accelerator(cpu=on_cpu, fsdp_plugin=plugin, mixed_precision=autocast, **kwargs)
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+    # under FSDP the plugin's policy casts
+    autocast = "bf16" if cfg.bf16 and plugin is None else "no"
+    accelerator = Accelerator(cpu=on_cpu, fsdp_plugin=plugin, mixed_precision=autocast,
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **kwargs)
+    if accelerator.num_processes != processes:
         raise RuntimeError("accelerate did not join the launched processes")
     if plugin and on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate knows no FSDP on CPUs; PyTorch does. This turns accelerate's own FSDP2 code on (for the tests).
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    # cuDNN's attention plans each new shape for 30 ms and keeps the plan; here shapes change at every step
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator
+
+
+def fsdp_plugin(cfg):
+    """FSDP2 with float32 master weights; what is not said here would be read from the user's environment."""
+    compute = torch.bfloat16 if cfg.bf16 else None
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=WRAPPED_LAYERS,
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        reshard_after_forward=True,
+        cpu_offload=False,
+        activation_checkpointing=False,  # the setting gradient_checkpointing does it, in load_model
+        cpu_ram_efficient_loading=True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
 
 
 def is_sharded(accelerator):
@@ -296,7 +445,9 @@ def prepare(accelerator, model, cfg):
     if is_sharded(accelerator):
         model = fsdp2_prepare_model(accelerator, model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
+    # foreach: the default updates sharded tensors one by one, six times slower
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                                  weight_decay=cfg.weight_decay, foreach=True)
     return accelerator.prepare(model, optimizer)
 
 
@@ -366,6 +517,7 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     trained = N - sum(p.numel() for p in model.model.visual.parameters()) * cfg.freeze_vision
     layer = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
     embedding = model.get_input_embeddings().weight.numel()
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
     shards, size = (gpus if cfg.fsdp == "full_shard" else 1), 2 if cfg.bf16 else 4
     D, G, S, T = text.hidden_size, cfg.num_generations, cfg.shuffled_generations, cfg.max_new_tokens
     rows = max(1, cfg.batch_size // gpus)
@@ -388,9 +540,16 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
         "optimizer (AdamW)": 8 * trained / shards,
         "reference": size * N / shards if cfg.beta else 0,
         "rollout copy": size * N if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
-        "gathered layers": (2 * layer + (1 if text.tie_word_embeddings else 2) * embedding) * size if shards > 1 else 0,
     }
+    if shards > 1:
+        # two layers of the policy, its embedding and head; the reference's head stays gathered after its forward
+        heads = (1 if tied else 2) + (1 if cfg.beta else 0)
+        parts["gathered layers"] = (2 * layer + heads * embedding) * size
     rollout = {"KV cache (rollout)": cache_token * rows * ((G + S) * (P + T) + (1 + (S > 0)) * P)}
+    if cfg.rollout_compile:
+        # compiled decoding keeps its caches: one for videos (G + S rows per prompt), one for pictures (G)
+        parts["KV caches (compiled)"] = cache_token * rows * (2 * G + S) * compiled_room(P + T)
+        rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
     training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
     return parts | rollout | training, sum(parts.values()) + max(sum(rollout.values()), sum(training.values()))
 
@@ -407,29 +566,58 @@ def print_plan(cfg, gpus, card=80e9):
 # ------------------------------------------------------------------------------------ checkpoints and the end
 
 
-def save_model(accelerator, model, processor, folder, dtype=None):
-    """`folder` becomes a checkpoint that from_pretrained and AutoProcessor load. Collective; written whole or not at all."""
-    state = accelerator.get_state_dict(model)             # every rank must call it; full on rank 0
+# The files of a checkpoint besides its weights and their index.
+NOT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+def starting_files(model):
+    """{name: bytes} of a checkpoint's own config, generation config, preprocessor, chat template and tokenizer files.
+
+    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so whatever loads the starting
+    checkpoint loads `final` too: what transformers 5 would write, 4.x and older vLLM cannot read.
+    """
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=list(NOT_WEIGHTS)))
+    found = [path for path in sorted(folder.iterdir()) if any(path.match(pattern) for pattern in NOT_WEIGHTS)]
+    return {path.name: path.read_bytes() for path in found if not path.name.endswith(".safetensors.index.json")}
+
+
+def with_dtype(config, dtype):
+    """A config.json's dict that names `dtype` wherever it names one: torch_dtype until transformers 4.55, then dtype."""
+    name = str(dtype).removeprefix("torch.")
+    named = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return named | {key: name for key in ("dtype", "torch_dtype") if key in config}
+
+
+def save_model(accelerator, model, files, folder, dtype=None):
+    """`folder` becomes a checkpoint laid out like the one that `files` (starting_files) are from.
+
+    Collective: every rank must call it. Written whole or not at all.
+    """
+    state = accelerator.get_state_dict(model)             # gathers the shards; full on rank 0
     if accelerator.is_main_process:
-        inner = accelerator.unwrap_model(model)
-        write_model(state, inner.config, inner.generation_config, processor, folder, dtype)
+        write_model(state, accelerator.unwrap_model(model).config, files, folder, dtype)
     accelerator.wait_for_everyone()
 
 
-def write_model(state, config, generation_config, processor, folder, dtype=None):
+def write_model(state, config, files, folder, dtype=None):
     """The files of save_model from a full state dict; `dtype` None keeps the weights' own."""
-    if config.get_text_config().tie_word_embeddings:
-        state.pop("lm_head.weight", None)                 # the embedding once more; gathered shards hide that
+    with torch.device("meta"):                            # the base class, empty: it knows the names of the weights in files
+        shell = Qwen2_5_VLForConditionalGeneration(config)
+    for name in shell.all_tied_weights_keys:              # the embedding once more; gathered shards hide that
+        state.pop(name, None)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    dtype = next(iter(state.values())).dtype
     temporary = Path(f"{folder}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with torch.device("meta"):                            # the base class, empty: it knows the file layout
-        shell = Qwen2_5_VLForConditionalGeneration(config)
-    shell.config.dtype, shell.generation_config = next(iter(state.values())).dtype, generation_config
     with room_on_disk(folder):
         shell.save_pretrained(temporary, state_dict=state)
-        processor.save_pretrained(temporary)
+        for written in temporary.glob("*config*.json"):
+            written.unlink()
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        settings = with_dtype(json.loads(files["config.json"]), dtype)
+        (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         replace_folder(temporary, Path(folder))
 
 
@@ -455,8 +643,7 @@ def export(checkpoint, folder):
         source = Path(merged) if any(Path(merged).iterdir()) else checkpoint
         state = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
-    write_model(state, Qwen2_5_VLConfig.from_pretrained(cfg.model), GenerationConfig.from_pretrained(cfg.model), load_processor(cfg),
-                folder, compute_dtype(cfg))
+    write_model(state, Qwen2_5_VLConfig.from_pretrained(cfg.model), starting_files(cfg.model), folder, compute_dtype(cfg))
 
 
 def replace_folder(new, old):

@@ -383,10 +383,15 @@ def loader(samples, batches, cfg):
 
     They travel as numpy arrays: handing over hundreds of small tensors by shared memory takes longer than copying them.
     """
-    travel = DataLoader(samples, batch_sampler=batches, num_workers=cfg.num_workers, prefetch_factor=4 if cfg.num_workers else None,
-                        collate_fn=lambda batch: tree_map_only(torch.Tensor, torch.Tensor.numpy, batch))
+    travel = DataLoader(samples, batch_sampler=batches, num_workers=cfg.num_workers,
+                        prefetch_factor=4 if cfg.num_workers else None, collate_fn=as_numpy)
     for batch in travel:
         yield tree_map_only(np.ndarray, torch.from_numpy, batch)
+
+
+def as_numpy(batch):
+    """A function of the module's own: what workers get must be picklable (Python 3.14 starts them by forkserver)."""
+    return tree_map_only(torch.Tensor, torch.Tensor.numpy, batch)
 
 
 def rank_batches(cfg, start_step, rank, ranks):
@@ -407,7 +412,7 @@ def join_media(inputs):
 
 
 def pad(rows, value, side):
-    """1-D tensors of unequal length as one (B, L) tensor, padded on the left or right."""
+    """Tensors (L,) or (L, …) of unequal length as one (B, L, …) tensor, padded on the left or right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
@@ -431,19 +436,26 @@ class DataConfig(settings.SharedConfig):
     min_accuracy: float = option(CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1)
 
 
+class Media(Dataset):
+    """Item i is None where the media of record i can be read, and else the reason, with its row (from 1)."""
+
+    def __init__(self, records, cfg):
+        self.records = records
+        self.cfg = cfg
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        try:
+            load_media(self.records[i], self.cfg)
+        except Unusable as error:
+            return f"row {i + 1}: {error}"
+
+
 def check_media(records, cfg):
     """Reads every record's media in worker processes. Returns the reasons of those that cannot be read."""
-    class Media(Dataset):
-        def __len__(self):
-            return len(records)
-
-        def __getitem__(self, i):
-            try:
-                load_media(records[i], cfg)
-            except Unusable as error:
-                return f"row {i + 1}: {error}"
-
-    results = DataLoader(Media(), batch_size=None, num_workers=cfg.num_workers)
+    results = DataLoader(Media(records, cfg), batch_size=None, num_workers=cfg.num_workers)
     return [reason for reason in tqdm(results, total=len(records), desc="reading media", unit="file") if reason]
 
 

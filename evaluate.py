@@ -161,11 +161,11 @@ def answer(cfg):
 
     common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.given("config", "CONFIG"))
     records, missing, n_missing = load_questions(cfg)
-    accelerator = common.make_accelerator(cfg)
+    accelerator = common.make_accelerator(cfg, shard=False)                 # every process answers with a whole model
     if missing:
         accelerator.print("\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing]))
     processor = common.load_processor(cfg)
-    model = common.load_model(cfg, common.compute_dtype(cfg)).eval().to(accelerator.device)
+    model = common.load_model(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
 
     orders = ("ordered", "shuffled") if cfg.temporal_gap else ("shuffled",) if cfg.shuffle_frames else ("ordered",)
     if cfg.shuffle_frames and (stills := sum(r["data_type"] == "image" for r in records)):

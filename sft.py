@@ -29,7 +29,7 @@ class SFTConfig(settings.TrainConfig):
     """Settings of the cold start."""
 
 
-def collate(samples, pad_id):
+def collate(samples, pad_id, vision_config):
     """Rows prompt + target, right-padded, and where the targets are predicted.
 
     Returns (inputs, predict, targets): predict (N,) are flattened (B·L) positions, targets (N,) the tokens that follow.
@@ -39,10 +39,11 @@ def collate(samples, pad_id):
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     kinds = [torch.cat([x["mm_token_type_ids"][0], torch.zeros_like(s["target"])]) for x, s in zip(prompts, samples)]
+    positions = [common.mrope_positions({**x, "mm_token_type_ids": k[None]}, vision_config).T for x, k in zip(prompts, kinds)]
     inputs = {
         "input_ids": data.pad(rows, pad_id, "right"),
         "attention_mask": data.pad([torch.ones(n, dtype=torch.long) for n in lengths], 0, "right"),
-        "mm_token_type_ids": data.pad(kinds, 0, "right"),
+        "position_ids": data.pad(positions, 0, "right").permute(2, 0, 1),
         **data.join_media(prompts),
     }
     predict = [b * longest + torch.arange(n - len(s["target"]) - 1, n - 1) for b, (n, s) in enumerate(zip(lengths, samples))]
@@ -59,8 +60,9 @@ def main():
     common.check_batches(cfg, accelerator)
     common.seed_everything(cfg.seed)
 
-    processor = common.load_processor(cfg)
+    processor, files = common.load_processor(cfg), common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
+    vision_config = model.config.vision_config
     model, optimizer = common.prepare(accelerator, model, cfg)
     resumed = common.resume(accelerator, cfg)
     start = resumed["step"]
@@ -79,7 +81,7 @@ def main():
         total = common.all_sum(accelerator, {"tokens": sum(len(s["target"]) for s in batch)})["tokens"]
         loss_sum = 0.0
         for micro, weight in common.micro_batches(batch, cfg, accelerator, blank):
-            inputs, predict, targets = collate(micro, processor.tokenizer.pad_token_id)
+            inputs, predict, targets = collate(micro, processor.tokenizer.pad_token_id, vision_config)
             logps_N, _ = model(**common.to_device(inputs, accelerator.device), predict=predict.to(accelerator.device),
                                targets=targets.to(accelerator.device))               # 2. log-probs
             loss = -weight * logps_N.sum() / max(1, total)                           # 3. loss
@@ -96,7 +98,7 @@ def main():
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
 
-    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
+    common.save_model(accelerator, model, files, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
     skipped.report(accelerator)
     accelerator.print(f"cold start: {cfg.output_dir}/final")
     accelerator.end_training()

@@ -156,32 +156,38 @@ def masked_mean(values_GT, mask_GT):
 def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0, compiled=False):
     """Sample `counts[n]` completions of prompt n, all prompts in one batch. temperature 0 is greedy.
 
-    The vision tower and the prompt run once a prompt; the cache is then repeated and HF generate goes on from there.
+    The vision tower and the prompt run once per prompt; the cache is then repeated and HF generate goes on from there.
     Positions are handed over, so the model's own `rope_deltas` (state of whatever ran last) are never used.
     Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
     """
     was_training = model.training
     model.eval()                                          # generate() under gradient checkpointing drops its cache
+    positions_NP3 = [common.mrope_positions(x, model.config.vision_config).T for x in prompts]
+    positions = data.pad(positions_NP3, 0, "left").permute(2, 0, 1).to(model.device)
     batch = common.to_device(data.collate_prompts(prompts, tokenizer.pad_token_id), model.device)
-    ids, mask, kinds = (batch.pop(k) for k in ("input_ids", "attention_mask", "mm_token_type_ids"))
-    positions = rope_positions(model, ids, kinds, batch, mask)
+    ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
     prefix = DynamicCache(config=model.config.get_text_config())
     model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], **batch,
           cache=prefix, use_cache=True, logits_to_keep=1)  # the last prompt token is left to generate()
 
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
     room = ids.shape[1] + max_new_tokens
-    room = -(-room // 512) * 512 if compiled else room                     # few different sizes: each is compiled once
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+    if compiled:
+        cache = common.kept_cache(model, len(rows), common.compiled_room(room))
+        cache.reset()
+    else:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
     for layer, filled in zip(cache.layers, prefix.layers):                 # room for all tokens once: a growing cache is
         layer.update(filled.keys[rows], filled.values[rows])               # copied whole for every token
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    # the checkpoint's own generation settings (a penalty, a minimum length) would sample from another distribution than the policy's
-    ends, own, model.generation_config = eos_ids(model, tokenizer), model.generation_config, GenerationConfig()
-    output = model.generate(
-        input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache, max_new_tokens=max_new_tokens,
-        suppress_tokens=placeholder_ids(model), disable_compile=not compiled, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **sampling)
-    model.generation_config = own
+    ends = eos_ids(model, tokenizer)
+    sampling = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, suppress_tokens=placeholder_ids(model),
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, disable_compile=not compiled)
+    if temperature > 0:
+        # top_k 0 and top_p 1 must be said: unsaid, top_k is 50
+        sampling.update(temperature=temperature, top_k=0, top_p=top_p)
+    output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache,
+                            generation_config=sampling)
     model.train(was_training)
     completions_BT = output[:, ids.shape[1]:]
     lengths_B = completion_mask(completions_BT, ends).sum(1)
@@ -199,40 +205,37 @@ def eos_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])})
 
 
-def rope_positions(model, ids, kinds, media, mask=None):
-    """M-RoPE positions (3, B, L): time, height, width."""
-    grids = {k: media[k] for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if k in media}
-    return model.model.get_rope_index(ids, kinds, attention_mask=mask, **grids)[0]
-
-
 def pack(model, prompts, completions, pad_id):
     """Rows [prompt, completion 1 … completion G]: every prompt is computed once for its whole group.
 
     `prompts` B inputs, `completions` B lists of 1-D tensors, N in all. A completion sees the prompt and itself (see
-    common.packed_attention), and its positions go on from the prompt's. Returns (inputs, predict, targets) as Policy.forward wants them.
+    common.packed_attention), and its positions go on from the prompt's. Returns (inputs, predict, targets) as Policy.forward
+    wants them.
     """
     ids, positions, lengths = [], [], [len(c) for group in completions for c in group]
     for x, group in zip(prompts, completions):
-        prompt_positions = rope_positions(model, x["input_ids"], x["mm_token_type_ids"], x)[:, 0].cpu()
+        prompt_positions = common.mrope_positions(x, model.config.vision_config)
         own = torch.cat([torch.arange(len(c)) for c in group]) + prompt_positions.max() + 1
         ids.append(torch.cat([x["input_ids"][0], *(c.cpu() for c in group)]))
         positions.append(torch.cat([prompt_positions, own.expand(3, -1)], 1))
     L = max(len(row) for row in ids)
 
-    P_B = torch.tensor([x["input_ids"].shape[1] for x in prompts])
+    prompt_lengths = [x["input_ids"].shape[1] for x in prompts]
+    begins = []
+    for b, (P, group) in enumerate(zip(prompt_lengths, completions)):
+        for i in range(len(group)):
+            begins.append(b * L + P + sum(len(c) for c in group[:i]))
     row_N = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(group) for group in completions]))
-    begins = [b * L + P + sum(map(len, group[:i])) for b, (P, group) in enumerate(zip(P_B.tolist(), completions)) for i in range(len(group))]
-    index_NT = data.pad([begin + torch.arange(n) for begin, n in zip(begins, lengths)], 0, "right")
-    valid_NT = data.pad([torch.ones(n, dtype=torch.bool) for n in lengths], False, "right")
+    packed = common.Packed.of(prompt_lengths, row_N, begins, lengths, len(prompts) * L)
     # a completion's first token is predicted by the last of its prompt, each other one by the token before it
-    last_N = row_N * L + P_B[row_N] - 1
-    predict_NT = torch.cat([last_N[:, None], index_NT[:, :-1]], 1)
+    last_N = row_N * L + packed.prompt_lengths_B[row_N] - 1
+    predict_NT = torch.cat([last_N[:, None], packed.index_NT[:, :-1]], 1)
 
     inputs = {"input_ids": data.pad(ids, pad_id, "right"),
-              "attention_mask": {"full_attention": common.Packed(P_B, row_N, index_NT, valid_NT)},
-              "position_ids": torch.stack([torch.nn.functional.pad(p, (0, L - p.shape[1])) for p in positions], 1),
+              "attention_mask": {"full_attention": packed},
+              "position_ids": data.pad([p.T for p in positions], 0, "right").permute(2, 0, 1),
               **data.join_media(prompts)}
-    return inputs, predict_NT[valid_NT], torch.cat([c.cpu() for group in completions for c in group])
+    return inputs, predict_NT.flatten()[packed.slot_M], torch.cat([c.cpu() for group in completions for c in group])
 
 
 def token_logps(model, packed, lengths, temperature, banned):
@@ -258,7 +261,6 @@ class Group:
     terms: dict = field(default_factory=dict)             # every reward term (G,)
     credit_G: torch.Tensor = None                         # with temporal_rule credit; None for images and one-frame clips
     advantages_G: torch.Tensor = None
-    old_logps_GT: torch.Tensor = None
 
 
 def score(group, cfg, eos):
@@ -368,7 +370,8 @@ def bandwidth_share(model, groups, seconds):
     peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8                # bytes a second
     text = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
-    weights += 0 if text.tie_word_embeddings else -model.get_input_embeddings().weight.nbytes + model.lm_head.weight.nbytes
+    if model.lm_head.weight is not model.get_input_embeddings().weight:      # then the head is read, and of the embedding one row
+        weights += model.lm_head.weight.nbytes - model.get_input_embeddings().weight.nbytes
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * model.dtype.itemsize
     rows = [(g.sample["ordered"]["input_ids"].shape[1], n) for g in groups for n in [*map(len, g.completions), *g.shuffled_lengths]]
     read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
@@ -401,15 +404,16 @@ def print_rollouts(step, groups):
 @record                                                   # under a launcher: this rank's traceback stands last
 def main():
     cfg = settings.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
-    settings.require(cfg, "tgrpo", "model", "records", "output_dir")
     if cfg.plan:
+        settings.require(cfg, "tgrpo", "model")
         return common.print_plan(cfg, cfg.gpus)
+    settings.require(cfg, "tgrpo", "model", "records", "output_dir")
     common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.given("config", "CONFIG"))
     records = data.load_records(cfg.records, cfg.data_root)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
 
-    processor = common.load_processor(cfg)
+    processor, files = common.load_processor(cfg), common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
     model, optimizer = common.prepare(accelerator, model, cfg)
     reference = common.load_frozen(accelerator, cfg) if cfg.beta else None           # after the policy has left the CPU
@@ -444,8 +448,9 @@ def main():
             means.add({"rollout/tokens_per_s": n_tokens / seconds, **bandwidth_share(sampler, groups, seconds)})      # of one process
         total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
 
+        old_logps = {}                                    # of each micro-batch of this step
         for _ in range(cfg.updates_per_rollout):
-            for micro, weight in common.micro_batches(groups, cfg, accelerator, blank):
+            for i, (micro, weight) in enumerate(common.micro_batches(groups, cfg, accelerator, blank)):
                 lengths = [len(c) for g in micro for c in g.completions]
                 packed = pack(policy, [g.sample["ordered"] for g in micro], [g.completions for g in micro], pad_id)
                 packed = common.to_device(packed, accelerator.device)
@@ -457,9 +462,8 @@ def main():
                     with torch.no_grad():
                         ref_logps_GT, _ = token_logps(reference, packed, lengths, cfg.temperature, banned)
                 logps_GT, entropy_GT = token_logps(model, packed, lengths, cfg.temperature, banned)
-                if micro[0].old_logps_GT is None:          # first update: ρ = 1. Kept on the first group, for the whole micro-batch
-                    micro[0].old_logps_GT = logps_GT.detach()
-                loss_G, kl_GT, clipped_GT = grpo_loss(logps_GT, micro[0].old_logps_GT, ref_logps_GT, advantages_G, mask_GT,
+                old_logps_GT = old_logps.setdefault(i, logps_GT.detach())            # the first update's: there ρ = 1
+                loss_G, kl_GT, clipped_GT = grpo_loss(logps_GT, old_logps_GT, ref_logps_GT, advantages_G, mask_GT,
                                                       cfg.clip_epsilon, cfg.beta)    # 5. loss
                 loss = weight * loss_G.sum() / max(1, total)
                 accelerator.backward(loss * accelerator.num_processes)               # 6. backward; ranks' gradients are averaged
@@ -482,7 +486,7 @@ def main():
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
 
-    common.save_model(accelerator, model, processor, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
+    common.save_model(accelerator, model, files, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
     skipped.report(accelerator)
     accelerator.print(f"trained policy: {cfg.output_dir}/final")
     accelerator.end_training()

@@ -5,15 +5,18 @@ import types
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import Policy, seed_everything
+from common import Policy, mrope_positions, seed_everything
 from settings import read_jsonl
 
 IMAGE, VIDEO, START, END, EOS, PAD = 60, 61, 62, 63, 1, 2
 tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 
 
-def tiny_policy(seed=3, **text):
-    """A random Qwen2.5-VL of about 100,000 parameters. Large initial weights, so that its distributions are not flat."""
+def tiny_policy(seed=3, generation=None, **text):
+    """A random Qwen2.5-VL of about 100,000 parameters. Large initial weights, so that its distributions are not flat.
+
+    `generation` is what its generation_config.json would say.
+    """
     seed_everything(seed)
     config = Qwen2_5_VLConfig(
         text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -24,11 +27,14 @@ def tiny_policy(seed=3, **text):
                            window_size=28, tokens_per_second=2, initializer_range=0.2),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
     config._attn_implementation = "packed"
-    return Policy.of(Qwen2_5_VLForConditionalGeneration(config)).eval()
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for name, value in (generation or {}).items():
+        setattr(model.generation_config, name, value)
+    return Policy.of(model).eval()
 
 
-def prompt(kind, grid, n_text, seed):
-    """Model inputs of a prompt with random pixels: kind "video", "image"; grid (T, H, W) in patches."""
+def prompt(kind, grid, n_text, seed, seconds=None):
+    """Model inputs of a prompt with random pixels: kind "video", "image"; grid (T, H, W) in patches; `seconds` of the clip."""
     generator = torch.Generator().manual_seed(seed)
     placeholder = {"video": VIDEO, "image": IMAGE}[kind]
     n_media = grid[0] * grid[1] * grid[2] // 4
@@ -39,7 +45,7 @@ def prompt(kind, grid, n_text, seed):
               "mm_token_type_ids": (ids == IMAGE) * 1 + (ids == VIDEO) * 2}
     if kind == "video":
         return inputs | {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid]),
-                         "second_per_grid_ts": torch.tensor([1.0 + seed % 3])}
+                         "second_per_grid_ts": torch.tensor([seconds / grid[0] if seconds else 1.0 + seed % 3])}
     return inputs | {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}
 
 
@@ -48,12 +54,18 @@ def mixed_prompts():
     return [prompt("video", (2, 2, 4), 3, 1), prompt("image", (1, 4, 4), 9, 2), prompt("video", (4, 4, 2), 5, 3)]
 
 
+def batch_positions(model, prompts):
+    """Positions (3, B, P) of several prompts, padded on the left as data.collate_prompts pads."""
+    rows = [mrope_positions(x, model.config.vision_config) for x in prompts]
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows], 1)
+
+
 @torch.no_grad()
 def generate(model, x, n=1, **sampling):
     """HF generate on one prompt. Returns (sequences (n, T), per-step scores)."""
-    model.model.rope_deltas = None
-    output = model.generate(**x, num_return_sequences=n, return_dict_in_generate=True, output_scores=True, top_k=0, top_p=1.0,
-                            repetition_penalty=1.0, suppress_tokens=[IMAGE, VIDEO], eos_token_id=EOS, pad_token_id=PAD, **sampling)
+    output = model.generate(**x, position_ids=batch_positions(model, [x]), num_return_sequences=n, return_dict_in_generate=True,
+                            output_scores=True, top_k=0, top_p=1.0, repetition_penalty=1.0, suppress_tokens=[IMAGE, VIDEO], eos_token_id=EOS, pad_token_id=PAD, **sampling)
     return output.sequences[:, x["input_ids"].shape[1]:], output.scores
 
 
@@ -62,9 +74,8 @@ def completion_logps(model, x, completion, temperature=1.0, placeholders=(IMAGE,
     n, P = len(completion), x["input_ids"].shape[1]
     ids = torch.cat([x["input_ids"], completion[None]], 1)
     kinds = torch.cat([x["mm_token_type_ids"], torch.zeros(1, n, dtype=torch.long)], 1)
-    model.model.rope_deltas = None
-    logits = model(**{**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)},
-                   use_cache=False).logits[0, P - 1:-1] / temperature
+    row = {**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+    logits = model(**row, position_ids=batch_positions(model, [row]), use_cache=False).logits[0, P - 1:-1] / temperature
     banned = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(placeholders), True)
     return logits.masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, completion[:, None])[:, 0]
 

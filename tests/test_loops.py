@@ -171,12 +171,12 @@ def test_only_the_assistants_words_carry_loss(world):
     processor = common.load_processor(cfg)
     records = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
     samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
-    inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id)
+    model = common.load_model(cfg)
+    inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id, model.config.vision_config)
     assert processor.tokenizer.decode(targets) == "".join(
         r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6])
     after = inputs["input_ids"].flatten()[predict + 1]
     assert torch.equal(after, targets)                    # each position predicts the token that follows it
-    model = common.load_model(cfg)
     logps, _ = model(**inputs, predict=predict, targets=targets)
     labels = torch.full_like(inputs["input_ids"], -100).flatten()
     labels[predict + 1] = targets
@@ -202,7 +202,7 @@ def test_frame_times_reach_the_model(world, tmp_path):
         assert x["second_per_grid_ts"].tolist() == [2.0]
         model = common.load_model(settings(world))
         video = x["mm_token_type_ids"][0] == 2
-        time = tgrpo.rope_positions(model, x["input_ids"], x["mm_token_type_ids"], x)[0, 0, video]
+        time = common.mrope_positions(x, model.config.vision_config)[0, video]
         assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]        # tokens_per_second is 2
 
 

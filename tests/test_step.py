@@ -96,11 +96,9 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
 
 def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
     """Guards: a top-k, a penalty or a least length in the checkpoint's generation_config; a temperature in one place only."""
-    model, T = naive.tiny_policy(), 0.7
     hostile = dict(top_k=3, top_p=0.5, temperature=9.0, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=9, min_p=0.3,
                    bad_words_ids=[[7]], num_return_sequences=2)
-    for name, value in hostile.items():
-        setattr(model.generation_config, name, value)
+    model, T = naive.tiny_policy(generation=hostile), 0.7
     kept, real, seen = model.generation_config.to_dict(), model.generate, {}
 
     def watched(**inputs):                                # generate's own scores, for what rollout asks it

@@ -170,8 +170,7 @@ def test_logps_are_those_generate_sampled_from(policy):
     prompts, T = naive.mixed_prompts(), 0.7
     torch.manual_seed(0)
     batch = __import__("data").collate_prompts(prompts, naive.PAD)
-    policy.model.rope_deltas = None
-    output = policy.generate(**batch, do_sample=True, temperature=T, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12,
+    output = policy.generate(**batch, position_ids=naive.batch_positions(policy, prompts), do_sample=True, temperature=T, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12,
                              suppress_tokens=list(BANNED), eos_token_id=naive.EOS, pad_token_id=naive.PAD,
                              return_dict_in_generate=True, output_scores=True)
     completions = [trim(row) for row in output.sequences[:, batch["input_ids"].shape[1]:]]
