@@ -73,8 +73,16 @@ def check_model(cfg, stage, made_by=None):
 
 
 def load_processor(cfg):
-    """The checkpoint's own processor (tokenizer, image and video processor)."""
-    return AutoProcessor.from_pretrained(cfg.model)
+    """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
+    try:
+        return AutoProcessor.from_pretrained(cfg.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "Unrecognized image processor" in reason:
+            # a name that transformers gave up before its release
+            reason = ("preprocessor_config.json names an image processor that transformers does not know; in the hub's first "
+                      "revision of Qwen2.5-VL it is Qwen2_5_VLImageProcessor: write Qwen2VLImageProcessor, the same class")
+        raise UserError(f"{cfg.model}: its processor cannot be loaded: {reason:.300}") from error
 
 
 @dataclass

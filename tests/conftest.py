@@ -13,7 +13,9 @@ import tgrpo
 import toy
 
 sys.path.insert(0, str(Path(__file__).parent))
-collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py"]         # programs, not tests
+from hub_checkpoint import write_hub_checkpoint
+
+collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py", "hub_checkpoint.py"]         # programs, not tests
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 
@@ -24,6 +26,16 @@ def world(tmp_path_factory):
     toy.make_world(folder / "world", seed=0, n_sft=12, n_rl=12, n_temporal=8, n_other=4)
     toy.make_model(folder / "base", json.loads((folder / "world/sft.json").read_text()))
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub(world):
+    """Folder with untied/ and tied/, checkpoints in the hub's layout: as of 7B, and as of 3B, whose head is its embedding."""
+    records = json.loads((world / "world/sft.json").read_text())
+    corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"]]) for r in records]
+    for name in ("untied", "tied"):
+        write_hub_checkpoint(world / "hub" / name, corpus, tied=name == "tied")
+    return world / "hub"
 
 
 @pytest.fixture

@@ -1,0 +1,115 @@
+"""A checkpoint in the hub's layout goes through every stage, and what comes out is laid out as it was."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import common
+import tgrpo
+from hub_checkpoint import write_hub_checkpoint
+from settings import SharedConfig, UserError, read_jsonl
+
+LAYOUTS = ("untied", "tied")
+
+
+def weights(folder):
+    """All weights of a checkpoint folder, sharded or not, by name."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def other_files(folder):
+    return sorted(path.name for path in folder.iterdir() if "safetensors" not in path.name)
+
+
+def checked_final(folder, start, dtype):
+    """The checkpoint at `folder` is whole, laid out as `start`, of `dtype`, and has other weights. Returns its weights."""
+    before, after = weights(start), weights(folder)
+    assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {dtype}
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert any(not torch.equal(before[name].to(dtype), after[name]) for name in before)
+    assert other_files(folder) == other_files(start)
+    for name in other_files(start):
+        if name != "config.json":
+            assert (folder / name).read_bytes() == (start / name).read_bytes()
+    config = json.loads((start / "config.json").read_text()) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    assert json.loads((folder / "config.json").read_text()) == config
+    _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    AutoProcessor.from_pretrained(folder)
+    return after
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_stage_runs_on_the_hubs_layout(hub, run, monkeypatch, capsys, tmp_path, layout):
+    """Guards: text_config.tie_word_embeddings, which the hub's flat config does not have: SFT died at its last line."""
+    monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
+    once = dict(save_every=1, keep_checkpoints=9, num_workers=0)
+
+    def stopped_and_resumed(stage, model, **settings):
+        """One step, saved; then the same command for two: it goes on, and ends in a `final`."""
+        run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
+        whole = weights(tmp_path / f"{stage}/{layout}/final")
+        run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
+        assert "resumed from" in capsys.readouterr().out
+        again = checked_final(tmp_path / f"{stage}/{layout}/final", hub / layout, torch.float32)
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+        return tmp_path / f"{stage}/{layout}/final"
+
+    sft = stopped_and_resumed("sft", hub / layout)
+    final = stopped_and_resumed("tgrpo", sft, max_new_tokens=8)
+    credit = run("tgrpo", "credit", model=sft, temporal_rule="credit", max_new_tokens=8)
+    for folder in (tmp_path / f"tgrpo/{layout}", credit):
+        assert all(math.isfinite(v) for row in read_jsonl(folder / "metrics.jsonl") for v in row.values())
+
+    common.export(tmp_path / f"tgrpo/{layout}/checkpoint-1", tmp_path / "exported")
+    exported = checked_final(tmp_path / "exported", hub / layout, torch.float32)
+    assert any(not torch.equal(exported[name], tensor) for name, tensor in weights(final).items())
+
+    run("evaluate", "eval", model=final, max_new_tokens=8, batch_size=8)
+    assert len(read_jsonl(tmp_path / "eval/predictions.jsonl")) > 12
+    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--model", str(final), "--plan"])
+    tgrpo.main()
+    assert "peak" in capsys.readouterr().out
+
+
+def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
+    """Guards: a plan that asks the config, which says nothing, whether the head is a matrix of its own."""
+    cfg = tgrpo.TGRPOConfig(fsdp="full_shard")
+    sizes = {}
+    for layout in LAYOUTS:
+        parts, _ = common.memory_plan(cfg, common.model_shape(str(hub / layout)), 2)
+        sizes[layout] = parts
+    head = 640 * 96 * 4
+    assert sizes["untied"]["rollout copy"] - sizes["tied"]["rollout copy"] == head
+    assert sizes["untied"]["gathered layers"] - sizes["tied"]["gathered layers"] == head
+
+
+def test_generation_settings_of_the_checkpoint_do_not_reach_the_rollout(hub):
+    """Guards: the hub's repetition penalty of 1.05 and temperature of 1e-6 in the distribution that is sampled from."""
+    model = common.load_model(SharedConfig(model=str(hub / "untied")))
+    left = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
+    assert left == {"eos_token_id": json.loads((hub / "untied/generation_config.json").read_text())["eos_token_id"]}
+
+
+def test_the_first_revision_of_the_hubs_preprocessor_says_what_to_write(tmp_path):
+    """Guards: half a page of class names for Qwen2_5_VLImageProcessor, which transformers renamed before its release."""
+    write_hub_checkpoint(tmp_path / "first", ["a b c"] * 9, processor="Qwen2_5_VLImageProcessor")
+    cfg = SharedConfig(model=str(tmp_path / "first"))
+    with pytest.raises(UserError, match="first: its processor cannot be loaded: .* write Qwen2VLImageProcessor") as error:
+        common.load_processor(cfg)
+    assert "\n" not in str(error.value)
+    path = tmp_path / "first/preprocessor_config.json"
+    path.write_text(path.read_text().replace("Qwen2_5_VLImageProcessor", "Qwen2VLImageProcessor"))
+    common.load_processor(cfg)
+
+
+def test_a_folder_without_a_preprocessor_is_one_clear_line(tmp_path):
+    """Guards: a traceback from inside transformers for a half-copied checkpoint."""
+    write_hub_checkpoint(tmp_path / "half", ["a b c"] * 9)
+    (tmp_path / "half/preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="half.*processor"):
+        common.load_processor(SharedConfig(model=str(tmp_path / "half")))
