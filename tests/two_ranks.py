@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 import common
+import evaluate
 import sft
 import tgrpo
 
@@ -49,19 +51,49 @@ def checked_refresh(copy, model):
         assert torch.equal(parameter, now.to(parameter.dtype)), f"stale in the rollout: {name}"
 
 
-def run(stage, output, **settings):
+def run(stage, output, accelerate_config=None, **settings):
+    """One stage with configs/toy.yaml, in OUT/output; under the environment that an accelerate config gives, if one is named."""
     if PartialState._shared_state:                        # a second stage in this process: let accelerate begin anew
         kind = DistributedType.MULTI_CPU if "WORLD_SIZE" in os.environ else DistributedType.NO
         for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
             os.environ.pop(name, None)
         AcceleratorState._reset_state()
         PartialState._shared_state["distributed_type"] = kind
-    records = {"sft": "sft", "tgrpo": "rl"}[stage.__name__]
+    if accelerate_config:
+        os.environ.update(launcher_environment(accelerate_config))
+    records = {"sft": "sft", "tgrpo": "rl", "evaluate": "test"}[stage.__name__]
+    training = {"steps": 2, "micro_batch_size": 1, "save_every": 0, "lr_schedule": "constant", "adam_beta2": 0.9, "lr": 1e-3, "warmup_steps": 0}
     settings = {"model": FOLDER / "base", "records": FOLDER / f"world/{records}.json", "data_root": FOLDER / "world", "output_dir": OUT / output,
-                "num_workers": 0, "fsdp": FSDP, "steps": 2, "batch_size": 4, "micro_batch_size": 1, "save_every": 0, "lr_schedule": "constant",
-                "adam_beta2": 0.9, "lr": 1e-3, "warmup_steps": 0, **settings}
+                "num_workers": 0, "fsdp": FSDP, "batch_size": 4, **(training if stage is not evaluate else {}), **settings}
     sys.argv = [stage.__name__, "--config", "configs/toy.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
     stage.main()
+
+
+def launcher_environment(config):
+    """What `accelerate launch --config_file CONFIG --gradient_accumulation_steps 4` puts into the environment, by its own code."""
+    command = ["--config_file", str(config), "--gradient_accumulation_steps", "4", "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    found = prepare_multi_gpu_env(arguments)
+    return {k: v for k, v in found.items() if k.startswith(("FSDP_", "ACCELERATE_")) and k != "ACCELERATE_USE_CPU"}
+
+
+def hub_stages(layout):
+    """All stages, sharded and in bfloat16, on a checkpoint in the hub's layout; each training stage is stopped and resumed."""
+    settings = {"bf16": "true", "gradient_checkpointing": "true", "save_every": 1}
+
+    def trained(stage, model, **more):
+        """Trains, then removes `final` and makes it again from the checkpoint before it."""
+        run(stage, f"{layout}/{stage.__name__}", model=model, **settings, **more)
+        final = OUT / layout / stage.__name__ / "final"
+        if RANK == 0:
+            os.replace(final, final.with_name("unstopped"))
+        torch.distributed.barrier()
+        run(stage, f"{layout}/{stage.__name__}", model=model, **settings, **more)
+        return final
+
+    final = trained(tgrpo, trained(sft, FOLDER / "hub" / layout), max_new_tokens=8)
+    run(tgrpo, f"{layout}/credit", model=OUT / layout / "sft/final", temporal_rule="credit", max_new_tokens=8, steps=1, **settings)
+    run(evaluate, f"{layout}/eval", model=final, bf16="true", max_new_tokens=8, batch_size=8)
 
 
 def main():
@@ -93,9 +125,15 @@ def main():
     assert not (OUT / "stopped/final").exists() and (OUT / "stopped/checkpoint-1/state.json").exists()
     run(tgrpo, "stopped", updates_per_rollout=2)          # the same command goes on
 
+    # a user's own accelerate config asks for FSDP, and for much that would train otherwise: the same numbers all the same
+    for name in ("fsdp1", "fsdp2"):
+        run(tgrpo, name, accelerate_config=FOLDER / f"{name}.yaml", fsdp="none", updates_per_rollout=2)
+
     tgrpo.rollout = real_rollout                          # ranks with other tokens, an image beside a video, an unreadable clip
     run(tgrpo, "real", records=OUT / "broken/rl.json", data_root=OUT / "broken", steps=6, max_unreadable=0.5, batch_size=2, max_new_tokens=8)
     run(tgrpo, "bf16", bf16="true", gradient_checkpointing="true", max_new_tokens=8)
+    for layout in ("untied", "tied"):
+        hub_stages(layout)
 
 
 if __name__ == "__main__":
