@@ -55,6 +55,10 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 from settings import SharedConfig, UserError, read_jsonl, read_yaml, write_atomic
 
+# The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 TEXT, IMAGE, VIDEO = 0, 1, 2                              # values of mm_token_type_ids
 

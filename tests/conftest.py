@@ -15,7 +15,7 @@ import toy
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_checkpoint import write_hub_checkpoint
 
-collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py", "hub_checkpoint.py"]         # programs, not tests
+collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py", "hub_checkpoint.py", "gpu.py", "real_width.py"]         # programs, not tests
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 

@@ -1,0 +1,199 @@
+"""For whoever has one GPU: how fast, and how large, a step of Qwen2.5-VL-7B is on it. Random weights, nothing is downloaded.
+
+    python tests/gpu.py                      # the 7B shape; a GPU of 80 GB, 40 GB of host memory, a few minutes
+    python tests/gpu.py --shape 3b
+    python tests/gpu.py --shape tiny         # seconds, on a CPU too: does it run?
+
+    1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
+    2. update: reference, policy, loss, backward and AdamW, as one rank of --gpus
+    3. how often the host waits for the GPU in an update
+
+The other ranks are made up: in torch's "fake" process group a collective does nothing. So memory and seconds are those of one
+GPU of --gpus, without the network; what is computed from gathered weights is meaningless, and nothing here looks at it.
+The last line is all numbers as JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Qwen2_5_VLConfig
+from transformers.initialization import no_init_weights
+
+import common
+import data
+import tgrpo
+
+TINY = {
+    "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 152064, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32},
+}  # fmt: skip
+
+
+def shape(name):
+    """The model's config: the published shape, or a tiny one with the published vocabulary."""
+    if name != "tiny":
+        return common.model_shape(f"Qwen2.5-VL-{name}")
+    vision = {"tokens_per_second": 2, "fullatt_block_indexes": [1], "window_size": 112}
+    return Qwen2_5_VLConfig(text_config=TINY["text"], vision_config=TINY["vision"] | vision)
+
+
+def clip_prompt(config, grid, n_tokens, seconds=10.0):
+    """A prompt of `n_tokens` tokens with one clip of random pixels; grid (T, H, W) in patches of 14 x 14 pixels."""
+    n_patches = grid[0] * grid[1] * grid[2]
+    n_clip = n_patches // 4
+    before, after = 15, n_tokens - n_clip - 17
+    words = torch.randint(100, 1000, (before + after,)).tolist()
+    ids = [*words[:before], config.vision_start_token_id, *[config.video_token_id] * n_clip, config.vision_end_token_id, *words[before:]]
+    ids = torch.tensor([ids])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.video_token_id) * common.VIDEO,
+        "pixel_values_videos": torch.randn(n_patches, 3 * 2 * 14 * 14),
+        "video_grid_thw": torch.tensor([grid]),
+        "second_per_grid_ts": torch.tensor([seconds / grid[0]]),
+    }
+
+
+def fake_ranks(n):
+    """This process is rank 0 of `n`."""
+    os.environ |= {"WORLD_SIZE": str(n), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+
+
+def random_model(config, cfg, dtype):
+    """What common.load_model gives, without a checkpoint; the numbers in it are whatever was in memory."""
+    with no_init_weights():
+        model = common.empty_model(config, dtype)
+    model.tie_weights()
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return common.Policy.of(model)
+
+
+def timed(device, function):
+    """Seconds that `function` takes, the GPU's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - begin
+
+
+def measure_rollout(sampler, prompt, cfg, tokenizer, compiled, repeats):
+    """{tokens per second, share of the bandwidth limit, seconds of the first call and of a later one}; and the completions."""
+    counts = [cfg.num_generations, cfg.shuffled_generations]
+    kept = []
+
+    def sample():
+        kept[:] = tgrpo.rollout(sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled=compiled)
+
+    first = timed(sampler.device, sample)
+    seconds = statistics.median(timed(sampler.device, sample) for _ in range(repeats))
+    ordered, shuffled = kept[: counts[0]], kept[counts[0] :]
+    group = tgrpo.Group({"ordered": prompt}, ordered, [], [], shuffled_lengths=[len(c) for c in shuffled])
+    share = tgrpo.bandwidth_share(sampler, [group], seconds).get("rollout/bandwidth_share")
+    tokens = sum(len(c) for c in kept)
+    return {"tokens_per_s": tokens / seconds, "bandwidth_share": share, "first_s": first, "seconds": seconds}, ordered
+
+
+def count_waits(device, function):
+    """How often the host waits for the GPU in `function`; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
+    parser.add_argument("--gpus", type=int, default=8, help="this GPU is one of so many; default: 8")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
+    args = parser.parse_args()
+    tiny = args.shape == "tiny"
+    P, C, grid = (40, 8, (4, 4, 4)) if tiny else (1300, 256, (8, 16, 30))
+    cfg = tgrpo.TGRPOConfig(fsdp="full_shard", bf16=True, gradient_checkpointing=True, batch_size=args.gpus, max_new_tokens=C)
+    config = shape(args.shape)
+    tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
+
+    fake_ranks(args.gpus)
+    accelerator = common.make_accelerator(cfg)
+    device = accelerator.device
+    on_gpu = device.type == "cuda"
+    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks, "
+          f"P = {P}, C = {C}, {cfg.num_generations} + {cfg.shuffled_generations} completions")
+    if on_gpu:
+        print(f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
+
+    model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
+    common.load_model = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
+    reference = common.load_frozen(accelerator, cfg)
+    policy = accelerator.unwrap_model(model)
+    sampler = common.rollout_copy(accelerator, policy, cfg)
+    result = {"shape": args.shape, "gpus": args.gpus, "refresh_s": timed(device, lambda: common.refresh(sampler, policy))}
+    with torch.no_grad():
+        for parameter in sampler.parameters():
+            parameter.normal_(0, 0.02)
+    if on_gpu:
+        print(f"weights, without gradients: {torch.cuda.memory_allocated() / 1e9:.1f} GB")
+
+    prompt = clip_prompt(config, grid, P)
+    for compiled in (False, True):
+        numbers, completions = measure_rollout(sampler, prompt, cfg, tokenizer, compiled, args.repeats)
+        result[f"rollout, compile {'on' if compiled else 'off'}"] = numbers
+        share = "" if numbers["bandwidth_share"] is None else f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
+        print(f"rollout, rollout_compile {'on: ' if compiled else 'off:'} {numbers['tokens_per_s']:8.0f} tokens per second{share}; "
+              f"{numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s")
+
+    lengths = [len(c) for c in completions]
+    advantages_G = torch.linspace(-1, 1, len(lengths), device=device)
+    mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(device)
+    banned = tuple(tgrpo.placeholder_ids(policy))
+
+    def forward_and_backward():
+        packed = common.to_device(tgrpo.pack(policy, [prompt], [completions], tokenizer.pad_token_id), device)
+        with torch.no_grad():
+            ref_logps_GT, _ = tgrpo.token_logps(reference, packed, lengths, 1.0, banned)
+        logps_GT, _ = tgrpo.token_logps(model, packed, lengths, 1.0, banned)
+        loss_G, _, _ = tgrpo.grpo_loss(logps_GT, logps_GT.detach(), ref_logps_GT, advantages_G, mask_GT, 0.2, 0.04)
+        accelerator.backward(loss_G.mean())
+
+    def update():
+        forward_and_backward()
+        accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = timed(device, update)
+    seconds = statistics.median(timed(device, update) for _ in range(args.repeats))
+    result["update"] = {"first_s": first, "seconds": seconds, "waits": count_waits(device, forward_and_backward)}
+    print(f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {result['update']['waits']} times in it")
+
+    parts, planned = common.memory_plan(cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2])
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    result["peak"] = {"planned_gb": planned / 1e9, "measured_gb": peak and peak / 1e9}
+    print(f"peak memory: planned {planned / 1e9:.1f} GB, measured {'on a GPU only' if peak is None else f'{peak / 1e9:.1f} GB'}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What makes a step slow on a GPU and can be counted on a CPU: waits for the device, equal indices, compilations, kept caches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CompileConfig
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+
+import common
+import naive
+import tgrpo
+
+ROOT = Path(__file__).parent.parent
+
+
+def mixed_pack(policy):
+    """Three prompts, one of them a picture, with completions of very unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [[torch.randint(3, 50, (n,), generator=generator) for n in lengths] for lengths in ((1, 60, 7), (12, 2, 3), (5, 5, 33))]
+    return tgrpo.pack(policy, naive.mixed_prompts(), groups, naive.PAD), groups
+
+
+def test_the_text_layers_never_read_a_value_from_the_device():
+    """Guards: int(tensor.max()) or a boolean index in a layer, which stops the host in each of 28 layers, three times a step."""
+    policy = naive.tiny_policy()
+    (inputs, _, _), _ = mixed_pack(policy)
+    B, L = inputs["input_ids"].shape
+    layers = policy.model.language_model.to("meta")     # tensors without values: whoever reads one raises
+    inputs = common.to_device(inputs, "meta")
+    hidden_BLD = torch.empty(B, L, policy.config.text_config.hidden_size, device="meta")
+    output = layers(inputs_embeds=hidden_BLD, position_ids=inputs["position_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    assert output.last_hidden_state.shape == hidden_BLD.shape
+
+
+def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeypatch):
+    """Guards: lengths read from the GPU by every vision block; lengths of another batch than the one in hand."""
+    policy = naive.tiny_policy()
+    (inputs, predict, targets), _ = mixed_pack(policy)
+    seen = []
+    policy.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    policy(**inputs, predict=predict, targets=targets)
+    (kwargs,) = seen
+    config, grid = policy.config.vision_config, kwargs["grid_thw"]
+    index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+    expected = {"cu_seqlens": get_vision_cu_seqlens(grid), "window_index": index, "cu_window_seqlens": windows}
+    for name, value in expected.items():
+        assert torch.equal(kwargs[name], value)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
+    common.vision_lengths(grid, config)
+    assert len(moved) == 1 and moved[0] is grid
+
+
+def test_padding_does_not_point_at_one_token():
+    """Guards: thousands of equal indices, whose gradients a GPU adds one after the other."""
+    policy = naive.tiny_policy()
+    (inputs, _, _), groups = mixed_pack(policy)
+    packed = inputs["attention_mask"]["full_attention"]
+    total = inputs["input_ids"].numel()
+    n_padding = packed.index_NT.numel() - len(packed.token_M)
+    counts = packed.index_NT.flatten().bincount(minlength=total)
+    assert n_padding > total and counts.max() <= 1 + -(-n_padding // total)
+    ids = torch.cat([c for group in groups for c in group])
+    assert torch.equal(inputs["input_ids"].flatten()[packed.token_M], ids)
+    assert len(packed.token_M.unique()) == len(ids)
+
+
+def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypatch):
+    """Guards: a new static cache per rollout, for whose addresses CUDA graphs are recorded anew at every step."""
+    policy = naive.tiny_policy()
+    graphs, addresses = [], set()
+
+    def backend(graph, inputs):
+        """Counts compilations, and the caches that the compiled code is called with."""
+        graphs.append(graph)
+
+        def call(*args):
+            addresses.update((x.shape[0], x.data_ptr()) for x in args if isinstance(x, torch.Tensor) and x.ndim == 4 and x.shape[2] == 512)
+            return graph.forward(*args)
+
+        return call
+
+    real = policy.generate
+    config = CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+
+    def on_a_cpu_too(**inputs):
+        inputs["generation_config"].compile_config = config
+        return real(**inputs)
+
+    monkeypatch.setattr(policy, "generate", on_a_cpu_too)
+    prompts = [naive.prompt("video", (2, 2, 4), n, n) for n in (3, 9, 5, 12, 4)]
+    for x, rows in zip(prompts, (4, 4, 4, 6, 4)):
+        torch.manual_seed(rows)
+        compiled = tgrpo.rollout(policy, [x], [rows], naive.tokenizer, 1.0, 6, compiled=True)
+        torch.manual_seed(rows)
+        plain = tgrpo.rollout(policy, [x], [rows], naive.tokenizer, 1.0, 6)
+        assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
+    assert len(graphs) == 2
+    layers, keys_and_values = 2, 2
+    assert len({address for rows, address in addresses if rows == 4}) == layers * keys_and_values
+    assert len({address for rows, address in addresses if rows == 6}) == layers * keys_and_values
+
+
+def test_what_one_gpu_would_measure_runs_without_one():
+    """Guards: a script for GPUs that nobody could run before there was one, and that stops at its first line there."""
+    done = subprocess.run([sys.executable, "tests/gpu.py", "--shape", "tiny", "--repeats", "1"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.strip().split("\n")[-1])
+    for key in ("rollout, compile off", "rollout, compile on"):
+        assert result[key]["tokens_per_s"] > 0
+    assert result["update"]["seconds"] > 0 and result["peak"]["planned_gb"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the numbers of a real GPU are in tests/gpu.py")
+def test_settings_that_only_a_gpu_feels_are_made():
+    """Guards: memory that fragments because shapes change every step; cuDNN attention that plans each new shape anew."""
+    code = ("import os, common; from settings import SharedConfig; common.make_accelerator(SharedConfig()); import torch; "
+            "print(os.environ['PYTORCH_ALLOC_CONF'], torch.backends.cuda.cudnn_sdp_enabled())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "expandable_segments:True False", done.stderr[-1000:]
