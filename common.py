@@ -563,13 +563,17 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
         parts["KV caches (compiled)"] = cache_token * rows * (2 * G + S) * compiled_room(P + T)
         rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
     training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
-    return parts | rollout | training, sum(parts.values()) + max(sum(rollout.values()), sum(training.values()))
+    # AdamW over all tensors together holds the root of the second moments while it steps
+    stepping = {"optimizer step": 4 * trained / shards}
+    phases = (rollout, training, stepping)
+    return parts | rollout | training | stepping, sum(parts.values()) + max(sum(phase.values()) for phase in phases)
 
 
 def print_plan(cfg, gpus, card=80e9):
     """The plan as a table, and whether it fits on cards of `card` bytes (a tenth is left to CUDA and fragments)."""
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
-    print(f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes); the cache and the activations do not meet, the larger counts")
+    print(f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes); the cache, the activations with the logits, and the optimizer step "
+          "come one after the other: the largest counts")
     print("\n".join(f"  {name:<24}{size / 1e9:>8.1f}" for name, size in parts.items()))
     verdict = "fits" if peak < 0.9 * card else "does not fit: more GPUs, fewer max_frames, max_pixels or max_new_tokens"
     print(f"  {'peak':<24}{peak / 1e9:>8.1f}   {verdict} in {card / 1e9:.0f} GB (with a tenth to spare)")

@@ -2,6 +2,7 @@
 
     python tests/bench_tgrpo.py [--rounds 4] [--sizes 464x64 1112x128]
     python tests/bench_tgrpo.py --data                # seconds to decode and prepare 16-frame clips of 640 x 360
+    python tests/bench_tgrpo.py --optimizer           # the host's time for AdamW over the 729 sharded tensors of 7B
 
 One process, one model, one image prompt, G = 8 completions of exactly C tokens, the same reward, β = 0.04, float32. The
 contestants take turns step by step, so that noise of the machine meets all of them; medians and ranges are over rounds.
@@ -25,7 +26,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import common
@@ -226,13 +231,37 @@ def bench_data(n=32, seconds=10):
               f"({min(laps):.0f} to {max(laps):.0f})")
 
 
+def bench_optimizer(rounds, n_tensors=729):
+    """Milliseconds of the host for one AdamW step over small sharded tensors, one by one (torch's default there) and foreach."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    mesh = init_device_mesh("cpu", (8,))
+    optimizers = {}
+    for name, foreach in (("one by one", False), ("foreach", True)):
+        parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)])) for _ in range(n_tensors)]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers[name] = torch.optim.AdamW(parameters, foreach=foreach)
+    laps = {name: [] for name in optimizers}
+    for _ in range(rounds + 1):
+        for name, optimizer in optimizers.items():
+            begin = time.perf_counter()
+            optimizer.step()
+            laps[name].append(1000 * (time.perf_counter() - begin))
+    medians = {name: statistics.median(times[1:]) for name, times in laps.items()}
+    ratio = statistics.median(a / b for a, b in zip(laps["one by one"][1:], laps["foreach"][1:]))
+    print(f"AdamW over {n_tensors} sharded tensors: one by one {medians['one by one']:.0f} ms, foreach {medians['foreach']:.0f} ms; ratio {ratio:.1f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--memory", choices=["ours", "naive", "TRL"], help=argparse.SUPPRESS)
     parser.add_argument("--data", action="store_true", help="time the decoding and preparing of clips instead")
+    parser.add_argument("--optimizer", action="store_true", help="time AdamW over sharded tensors instead")
     args = parser.parse_args()
+    if args.optimizer:
+        return bench_optimizer(10 * args.rounds)
     if args.data:
         return bench_data()
     if args.memory:

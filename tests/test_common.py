@@ -1,10 +1,15 @@
 """Settings, atomic writes, checkpoints: the mistakes a user makes, each with the one line it gets."""
 
 import json
+import pickle
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 import common
 import data
@@ -75,7 +80,7 @@ def test_missing_config_file_is_one_line():
 def test_every_shipped_config_loads(path, stage):
     """Guards: a setting renamed in the code and not in the configs."""
     cfg = load_config(STAGES[stage], stage, ["--config", str(path)])
-    assert cfg.model and cfg.records
+    assert cfg.model and (cfg.records or cfg.benchmarks)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -155,3 +160,67 @@ def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ran
         return common.check_batches(cfg, accelerator)
     with pytest.raises(common.UserError, match=line):
         common.check_batches(cfg, accelerator)
+
+
+@pytest.mark.parametrize("variable, name", [
+    ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"), ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+])
+def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch, variable, name):
+    """Guards: weights that DeepSpeed has taken apart, in a loop that knows FSDP2 only; a traceback from inside accelerate."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(common.UserError, match=f"the accelerate config asks for {name}, which is not supported here"):
+        common.make_accelerator(tgrpo.TGRPOConfig())
+
+
+def test_an_accelerate_config_says_nothing_about_training(monkeypatch):
+    """Guards: a user's mixed_precision, accumulation steps or torch.compile backend that changes what the stage's config says."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for variable, value in {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+                            "ACCELERATE_DYNAMO_BACKEND": "inductor", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1",
+                            "FSDP_OFFLOAD_PARAMS": "true"}.items():
+        monkeypatch.setenv(variable, value)
+    accelerator = common.make_accelerator(tgrpo.TGRPOConfig())
+    assert accelerator.gradient_accumulation_steps == 1 and accelerator.mixed_precision == "no" and not common.is_sharded(accelerator)
+    assert accelerator.state.dynamo_plugin.backend.value == "NO"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_ranks_wait_for_hours_before_they_give_up(monkeypatch):
+    """Guards: the default of 10 minutes, which a first load, a final save or an unequal evaluation outlasts."""
+    given = {}
+    monkeypatch.setattr(common, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1))
+    common.make_accelerator(tgrpo.TGRPOConfig())
+    (handler,) = given["kwargs_handlers"]
+    assert handler.timeout >= timedelta(hours=2)
+
+
+def test_what_workers_get_can_be_pickled(monkeypatch, tmp_path):
+    """Guards: a lambda or a local class handed to a DataLoader, which Python 3.14 pickles for its workers."""
+    pickled = []
+
+    def loader(dataset, collate_fn=None, **settings):
+        pickled.append(pickle.loads(pickle.dumps((dataset, collate_fn))))
+        return []
+
+    monkeypatch.setattr(data, "DataLoader", loader)
+    cfg = tgrpo.TGRPOConfig(num_workers=1)
+    samples = data.Samples([{"path": "a.mp4"}], None, cfg)
+    assert list(data.loader(samples, [[0]], cfg)) == [] and data.check_media([{"path": "a.mp4"}], cfg) == []
+    assert len(pickled) == 2 and pickled[0][0].records == samples.records
+
+
+def test_a_plan_asks_for_nothing_but_the_model(monkeypatch, capsys):
+    """Guards: --plan that demands records and an output folder, which it does not use."""
+    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--model", "Qwen/Qwen2.5-VL-3B-Instruct", "--plan"])
+    tgrpo.main()
+    assert "peak" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--plan"])
+    with pytest.raises(common.UserError, match="tgrpo.model: missing"):
+        tgrpo.main()
+
+
+def test_a_config_names_one_dtype_in_all_its_parts():
+    """Guards: a config.json that says float32 over bfloat16 weights: half the GPU's memory, or a model that is loaded twice as large."""
+    config = {"torch_dtype": "float32", "hidden_size": 4, "text_config": {"dtype": "float32"}, "vision_config": {}}
+    assert common.with_dtype(config, torch.bfloat16) == {
+        "torch_dtype": "bfloat16", "hidden_size": 4, "text_config": {"dtype": "bfloat16"}, "vision_config": {}}

@@ -93,6 +93,29 @@ def test_bfloat16_without_sharding(run, stage):
     assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
 
 
+def test_full_shard_on_one_process_computes_in_bfloat16(run):
+    """Guards: a config for many GPUs that computes in float32 on one, as neither FSDP nor autocast casts."""
+    settings = dict(bf16="true", max_new_tokens=8, steps=1)
+    alone, plain = run("tgrpo", "shard", fsdp="full_shard", **settings), run("tgrpo", "none", fsdp="none", **settings)
+    float32 = run("tgrpo", "float32", **settings | {"bf16": "false"})
+    assert without_times(alone) == without_times(plain) != without_times(float32)
+
+
+def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
+    """Guards: a dummy group, or a micro-batch, that keeps the log-probs of an earlier step for its ratio."""
+    real, ratios = tgrpo.grpo_loss, []
+
+    def watched(logps_GT, old_logps_GT, *rest):
+        ratios.append((logps_GT - old_logps_GT).abs().max().item())
+        return real(logps_GT, old_logps_GT, *rest)
+
+    monkeypatch.setattr(tgrpo, "grpo_loss", watched)
+    monkeypatch.setattr(common, "micro_batches", lambda items, cfg, accelerator, blank: [(items, 1.0), ([blank], 0.0)])
+    run("tgrpo", steps=3, updates_per_rollout=2, lr=0.01, warmup_steps=0, max_new_tokens=8)
+    first, second = [ratios[i:i + 2] for i in range(0, 12, 4)], [ratios[i:i + 2] for i in range(2, 12, 4)]
+    assert first == [[0.0, 0.0]] * 3 and all(real > 0 and dummy > 0 for real, dummy in second)
+
+
 def test_temporal_rule_none_is_grpo(run):
     """Guards: shuffled rollouts sampled for nothing, or a temporal term that stays."""
     rows = read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")

@@ -30,7 +30,7 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
     record = next(r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction") | {"path": "clip.mp4"}
     prompts = [data.Samples([record], common.load_processor(cfg), cfg)[0]["ordered"]] * cfg.micro_batch_size
     model = common.load_model(cfg).train()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
 
     def step():

@@ -1,0 +1,147 @@
+"""The real widths of Qwen2.5-VL-7B, on a CPU: 2 of its 28 text layers, 8 of its 32 vision blocks, the whole vocabulary.
+
+    python tests/real_width.py               # 10 minutes, 16 GB of memory, 20 GB of disk for a while
+    python tests/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
+
+A random checkpoint in the hub's layout answers questions on a picture, a clip of 10 seconds and one of a minute:
+
+    1. log-probs of packed rows equal those of a plain forward, one whole row per completion, to 1e-4 nats
+    2. a greedy rollout equals Hugging Face's generate token by token
+    3. sft.py and tgrpo.py take a step each, and their `final` loads
+
+It is no test of CI: too slow. AdamW's moments do not fit beside the rest, so plain SGD takes its place in 3.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import common
+import data
+import naive
+import sft
+import tgrpo
+from hub_checkpoint import write_hub_checkpoint
+from settings import SharedConfig, read_jsonl
+
+SHAPES = {
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936},
+}
+QUESTION = {
+    "problem_type": "multiple choice", "options": ["A. left", "B. right"], "problem": "Which way does the disc move?",
+    "solution": "<answer>B</answer>", "process": "<think>It starts on the left and ends on the right.</think>",
+}  # fmt: skip
+FILES = {"picture": ("image", "picture.png"), "10 s": ("video", "10.mp4"), "60 s": ("video", "60.mp4")}
+
+
+def write_clip(path, seconds, size=(640, 360), fps=8):
+    """A disc that moves to the right over noise."""
+    noise = np.random.default_rng(0).integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(seconds * fps):
+            frame = noise.copy()
+            left = int(i / (seconds * fps) * (size[0] - 60))
+            frame[150:210, left : left + 60] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_files(folder, shape):
+    """folder/model, folder/records.json and the media that the records name."""
+    write_clip(folder / "10.mp4", 10)
+    write_clip(folder / "60.mp4", 60)
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (333, 777, 3), dtype=np.uint8)).save(folder / "picture.png")
+    records = [{**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())]
+    (folder / "records.json").write_text(json.dumps(records))
+    text = {**SHAPES[shape], "num_hidden_layers": 2}
+    vision = {"depth": 8, "fullatt_block_indexes": [3, 7]}
+    write_hub_checkpoint(folder / "model", [" ".join(map(str, QUESTION.values()))] * 9, shape == "3b", text, vision)
+    return records
+
+
+@torch.no_grad()
+def compare(folder, records):
+    """Checks 1 and 2; raises AssertionError. Prints a line per prompt."""
+    cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder))
+    processor = common.load_processor(cfg)
+    model = common.load_model(cfg).eval()
+    pad, banned = processor.tokenizer.pad_token_id, tuple(tgrpo.placeholder_ids(model))
+    samples = data.Samples(records, processor, cfg, shuffle=False)
+    prompts = [samples[i]["ordered"] for i in range(len(records))]
+
+    generator = torch.Generator().manual_seed(0)
+    groups = [[torch.randint(0, 200, (n,), generator=generator) for n in (24, 5)] for _ in prompts]
+    lengths = [len(c) for group in groups for c in group]
+    packed_NT, _ = tgrpo.token_logps(model, tgrpo.pack(model, prompts, groups, pad), lengths, 1.0, banned)
+    packed = iter(packed_NT)
+    for name, x, group in zip(FILES, prompts, groups):
+        begin = time.perf_counter()
+        plain = [naive.completion_logps(model, x, c, placeholders=banned) for c in group]
+        error = max((next(packed)[: len(c)] - logps_T).abs().max().item() for c, logps_T in zip(group, plain))
+        (ours,) = tgrpo.rollout(model, [x], [1], processor.tokenizer, 0, 16)
+        ids = model.generate(**x, position_ids=naive.batch_positions(model, [x]), do_sample=False, max_new_tokens=16,
+                             suppress_tokens=list(banned), eos_token_id=tgrpo.eos_ids(model, processor.tokenizer), pad_token_id=pad)
+        P = x["input_ids"].shape[1]
+        same = ours.tolist() == ids[0, P : P + len(ours)].tolist()
+        print(f"{name:<8} {P:>5} tokens: packed and plain log-probs differ by at most {error:.1e}; "
+              f"greedy rollout {'equals' if same else 'DIFFERS FROM'} generate ({time.perf_counter() - begin:.0f} s)", flush=True)
+        assert error < 1e-4 and same
+
+
+def take_steps(folder):
+    """Check 3: the scripts themselves, one step each."""
+    real = torch.optim.AdamW
+    torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
+    shared = {"records": folder / "records.json", "data_root": folder, "steps": 1, "batch_size": 3, "micro_batch_size": 1, "save_every": 0,
+              "num_workers": 0, "gradient_checkpointing": "true", "lr": 1e-6}
+    stages = {
+        sft: {"model": folder / "model"},
+        tgrpo: {"model": folder / "sft/final", "beta": 0, "num_generations": 2, "shuffled_generations": 1, "max_new_tokens": 16},
+    }
+    tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
+    for stage, settings in stages.items():
+        begin = time.perf_counter()
+        settings = {**shared, "output_dir": folder / stage.__name__, **settings}
+        sys.argv = [stage.__name__, *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
+        stage.main()
+        gc.collect()
+        (row,) = read_jsonl(folder / stage.__name__ / "metrics.jsonl")
+        assert np.isfinite(row["loss"]) and row["policy/grad_norm"] > 0
+        print(f"{stage.__name__}: loss {row['loss']:.3f}, gradient norm {row['policy/grad_norm']:.3f} ({time.perf_counter() - begin:.0f} s)",
+              flush=True)
+    torch.optim.AdamW = real
+    _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "tgrpo/final", dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b", help="default: 7b")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        records = make_files(folder, args.shape)
+        compare(folder, records)
+        gc.collect()
+        take_steps(folder)
+    print("all equal")
+
+
+if __name__ == "__main__":
+    main()
