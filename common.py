@@ -275,10 +275,12 @@ def vision_lengths(grid_thw, config):
     return {"video_cu_seqlens": get_vision_cu_seqlens(grid_thw), "video_window_index": index, "video_cu_window_seqlens": windows}
 
 
-def load_model(cfg, dtype=torch.float32, accelerator=None, device="cpu"):
-    """Policy on `device`, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
+def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
+    """Policy, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
 
-    Where it will be sharded only rank 0 reads the weights and the others get them from it: one copy in the memory of a machine.
+    It is on the CPU, from where accelerate moves or shards it; with `device` its weights are read straight onto that device,
+    for inference. Where it will be sharded only rank 0 reads the weights and the others get them from it: one copy in the
+    memory of a machine.
     """
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
@@ -286,8 +288,10 @@ def load_model(cfg, dtype=torch.float32, accelerator=None, device="cpu"):
         model.tie_weights()                               # the context above has parted them
         model.generation_config = GenerationConfig.from_pretrained(cfg.model)
     else:
+        # accelerate does not move a model that has a device map, so one for training has none
+        device_map = None if device is None else {"": device}
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model, dtype=dtype, attn_implementation="packed", device_map={"": device}
+            cfg.model, dtype=dtype, attn_implementation="packed", device_map=device_map
         )
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -331,10 +335,9 @@ def rollout_copy(accelerator, model, cfg):
     if not is_sharded(accelerator) and not cfg.bf16:
         return policy
     with torch.device(accelerator.device), no_init_weights():
-        copy = empty_model(policy.config, compute_dtype(cfg))
+        copy = Policy.of(empty_model(policy.config, compute_dtype(cfg)))
     copy.tie_weights()                                     # skipped with the initial weights
     copy.generation_config = policy.generation_config
-    copy = Policy.of(copy)
     return copy.eval().requires_grad_(False)
 
 
@@ -632,7 +635,10 @@ def write_model(state, config, files, folder, dtype=None):
             written.unlink()
         for name, content in files.items():
             (temporary / name).write_bytes(content)
-        settings = with_dtype(json.loads(files["config.json"]), dtype)
+        settings = json.loads(files["config.json"])
+        if "dtype" not in settings:
+            settings.setdefault("torch_dtype", None)
+        settings = with_dtype(settings, dtype)
         (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         replace_folder(temporary, Path(folder))
 

@@ -224,3 +224,10 @@ def test_a_config_names_one_dtype_in_all_its_parts():
     config = {"torch_dtype": "float32", "hidden_size": 4, "text_config": {"dtype": "float32"}, "vision_config": {}}
     assert common.with_dtype(config, torch.bfloat16) == {
         "torch_dtype": "bfloat16", "hidden_size": 4, "text_config": {"dtype": "bfloat16"}, "vision_config": {}}
+
+
+def test_a_model_for_training_is_left_for_accelerate_to_move(world):
+    """Guards: a device map, with which accelerate leaves the model on the CPU of a machine with one GPU."""
+    cfg = tgrpo.TGRPOConfig(model=str(world / "base"))
+    assert not hasattr(common.load_model(cfg), "hf_device_map")
+    assert next(common.load_model(cfg, device=torch.device("cpu")).parameters()).device.type == "cpu"
