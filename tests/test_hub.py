@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,22 @@ def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
     head = 640 * 96 * 4
     assert sizes["untied"]["rollout copy"] - sizes["tied"]["rollout copy"] == head
     assert sizes["untied"]["gathered layers"] - sizes["tied"]["gathered layers"] == head
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_share_of_the_bandwidth_on_a_gpu_needs_nothing_that_the_config_lacks(hub, monkeypatch, layout):
+    """Guards: text_config.tie_word_embeddings in a metric of GPUs only: T-GRPO died there after its first rollout."""
+    model = common.load_model(SharedConfig(model=str(hub / layout)))
+    gpu = SimpleNamespace(memory_clock_rate=1000, memory_bus_width=8000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    prompt = {"input_ids": torch.zeros(1, 10)}
+    group = tgrpo.Group({"ordered": prompt}, [torch.zeros(5)], [], [])
+    peak = 2 * 1e6 * 1000
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + 96
+    cache_per_token = 2 * 2 * 2 * 24
+    read = 4 * (5 * (weights + 640 * 96) + cache_per_token * (5 * 10 + 15))
+    assert tgrpo.bandwidth_share(model, [group], 2.0) == {"rollout/bandwidth_share": pytest.approx(read / 2.0 / peak)}
 
 
 def test_generation_settings_of_the_checkpoint_do_not_reach_the_rollout(hub):

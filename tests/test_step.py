@@ -118,6 +118,16 @@ def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
         assert (logps_GT[row, :len(completion)] - expected).abs().max() < 1e-4
 
 
+def test_a_rollout_that_fails_leaves_the_models_settings_as_they_were(monkeypatch):
+    """Guards: generation settings swapped for the rollout and, after an error in it, never put back."""
+    model = naive.tiny_policy()
+    before, config = model.generation_config.to_dict(), model.generation_config
+    monkeypatch.setattr(model, "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rollout(model, naive.mixed_prompts(), [2, 2, 2], naive.tokenizer, 1.0, 4)
+    assert model.generation_config is config and config.to_dict() == before
+
+
 def test_top_p_cuts_and_temperature_0_is_greedy():
     """Guards: evaluation's sampling settings that nothing reads."""
     model, prompts = naive.tiny_policy(), naive.mixed_prompts()
