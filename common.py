@@ -14,6 +14,7 @@ Axes: B rows · L tokens of a row · P tokens of a prompt · N predicted tokens 
 """
 
 import argparse
+import fcntl
 import functools
 import json
 import math
@@ -22,6 +23,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -53,7 +55,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-from settings import SharedConfig, UserError, read_jsonl, read_yaml, write_atomic
+from settings import SharedConfig, UserError, file_hash, fingerprint, read_jsonl, read_yaml, sampled_hash, write_atomic
 
 # The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -67,10 +69,19 @@ TEXT, IMAGE, VIDEO = 0, 1, 2                              # values of mm_token_t
 
 
 def check_model(cfg, stage, made_by=None):
-    """UserError if `cfg.model` is a local path without a checkpoint; `made_by` is the command that makes one."""
+    """UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint; `made_by` is the command that makes one."""
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
     is_local = Path(cfg.model).exists() or "/" in cfg.model and Path(cfg.model).parent.is_dir()
-    if (Path(cfg.model) / "config.json").is_file() or is_hub_name and not is_local:
+    if is_hub_name and not is_local:
+        return
+    config = Path(cfg.model) / "config.json"
+    if config.is_file():
+        try:
+            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{config}: not a model's config: {error}") from None
+        if kind != "qwen2_5_vl":
+            raise UserError(f"{stage}.model: {cfg.model} holds a model of type {kind}; these scripts train qwen2_5_vl")
         return
     hint = f"; make one with: {made_by}" if made_by else ""
     raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
@@ -290,12 +301,26 @@ def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
     else:
         # accelerate does not move a model that has a device map, so one for training has none
         device_map = None if device is None else {"": device}
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model, dtype=dtype, attn_implementation="packed", device_map=device_map
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            cfg.model, dtype=dtype, attn_implementation="packed", device_map=device_map, output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        refuse_other_tensors(cfg.model, report)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return Policy.of(model)
+
+
+def refuse_other_tensors(model, report):
+    """UserError that names the tensors of a checkpoint which are not the model's: it would be trained from random numbers."""
+    problems = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{kind} {', '.join(names[:3])}{more}")
+    if problems:
+        raise UserError(f"{model}: these weights are not the model's: {'; '.join(problems)}")
 
 
 def empty_model(config, dtype):
@@ -644,15 +669,18 @@ def write_model(state, config, files, folder, dtype=None):
 
 
 @contextmanager
-def room_on_disk(folder):
-    """Turns a failed write into one line that says what to do; what was there before stays as it was."""
+def room_on_disk(path):
+    """Turns a failed write to `path` into one line that says what to do; what was there before stays as it was."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:          # torch and safetensors have their own for a full disk
         if isinstance(error, RuntimeError) and "writ" not in str(error):
             raise
-        raise UserError(f"cannot write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are whole: make room on the "
-                        "disk and start the same command again, it goes on from the newest") from error
+        there = checkpoints(Path(path).parent)
+        advice = "make room on the disk and start the same command again"
+        if there:
+            advice += f": it goes on from {there[-1].name}, which is whole"
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; {advice}") from error
 
 
 def export(checkpoint, folder):
@@ -688,39 +716,208 @@ def checkpoints(output_dir):
 
 def save_checkpoint(accelerator, cfg, step, state):
     """All that is needed to go on after `step` finished steps. Collective. A checkpoint appears whole or not at all."""
-    temporary = Path(cfg.output_dir) / f"checkpoint-{step}.tmp"
+    folder = Path(cfg.output_dir) / f"checkpoint-{step}"
+    temporary = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with room_on_disk(temporary):
+    with room_on_disk(folder):
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_atomic(temporary / "state.json", json.dumps({"step": step, **state}))
-            replace_folder(temporary, Path(cfg.output_dir) / f"checkpoint-{step}")
+            shutil.copy(Path(cfg.output_dir) / "run.json", temporary)
+            write_atomic(temporary / "state.json", json.dumps({"step": step, "files": contents(temporary), **state}))
+            replace_folder(temporary, folder)
     if accelerator.is_main_process:
         for old in checkpoints(cfg.output_dir)[:-cfg.keep_checkpoints]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator, cfg):
-    """Load the newest checkpoint into what was prepared. Returns its state dict, {"step": 0} if there is none."""
-    found = checkpoints(cfg.output_dir) if cfg.resume else []
-    if not found:
+def contents(folder):
+    """{file below `folder`: hash of its size and of samples of its bytes}, by which a damaged checkpoint is known."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "state.json")
+    return {str(path.relative_to(folder)): sampled_hash(path) for path in files}
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint's files, in words; None if nothing is."""
+    try:
+        expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError) as error:
+        return f"state.json cannot be read ({error})"
+    found = contents(checkpoint)
+    for name, value in expected.items():
+        if found.get(name) != value:
+            return f"{name} {'is not what was written' if name in found else 'is missing'}"
+    return None
+
+
+def resume(accelerator, checkpoint):
+    """Load `checkpoint` (of claim_folder) into what was prepared. Returns its state dict, {"step": 0} for None. Collective."""
+    if checkpoint is None:
         return {"step": 0}
-    accelerator.load_state(str(found[-1]))
-    accelerator.print(f"resumed from {found[-1]}")
-    return json.loads((found[-1] / "state.json").read_text())
+    accelerator.load_state(str(checkpoint))
+    accelerator.print(f"resumed from {checkpoint}")
+    return json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------ the folder of a run
+
+# Settings that may change when a run is resumed: they say where and how fast it runs, not what is learned. The records and
+# the starting weights are compared by their content.
+HARMLESS = (
+    "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
+    "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile plan gpus log_with"
+).split()
+RUN_FILES = ("checkpoint-*", "damaged-checkpoint-*", "final", "metrics.jsonl", "rollouts.jsonl", "config.yaml", "run.json")
+held_locks = {}
+
+
+def claim_folder(accelerator, cfg, stage):
+    """Make cfg.output_dir this run's own, before anything slow happens. Returns the checkpoint to go on from, or None.
+
+    With `resume` false an earlier run in the folder is moved aside, whole. Raises UserError if the folder cannot be written,
+    another run works in it, or its newest checkpoint is of a run that would learn something else. Collective.
+    """
+    chosen = [None]
+    if accelerator.is_main_process:
+        folder = Path(cfg.output_dir)
+        lock_folder(folder)
+        if cfg.resume:
+            chosen = [newest_whole_checkpoint(accelerator, folder)]
+        else:
+            move_aside(accelerator, folder)
+        now = identity(cfg, stage)
+        if chosen[0] is not None:
+            check_resumable(accelerator, cfg, chosen[0], now)
+        with room_on_disk(folder / "run.json"):
+            write_atomic(folder / "run.json", json.dumps(now, indent=1))
+    return broadcast_object_list(chosen)[0]
+
+
+def lock_folder(folder):
+    """Lock `folder` for this process until it ends, however it ends. UserError if it cannot be written, or another has it."""
+    folder = Path(folder)
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --output_dir") from None
+    try:
+        # a lock of the process: its children do not inherit it, and the system drops it when the process is gone
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: another run works in this folder: {file.read().strip()}; wait for it, or choose another "
+                        "--output_dir") from None
+    held_locks[str(folder)] = file
+    with room_on_disk(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+
+
+def newest_whole_checkpoint(accelerator, folder):
+    """The newest checkpoint whose files are what was written; newer, damaged ones are named and renamed. None if there is none."""
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return str(checkpoint)
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        accelerator.print(f"{checkpoint} is damaged: {wrong}; it is now {aside.name}, and the checkpoint before it is used")
+    if found:
+        raise UserError(f"{folder}: none of its checkpoints is whole; start anew with --resume false, which moves them aside")
+    return None
+
+
+def move_aside(accelerator, folder):
+    """Move what an earlier run left in `folder` into a new folder earlier-1, earlier-2, … below it."""
+    there = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+    if not there:
+        return
+    number = 1 + max([int(p.name.split("-")[1]) for p in folder.glob("earlier-*") if p.name.split("-")[1].isdigit()], default=0)
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for path in there:
+        os.replace(path, aside / path.name)
+    accelerator.print(f"resume is false: the earlier run in {folder} is now in {aside}")
+
+
+def identity(cfg, stage):
+    """What the result of a run depends on: its settings, the content of its records, the starting weights."""
+    settings = {name: value for name, value in asdict(cfg).items() if name not in HARMLESS}
+    return {"stage": stage, "settings": settings, "schedule_steps": cfg.steps, "records": file_hash(cfg.records),
+            "weights": fingerprint(cfg.model) or cfg.model}
+
+
+def check_resumable(accelerator, cfg, checkpoint, now):
+    """UserError if this run would go on from `checkpoint` as another one than it was made by."""
+    path = Path(checkpoint)
+    done = int(path.name.split("-")[1])
+    if done > cfg.steps:
+        raise UserError(f"steps: {cfg.steps}, but {path} has done {done} already; ask for more, or start anew with --resume false")
+    was_sharded = (path / "pytorch_model_fsdp_0").is_dir()
+    if was_sharded != is_sharded(accelerator):
+        kinds = ("of whole weights", "of sharded weights")
+        raise UserError(
+            f"{path}: a checkpoint {kinds[was_sharded]} cannot be resumed in a run {kinds[is_sharded(accelerator)]}: start it as before, "
+            f"or make it a model to start from: python common.py --export {path} --out FOLDER"
+        )
+    try:
+        before = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except OSError:
+        accelerator.print(f"{path} does not say how it was made: its settings, records and starting weights are not compared")
+        return
+    changed = [f"{name} was {before['settings'].get(name)!r}, is {value!r}" for name, value in now["settings"].items()
+               if before["settings"].get(name) != value]
+    if before["schedule_steps"] != cfg.steps and cfg.lr_schedule != "constant":
+        changed.append(f"steps was {before['schedule_steps']}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
+    if before["records"] != now["records"]:
+        changed.append(f"the content of {cfg.records} has changed")
+    if before["weights"] != now["weights"]:
+        changed.append(f"the weights in {cfg.model} have changed" +
+                       (", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""))
+    if changed and not cfg.resume_changed:
+        raise UserError(f"{path} was made by another run: {'; '.join(changed)}. Start anew with --resume false (the earlier run is moved "
+                        "aside), choose another --output_dir, or go on all the same with --resume_changed true")
+    if changed:
+        accelerator.print(f"going on from {path} all the same: {'; '.join(changed)}")
+
+
+def launcher():
+    """The process that launched this one, if it is accelerate's or torch's launcher; else None."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+    except OSError:
+        return None
+    return os.getppid() if re.search(r"accelerate|torchrun|torch\.distributed", command) else None
 
 
 class StopSignal:
-    """True once the process was asked to stop (SIGTERM): the loop then saves and leaves with exit status 0."""
+    """True once the run was asked to stop: by SIGTERM, by Ctrl-C, or by the end of its launcher.
 
-    asked = False
+    The loop then saves and leaves with exit status 0. A second Ctrl-C stops at once.
+    """
 
     def __init__(self):
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        self.received = False
+        self.launcher = launcher()
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    @property
+    def asked(self):
+        return self.received or (self.launcher is not None and os.getppid() != self.launcher)
 
 
 def after_step(accelerator, cfg, step, stop, state):
@@ -859,7 +1056,7 @@ class Log:
 
     def append(self, name, step, rows):
         if self.accelerator.is_main_process:
-            with open(self.folder / name, "a") as file:
+            with room_on_disk(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"step": step, **row}) + "\n" for row in rows))
 
 

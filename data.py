@@ -19,12 +19,17 @@ named; they are never replaced by another clip, and no question is ever trained 
 Axes: F frames · H height · W width · C channels · P tokens of a prompt
 """
 
+import atexit
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -383,8 +388,10 @@ def loader(samples, batches, cfg):
 
     They travel as numpy arrays: handing over hundreds of small tensors by shared memory takes longer than copying them.
     """
-    travel = DataLoader(samples, batch_sampler=batches, num_workers=cfg.num_workers,
+    travel = DataLoader(samples, batch_sampler=batches, num_workers=cfg.num_workers, worker_init_fn=start_worker,
                         prefetch_factor=4 if cfg.num_workers else None, collate_fn=as_numpy)
+    # workers do not react to signals, so nothing else would end them if this process fails
+    atexit.register(kill_workers)
     for batch in travel:
         yield tree_map_only(np.ndarray, torch.from_numpy, batch)
 
@@ -392,6 +399,25 @@ def loader(samples, batches, cfg):
 def as_numpy(batch):
     """A function of the module's own: what workers get must be picklable (Python 3.14 starts them by forkserver)."""
     return tree_map_only(torch.Tensor, torch.Tensor.numpy, batch)
+
+
+def start_worker(_):
+    """Leave signals to the training process: a scheduler sends them to all, and the step at hand still needs its clips."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def leave_with(parent):
+    """End this worker once its parent is gone: blocked on a full pipe it would stay for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def kill_workers():
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def rank_batches(cfg, start_step, rank, ranks):

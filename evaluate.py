@@ -15,8 +15,6 @@ fixed batches, shared out over the processes; a killed run goes on with the batc
 media could not be read. Torch and the model's code are not loaded to score, unless for --annotations or --report.
 """
 
-import functools
-import hashlib
 import json
 import math
 import os
@@ -67,21 +65,7 @@ def settings_of(cfg):
     """What the numbers depend on; it stands in every row and in the summary."""
     names = ("model", "max_frames", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt", "shuffle_unit", "temperature", "top_p",
              "max_new_tokens", "batch_size", "seed", "bf16", "records", "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
-    return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {}) | {"weights": fingerprint(cfg.model)}
-
-
-@functools.cache
-def fingerprint(model):
-    """Which weights a folder holds: a hash of 64 kB at 16 places of each file, as a path may hold other weights tomorrow. "" for a hub name."""
-    digest, files = hashlib.sha256(), sorted(Path(model).glob("*.safetensors"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for i in range(16):
-                file.seek(size * i // 16)
-                digest.update(file.read(2**16))
-    return digest.hexdigest()[:16] if files else ""
+    return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {}) | {"weights": settings.fingerprint(cfg.model)}
 
 
 # ----------------------------------------------------------------------------------------------------- questions

@@ -2,11 +2,14 @@
 
     load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
     write_atomic, read_jsonl    files that are whole whatever happens meanwhile
+    file_hash, fingerprint      what a file, or a checkpoint's weights, hold
     read_rows      a user's JSON or JSONL file
 """
 
 import argparse
 import difflib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -83,7 +86,8 @@ class TrainConfig(SharedConfig):
     freeze_vision: bool = option(False, "train the language model only")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
-    resume: bool = option(True, "continue from the newest checkpoint in output_dir if there is one")
+    resume: bool = option(True, "go on from the newest checkpoint in output_dir; false: start anew, an earlier run there is moved aside")
+    resume_changed: bool = option(False, "go on from a checkpoint although settings, records or starting weights have changed since")
 
 
 def convert(value, kind, choices=None, low=None, high=None):
@@ -216,8 +220,37 @@ def write_atomic(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes, as 16 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def sampled_hash(path):
+    """A hash of a file's size and of 1 MB at 16 places of it: all of a small file, and of a large one enough, in no time."""
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(16):
+            file.seek(size * i // 16)
+            digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def fingerprint(model):
+    """Which weights a checkpoint folder holds, as a path may hold others tomorrow; "" for a hub name."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
+    return digest.hexdigest()[:16] if files else ""
 
 
 def read_jsonl(path):

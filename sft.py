@@ -58,13 +58,14 @@ def main():
     records = data.load_records(cfg.records, cfg.data_root, need_process=True)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
+    checkpoint = common.claim_folder(accelerator, cfg, "sft")
     common.seed_everything(cfg.seed)
 
     processor, files = common.load_processor(cfg), common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
     vision_config = model.config.vision_config
     model, optimizer = common.prepare(accelerator, model, cfg)
-    resumed = common.resume(accelerator, cfg)
+    resumed = common.resume(accelerator, checkpoint)
     start = resumed["step"]
     log = common.Log(accelerator, cfg, "sft", start)
     stop = common.StopSignal()

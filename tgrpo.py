@@ -412,6 +412,7 @@ def main():
     records = data.load_records(cfg.records, cfg.data_root)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
+    checkpoint = common.claim_folder(accelerator, cfg, "tgrpo")
 
     processor, files = common.load_processor(cfg), common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
@@ -420,7 +421,7 @@ def main():
     policy = accelerator.unwrap_model(model)
     sampler = common.rollout_copy(accelerator, policy, cfg)
     banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id
-    resumed = common.resume(accelerator, cfg)
+    resumed = common.resume(accelerator, checkpoint)
     start = resumed["step"]
     log = common.Log(accelerator, cfg, "tgrpo", start)
     stop = common.StopSignal()

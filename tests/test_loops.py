@@ -15,7 +15,7 @@ import evaluate
 import sft
 import tgrpo
 from naive import without_times
-from settings import SharedConfig, read_jsonl
+from settings import SharedConfig, fingerprint, read_jsonl
 from test_data import write_video
 
 
@@ -319,11 +319,11 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
     run("evaluate", model=model, records=records)
     changed = load_file(model / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in changed.items()}, model / "model.safetensors", metadata={"format": "pt"})
-    evaluate.fingerprint.cache_clear()                    # each run is a process of its own elsewhere
+    fingerprint.cache_clear()                    # each run is a process of its own elsewhere
     with pytest.raises(common.UserError, match="weights"):
         run("evaluate", model=model, records=records)
     save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
-    evaluate.fingerprint.cache_clear()
+    fingerprint.cache_clear()
     run("evaluate", model=model, records=records)
     rows = json.loads(records.read_text())
     rows[0]["problem"] = "Another question?"
