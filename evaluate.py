@@ -146,6 +146,9 @@ def answer(cfg):
     common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.given("config", "CONFIG"))
     records, missing, n_missing = load_questions(cfg)
     accelerator = common.make_accelerator(cfg, shard=False)                 # every process answers with a whole model
+    folder = Path(cfg.output_dir)
+    if accelerator.is_main_process:
+        common.lock_folder(folder)
     if missing:
         accelerator.print("\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing]))
     processor = common.load_processor(cfg)
@@ -155,8 +158,6 @@ def answer(cfg):
     if cfg.shuffle_frames and (stills := sum(r["data_type"] == "image" for r in records)):
         accelerator.print(f"{stills} of {len(records)} questions are on pictures: nothing to shuffle, not asked")
     batches = [list(range(i, min(i + cfg.batch_size, len(records)))) for i in range(0, len(records), cfg.batch_size)]
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     done = {b: rows for b, rows in finished_batches(folder, records, cfg).items() if not any("error" in r for r in rows)}
     if done:
         accelerator.print(f"{sum(len(batches[b]) for b in done)} of {len(records)} questions were answered before, by the same weights")

@@ -1,0 +1,269 @@
+"""A run goes on only as the run it was, alone in its folder, and ends when it is asked to, with its work saved."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import common
+import tgrpo
+from naive import without_times
+from settings import UserError, read_jsonl
+from test_sharded import QUIET
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = dict(steps=2, save_every=1, keep_checkpoints=9, max_new_tokens=8)
+
+
+@pytest.fixture
+def started(run, world, tmp_path):
+    """(folder of a run of two steps with checkpoint-1, its settings, on records and weights of its own)."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    shutil.copy(world / "world/rl.json", tmp_path / "rl.json")
+    settings = {**SETTINGS, "model": tmp_path / "base", "records": tmp_path / "rl.json"}
+    return run("tgrpo", **settings), settings
+
+
+# ------------------------------------------------------------------------------------------------- what is resumed
+
+
+@pytest.mark.parametrize("change, line", [
+    ({"lr": 1e-3}, "lr was 0.0005, is 0.001"),
+    ({"seed": 7}, "seed was 0, is 7"),
+    ({"batch_size": 8}, "batch_size was 4, is 8"),
+    ({"prompt": "{problem}"}, "prompt was"),
+    ({"temporal_rule": "none"}, "temporal_rule was 'margin', is 'none'"),
+    ({"steps": 5}, "steps was 2, is 5, which the linear schedule depends on"),
+])
+def test_a_run_does_not_go_on_as_another_run(run, started, change, line):
+    """Guards: a run of two halves, trained with different settings, whose config.yaml tells of the second only."""
+    folder, settings = started
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError) as error:
+        run("tgrpo", **settings | change)
+    said = str(error.value)
+    assert line in said and "checkpoint-1 was made by another run" in said and "\n" not in said
+    assert "--resume false" in said and "--resume_changed true" in said
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_changed_records_and_weights_are_noticed_by_their_content(run, started, world, tmp_path):
+    """Guards: a second SFT under the path of the first, under which T-GRPO goes on with a policy of the first."""
+    folder, settings = started
+    records = json.loads((tmp_path / "rl.json").read_text())
+    (tmp_path / "rl.json").write_text(json.dumps(records[::-1]))
+    with pytest.raises(UserError, match="the content of .*rl.json has changed"):
+        run("tgrpo", **settings)
+    (tmp_path / "rl.json").write_text(json.dumps(records, indent=3))
+    shutil.copy(world / "world/rl.json", tmp_path / "rl.json")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    common.fingerprint.cache_clear()
+    with pytest.raises(UserError, match="the weights in .*base have changed, so this policy belongs to another SFT model"):
+        run("tgrpo", **settings)
+
+
+def test_settings_that_change_no_result_may_change(run, started, world, tmp_path, capsys):
+    """Guards: a run that cannot be moved to other paths, more workers or another micro-batch."""
+    folder, settings = started
+    os.rename(tmp_path / "base", tmp_path / "moved")
+    os.rename(tmp_path / "rl.json", tmp_path / "moved.json")
+    whole = without_times(folder)
+    shutil.rmtree(folder / "final")
+    run("tgrpo", **settings | {"model": tmp_path / "moved", "records": tmp_path / "moved.json", "micro_batch_size": 2, "print_every": 0})
+    assert "resumed from" in capsys.readouterr().out and (folder / "final").is_dir()
+    again = without_times(folder)
+    assert [row["step"] for row in again] == [row["step"] for row in whole] and again[0] == whole[0]
+
+
+def test_going_on_all_the_same_is_possible_and_said(run, started, capsys):
+    """Guards: a check that cannot be overruled by somebody who knows why."""
+    folder, settings = started
+    run("tgrpo", **settings | {"lr": 1e-3, "resume_changed": "true"})
+    said = capsys.readouterr().out
+    assert "all the same: lr was 0.0005, is 0.001" in said and "resumed from" in said
+
+
+def test_fewer_steps_than_done_is_an_error(run, started):
+    """Guards: a policy of 2 steps relabelled as the final one of 1."""
+    folder, settings = started
+    run("tgrpo", **settings | {"steps": 3, "lr_schedule": "constant", "resume_changed": "true"})
+    with pytest.raises(UserError, match="steps: 1, but .*checkpoint-2 has done 2 already"):
+        run("tgrpo", **settings | {"steps": 1})
+
+
+def test_resume_false_moves_the_old_run_aside(run, started, capsys):
+    """Guards: new checkpoints deleted as older ones are kept; after a kill, the old run resumed in place of the new one."""
+    folder, settings = started
+    old = {p.name for p in folder.iterdir()} - {".lock"}
+    first = read_jsonl(folder / "metrics.jsonl")
+    run("tgrpo", **settings | {"resume": "false", "seed": 5})
+    assert {p.name for p in (folder / "earlier-1").iterdir()} == old
+    assert f"is now in {folder / 'earlier-1'}" in capsys.readouterr().out
+    assert read_jsonl(folder / "earlier-1/metrics.jsonl") == first != read_jsonl(folder / "metrics.jsonl")
+    assert [p.name for p in common.checkpoints(folder)] == ["checkpoint-1"]
+    run("tgrpo", **settings | {"seed": 5})                # the new one is resumed
+    assert "resumed from" in capsys.readouterr().out
+    run("tgrpo", **settings | {"resume": "false"})
+    assert (folder / "earlier-2/checkpoint-1").is_dir() and (folder / "earlier-1/checkpoint-1").is_dir()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tmp_path, capsys):
+    """Guards: a traceback from inside torch for a file that a full disk or a copy cut short."""
+    settings = {**SETTINGS, "steps": 4}
+    folder = run("tgrpo", **settings)
+    whole = without_times(folder)
+    shutil.rmtree(folder / "final")
+    weights = folder / "checkpoint-3/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "checkpoint-2/optimizer.bin").unlink()
+    run("tgrpo", **settings)
+    said = capsys.readouterr().out
+    assert "checkpoint-3 is damaged: model.safetensors is not what was written" in said
+    assert "checkpoint-2 is damaged: optimizer.bin is missing" in said and f"resumed from {folder / 'checkpoint-1'}" in said
+    assert without_times(folder) == whole
+    for checkpoint in common.checkpoints(folder):
+        (checkpoint / "state.json").write_text("{")
+    with pytest.raises(UserError, match="none of its checkpoints is whole; start anew with --resume false"):
+        run("tgrpo", **settings)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_checkpoint_of_the_other_kind_names_the_command_that_helps(run, started, monkeypatch, sharded):
+    """Guards: sharded weights that one process fails to load, or whole ones that FSDP does, with a traceback."""
+    folder, settings = started
+    if sharded:
+        (folder / "checkpoint-1/pytorch_model_fsdp_0").mkdir()
+    else:
+        monkeypatch.setattr(common, "is_sharded", lambda accelerator: True)
+    with pytest.raises(UserError, match=r"cannot be resumed in a run of .* weights.*python common.py --export .*checkpoint-1 --out FOLDER"):
+        run("tgrpo", **settings)
+
+
+# --------------------------------------------------------------------------------------------- one run, one folder
+
+
+def test_a_second_run_in_the_folder_stops_at_once_and_a_dead_one_does_not_block(run, tmp_path):
+    """Guards: two runs that write each other's checkpoints; a lock that outlives a crash."""
+    folder = tmp_path / "out"
+    code = f"import common, time; common.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "locked\n"
+    for stage in ("tgrpo", "evaluate"):
+        with pytest.raises(UserError, match=f"another run works in this folder: process {first.pid} on .*, since 20"):
+            run(stage, steps=1, max_new_tokens=4) if stage == "tgrpo" else run(stage, max_new_tokens=4)
+    first.kill()
+    first.wait()
+    run("tgrpo", steps=1, max_new_tokens=4)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    """Guards: an hour of loading before the first write fails."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for stage in ("sft", "tgrpo", "evaluate"):
+        with pytest.raises(UserError, match="cannot be written"):
+            run(stage, output="file/out")
+
+
+def test_a_failed_write_names_the_file_and_promises_only_what_is_there(tmp_path):
+    """Guards: "earlier checkpoints are whole" where there are none; temporary files that a full disk leaves behind."""
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError) as error, common.room_on_disk(tmp_path / "final"):
+        full()
+    assert f"cannot write {tmp_path / 'final'}" in str(error.value) and "checkpoint" not in str(error.value)
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(UserError, match="it goes on from checkpoint-3"), common.room_on_disk(tmp_path / "final"):
+        full()
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError):
+        common.write_atomic(tmp_path / "a.json", "[]")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "checkpoint-3"]
+
+
+# --------------------------------------------------------------------------------------------- what is a checkpoint
+
+
+def test_weights_that_are_not_the_models_are_refused_by_name(world, tmp_path, run):
+    """Guards: training that starts from random numbers for what a checkpoint lacks, with no more than a warning."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    path, whole = tmp_path / "base/model.safetensors", load_file(world / "base/model.safetensors")
+    name = next(n for n in whole if n.endswith("layers.1.mlp.up_proj.weight"))
+    changes = {
+        "missing .*layers.1.mlp.up_proj.weight": {n: t for n, t in whole.items() if n != name},
+        "unexpected extra.weight": whole | {"extra.weight": whole[name].clone()},
+        "mismatched .*layers.1.mlp.up_proj.weight": whole | {name: whole[name][:-1].clone()},
+    }
+    for line, tensors in changes.items():
+        save_file(tensors, path, {"format": "pt"})
+        with pytest.raises(UserError, match=f"base: these weights are not the model's: {line}"):
+            common.load_model(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
+    with pytest.raises(UserError, match="sft.model: .*base holds a model of type qwen3_vl; these scripts train qwen2_5_vl"):
+        run("sft", model=tmp_path / "base")
+
+
+# --------------------------------------------------------------------------------------------------------- stopping
+
+
+def children(pid):
+    """All processes below `pid`."""
+    try:
+        direct = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return direct + [grandchild for child in direct for grandchild in children(child)]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671"],
+}
+
+
+@pytest.mark.parametrize("launcher, number, to_group, saves", [
+    ("python", signal.SIGTERM, True, True),               # as Slurm sends it, DataLoader workers included
+    ("python", signal.SIGINT, True, True),                # Ctrl-C
+    ("python", signal.SIGKILL, False, False),
+    ("accelerate", signal.SIGTERM, False, True),          # the launcher dies at once and leaves its child behind
+    ("torchrun", signal.SIGTERM, True, True),
+], ids=lambda value: getattr(value, "name", str(value)))
+def test_a_stopped_run_saves_and_leaves_no_process_behind(world, tmp_path, launcher, number, to_group, saves):
+    """Guards: workers that die of the group's signal and take the run along; training, or 2 workers, orphaned for ever."""
+    command = [*LAUNCHERS[launcher], "tgrpo.py", "--config", "configs/toy.yaml", "--model", world / "base", "--records", world / "world/rl.json",
+               "--data_root", world / "world", "--output_dir", tmp_path / "out", "--num_workers", 2, "--steps", 2000, "--batch_size", 4,
+               "--micro_batch_size", 2, "--save_every", 0, "--max_new_tokens", 8, "--print_every", 0]
+    run = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = tmp_path / "out/metrics.jsonl"
+    while not read_jsonl(metrics):
+        assert run.poll() is None
+        time.sleep(0.05)
+    everyone = [run.pid, *children(run.pid)]
+    assert len(everyone) >= 3
+    (os.killpg if to_group else os.kill)(run.pid, number)
+    end = time.time() + 40
+    while [pid for pid in everyone if is_alive(pid)]:
+        assert time.time() < end, [Path(f"/proc/{p}/cmdline").read_text() for p in everyone if is_alive(p)]
+        time.sleep(0.05)
+    if launcher == "python" and saves:
+        assert run.wait() == 0
+    done = len(read_jsonl(metrics))
+    assert [p.name for p in common.checkpoints(tmp_path / "out")] == ([f"checkpoint-{done}"] if saves else [])
