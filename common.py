@@ -55,7 +55,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-from settings import SharedConfig, UserError, file_hash, fingerprint, read_jsonl, read_yaml, sampled_hash, write_atomic
+from settings import SharedConfig, UserError, append_rows, file_hash, fingerprint, read_jsonl, read_yaml, sampled_hash, write_atomic
 
 # The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -791,8 +791,7 @@ def claim_folder(accelerator, cfg, stage):
         now = identity(cfg, stage)
         if chosen[0] is not None:
             check_resumable(accelerator, cfg, chosen[0], now)
-        with room_on_disk(folder / "run.json"):
-            write_atomic(folder / "run.json", json.dumps(now, indent=1))
+        write_atomic(folder / "run.json", json.dumps(now, indent=1))
     return broadcast_object_list(chosen)[0]
 
 
@@ -1056,8 +1055,7 @@ class Log:
 
     def append(self, name, step, rows):
         if self.accelerator.is_main_process:
-            with room_on_disk(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"step": step, **row}) + "\n" for row in rows))
+            append_rows(self.folder / name, [{"step": step, **row} for row in rows])
 
 
 def trackers(cfg):

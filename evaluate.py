@@ -171,16 +171,15 @@ def answer(cfg):
     mine = [b for b in range(len(batches)) if b not in done][accelerator.process_index::accelerator.num_processes]
     samples = data.Samples(records, processor, cfg, orders, shuffle=False)
     part = folder / f"predictions.{accelerator.process_index}.jsonl"
-    with open(part, "a") as file, tqdm(total=sum(len(batches[b]) for b in mine), desc="evaluate", unit="question",
-                                       unit_scale=accelerator.num_processes, disable=not accelerator.is_main_process) as bar:
+    with tqdm(total=sum(len(batches[b]) for b in mine), desc="evaluate", unit="question",
+              unit_scale=accelerator.num_processes, disable=not accelerator.is_main_process) as bar:
         for b, batch in zip(mine, data.loader(samples, [batches[b] for b in mine], cfg)):
             rows = [{**asked(s["record"]), "index": s["position"], "error": s["error"], "settings": settings_of(cfg)}
                     for s in batch if "error" in s]
             for order in orders:
                 common.seed_everything(cfg.seed, b)       # sampled answers do not depend on what ran before, nor on the order
                 rows += answer_batch(model, [s for s in batch if "error" not in s], order, processor, cfg)
-            file.write("".join(json.dumps({**row, "batch": b, "batch_rows": len(rows)}) + "\n" for row in rows))
-            file.flush()
+            settings.append_rows(part, [{**row, "batch": b, "batch_rows": len(rows)} for row in rows])
             bar.update(len(batch))
 
     accelerator.wait_for_everyone()

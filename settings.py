@@ -1,7 +1,7 @@
 """Settings and files: what every stage needs before torch is loaded, and all that scoring saved answers needs.
 
     load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
-    write_atomic, read_jsonl    files that are whole whatever happens meanwhile
+    write_atomic, append_rows, read_jsonl    files that are whole whatever happens meanwhile
     file_hash, fingerprint      what a file, or a checkpoint's weights, hold
     read_rows      a user's JSON or JSONL file
 """
@@ -216,16 +216,27 @@ def require(cfg, stage, *names):
 
 
 def write_atomic(path, text):
-    """The file holds either its old content or all of the new one, whatever happens meanwhile."""
+    """The file holds either its old content or all of the new one, whatever happens meanwhile. UserError if it cannot."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def append_rows(path, rows):
+    """Add `rows` (dicts) to a JSONL file. UserError if they cannot be written; what was there before stays."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room on the disk and start the same command "
+                        "again, it goes on from what is there") from error
 
 
 def file_hash(path):

@@ -185,8 +185,10 @@ def test_a_failed_write_names_the_file_and_promises_only_what_is_there(tmp_path)
     with pytest.raises(UserError, match="it goes on from checkpoint-3"), common.room_on_disk(tmp_path / "final"):
         full()
     (tmp_path / "a.json").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot write .*a.json: Is a directory"):
         common.write_atomic(tmp_path / "a.json", "[]")
+    with pytest.raises(UserError, match="cannot write .*a.json: Is a directory; make room"):
+        common.append_rows(tmp_path / "a.json", [{"step": 1}])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "checkpoint-3"]
 
 
