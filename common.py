@@ -38,7 +38,8 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list,
+                              gather_object)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -55,7 +56,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-from settings import SharedConfig, UserError, append_rows, file_hash, fingerprint, read_jsonl, read_yaml, sampled_hash, write_atomic
+from settings import (SharedConfig, UserError, append_rows, file_hash, fingerprint, read_jsonl, read_yaml, sampled_hash,
+                      write_atomic)
 
 # The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -69,7 +71,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2                              # values of mm_token_t
 
 
 def check_model(cfg, stage, made_by=None):
-    """UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint; `made_by` is the command that makes one."""
+    """UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: the command that makes one."""
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
     is_local = Path(cfg.model).exists() or "/" in cfg.model and Path(cfg.model).parent.is_dir()
     if is_hub_name and not is_local:
@@ -90,21 +92,28 @@ def check_model(cfg, stage, made_by=None):
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
     try:
-        return AutoProcessor.from_pretrained(cfg.model)
+        processor = AutoProcessor.from_pretrained(cfg.model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         if "Unrecognized image processor" in reason:
-            # a name that transformers gave up before its release
-            reason = ("preprocessor_config.json names an image processor that transformers does not know; in the hub's first "
-                      "revision of Qwen2.5-VL it is Qwen2_5_VLImageProcessor: write Qwen2VLImageProcessor, the same class")
+            reason = (
+                "transformers does not know the image processor that preprocessor_config.json names. The hub's first revision "
+                "of Qwen2.5-VL names Qwen2_5_VLImageProcessor: write Qwen2VLImageProcessor, which is the same class"
+            )
         raise UserError(f"{cfg.model}: its processor cannot be loaded: {reason:.300}") from error
+    # older folders have the template in the tokenizer's config only
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not processor.chat_template:
+        raise UserError(f"{cfg.model}: no chat template, neither in a file chat_template.* nor in tokenizer_config.json")
+    return processor
 
 
 @dataclass
 class Packed:
-    """Which tokens of packed rows [prompt, completion 1 … completion G] are which; it takes the place of an attention mask.
+    """Says which tokens of packed rows [prompt, completion 1 … completion G] belong to the prompt and which to each completion.
 
-    All of it is made once, on the CPU: a length or an index that is read from the GPU inside a layer makes the host wait.
+    It is passed to the model in place of an attention mask. All of it is computed once, on the CPU: reading a length or an
+    index from the GPU inside a layer would make the host wait.
     """
 
     longest_prompt: int
@@ -121,7 +130,7 @@ class Packed:
     def of(cls, prompt_lengths, row_N, begins, lengths, total):
         """`begins` and `lengths` are those of the N completions in the flattened rows, `total` = B·L.
 
-        The gradient of an index adds equal ones one after the other on a GPU, so padding must not point at one token.
+        A GPU adds the gradients of equal indices one after the other, so padding must not all point at the same token.
         """
         T = max(lengths)
         steps_T = torch.arange(T)
@@ -129,7 +138,8 @@ class Packed:
         valid_NT = steps_T < torch.tensor(lengths)[:, None]
         index_NT[~valid_NT] = torch.arange(int((~valid_NT).sum())) % total
         slot_M = valid_NT.flatten().nonzero()[:, 0]
-        return cls(max(prompt_lengths), torch.tensor(prompt_lengths), row_N, index_NT, slot_M, index_NT.flatten()[slot_M])
+        token_M = index_NT.flatten()[slot_M]
+        return cls(max(prompt_lengths), torch.tensor(prompt_lengths), row_N, index_NT, slot_M, token_M)
 
     def to(self, device, **_):
         values = [getattr(self, f.name) for f in fields(self)]
@@ -140,7 +150,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     """Attention in which a completion sees its prompt and itself, without the (L, L) pairs of one completion with another.
 
     Registered with transformers as "packed". query (B, H, L, D), key and value (B, H_kv, L, D); returns (B, L, H, D).
-    With an ordinary mask it is transformers' own SDPA. P is the longest prompt; what lies behind a shorter one is overwritten.
+    With an ordinary mask it is transformers' own SDPA. P is the length of the longest prompt; what is computed behind a
+    shorter prompt is overwritten.
     """
     mask = attention_mask
     if not isinstance(mask, Packed):
@@ -199,13 +210,15 @@ class LogpHead(nn.Linear):
 def mrope_positions(prompt, config):
     """M-RoPE positions (3, P) of a prompt's tokens — time, row, column — by the rule Qwen2.5-VL was trained with.
 
-    Text goes on at (largest position so far, of all three axes) + 1. Patch (t, row, column) of a picture or clip that starts
-    at s stands at s + (floor(t · tokens_per_second · seconds between temporal patches), row, column); a picture has t = 0.
-    So the answer to a two-minute clip begins behind the clip's last moment. This is what transformers 4.49 to 4.57 compute;
-    5.24 goes on at s + max(rows, columns) instead, which is inside any clip of more than a few seconds.
+    Text goes on at (largest position so far, of all three axes) + 1. Patch (t, row, column) of a picture or clip that
+    starts at s stands at s + (floor(t · tokens_per_second · seconds between temporal patches), row, column); a picture
+    has t = 0. So the answer to a two-minute clip begins behind the clip's last moment. transformers 4.49 and 4.51
+    compute the same. 4.57 rounds the seconds between patches down to a whole number first. 5.24 goes on after a clip at
+    s + max(rows, columns), which lies inside any clip of more than a few seconds.
 
-    `prompt` holds mm_token_type_ids (1, P) and the grids and frame times of its media, `config` is the model's vision config.
-    At tokens_per_second 2, patches less than half a second apart share a time position: 16 frames of a clip under 4 seconds.
+    `prompt` holds mm_token_type_ids (1, P) and the grids and frame times of its media; `config` is the model's vision
+    config. With tokens_per_second 2, patches less than half a second apart share a time position, as those of 16 frames
+    of a clip under 4 seconds do.
     """
     grids = {IMAGE: iter(prompt.get("image_grid_thw", ())), VIDEO: iter(prompt.get("video_grid_thw", ()))}
     seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
@@ -229,17 +242,17 @@ def mrope_positions(prompt, config):
 class Policy(Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose forward can return log-probs of chosen tokens. Its weights are those of the base class.
 
-    forward(**inputs, position_ids=, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points into the
-    flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
+    forward(**inputs, position_ids=, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points into
+    the flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
     forward, because under FSDP its weight exists only there. Without `targets` it is the plain model.
     """
 
     @classmethod
     def of(cls, model):
-        """The loaded base model, turned into a Policy in place (transformers knows the file layout of the base class only).
+        """The loaded base model, turned into a Policy in place (transformers knows only the base class's file layout).
 
-        Of the checkpoint's generation settings only the end of a turn is kept: a penalty or a top-k would sample from another
-        distribution than the one whose log-probs are trained.
+        Of the checkpoint's generation settings only the end of a turn is kept: with a penalty or a top-k, rollouts would
+        be sampled from another distribution than the one whose log-probs are trained.
         """
         model.__class__ = cls
         model.lm_head.__class__ = LogpHead
@@ -249,25 +262,26 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
     @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)       # generate() looks at the signature
     def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
         if targets is None:
-            return super().forward(*args, **inputs)
+            return super().forward(*args, **inputs, **vision_lengths(inputs, self.config.vision_config))
         if inputs.get("position_ids") is None:
-            raise TypeError("position_ids are missing: common.mrope_positions makes them (transformers' own are others)")
+            raise TypeError("position_ids are missing; make them with common.mrope_positions (transformers 5.24 has other ones)")
         inputs.pop("second_per_grid_ts", None)
         if "pixel_values" in inputs:
             inputs = self.pictures_as_videos(**inputs)
-        lengths = vision_lengths(inputs["video_grid_thw"], self.config.vision_config)
-        hidden_BLD = self.model(*args, use_cache=False, **lengths, **inputs).last_hidden_state
+        inputs |= vision_lengths(inputs, self.config.vision_config)
+        hidden_BLD = self.model(*args, use_cache=False, **inputs).last_hidden_state
         return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
 
     def pictures_as_videos(self, input_ids, **inputs):
-        """The same inputs, pictures handed over as videos of one moment: then the vision tower runs once, whatever the batch holds.
+        """The same inputs with pictures as videos of one moment, so that the vision tower runs once, whatever the batch holds.
 
-        The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together, so a rank
-        with both kinds would wait for ever for one with videos alone. One picture or video per row.
+        The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together, so a
+        rank with both kinds would wait for ever for a rank with videos alone. One picture or video per row.
         """
         media = {}
-        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
-            pixels, grid = inputs.pop(pixels, None), inputs.pop(grid, None)
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            pixels = inputs.pop(name, None)
+            grid = inputs.pop(f"{kind}_grid_thw", None)
             media[kind] = iter(() if pixels is None else zip(pixels.split(grid.prod(1).tolist()), grid))
         is_picture_BL = input_ids == self.config.image_token_id
         kinds = ["image" if row else "video" for row in is_picture_BL.any(1).tolist()]
@@ -276,30 +290,36 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
                 "pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.stack(grids)}
 
 
-def vision_lengths(grid_thw, config):
-    """The lengths of the windows that the vision blocks attend in, on the CPU, as arguments of the model's forward.
+def vision_lengths(inputs, config):
+    """The lengths of the windows in which the vision blocks attend, on the CPU, as arguments of the model's forward.
 
-    Every vision block reads them as numbers. On the CPU that is free; on the GPU it would stop the host three times per block.
+    Every vision block reads them as numbers. That is free on the CPU; on the GPU the host would wait three times per block.
     """
-    grid_thw = grid_thw.cpu()
-    index, windows = get_vision_window_index(grid_thw, config.spatial_merge_size, config.window_size, config.patch_size)
-    return {"video_cu_seqlens": get_vision_cu_seqlens(grid_thw), "video_window_index": index, "video_cu_window_seqlens": windows}
+    lengths = {}
+    for kind in ("image", "video"):
+        grid = inputs.get(f"{kind}_grid_thw")
+        if grid is not None:
+            grid = grid.cpu()
+            index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+            lengths[f"{kind}_cu_seqlens"] = get_vision_cu_seqlens(grid)
+            lengths[f"{kind}_window_index"] = index
+            lengths[f"{kind}_cu_window_seqlens"] = windows
+    return lengths
 
 
 def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
     """Policy, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
 
-    It is on the CPU, from where accelerate moves or shards it; with `device` its weights are read straight onto that device,
-    for inference. Where it will be sharded only rank 0 reads the weights and the others get them from it: one copy in the
-    memory of a machine.
+    The model is loaded on the CPU; accelerate then moves or shards it. With `device`, the weights are read straight onto
+    that device, for inference. When the model will be sharded, only rank 0 reads the weights and sends them to the others,
+    so a machine holds one copy. Raises UserError if the checkpoint's tensors are not the model's.
     """
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
             model = empty_model(Qwen2_5_VLConfig.from_pretrained(cfg.model), dtype)
         model.tie_weights()                               # the context above has parted them
-        model.generation_config = GenerationConfig.from_pretrained(cfg.model)
+        model.generation_config = generation_config(cfg.model, model.config)
     else:
-        # accelerate does not move a model that has a device map, so one for training has none
         device_map = None if device is None else {"": device}
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             cfg.model, dtype=dtype, attn_implementation="packed", device_map=device_map, output_loading_info=True,
@@ -311,8 +331,16 @@ def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
     return Policy.of(model)
 
 
+def generation_config(model, config):
+    """The checkpoint's generation config; if it has none, what from_pretrained makes of its config then."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
 def refuse_other_tensors(model, report):
-    """UserError that names the tensors of a checkpoint which are not the model's: it would be trained from random numbers."""
+    """UserError that names tensors which the checkpoint lacks or should not have: training would start from random numbers."""
     problems = []
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
@@ -339,9 +367,10 @@ def compute_dtype(cfg):
 
 @functools.lru_cache(maxsize=4)
 def kept_cache(model, rows, room):
-    """A static cache for `rows` rows of `room` tokens, the same one at each call: compiled decoding is recorded for its addresses.
+    """A static cache for `rows` rows of `room` tokens. The same arguments return the same cache, for up to four shapes.
 
-    The four shapes used last are kept; what the caller finds in it is the last rollout, to be reset().
+    A CUDA graph is recorded for fixed addresses, and a new cache at each rollout would have it recorded anew. The cache
+    still holds the last rollout: call reset() first.
     """
     return StaticCache(config=model.config.get_text_config(), max_cache_len=room)
 
@@ -391,24 +420,26 @@ UNSUPPORTED = {
 }
 # What an accelerate config may say about training. Here the stage's own config says it, so these are dropped.
 OVERRULED = re.compile(
-    r"FSDP_\w+|ACCELERATE_USE_FSDP|ACCELERATE_MIXED_PRECISION|ACCELERATE_GRADIENT_ACCUMULATION_STEPS|ACCELERATE_DYNAMO_\w+"
+    r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)"
 )
-# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. A rank that died is noticed
-# at once all the same, by the launcher.
+# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still notices
+# a rank that died at once.
 PATIENCE = timedelta(hours=6)
 
 
 def make_accelerator(cfg, shard=True, **kwargs):
-    """Accelerator for this launch. Over several processes, `fsdp: full_shard` shards the model handed to prepare() (FSDP2).
+    """Accelerator for this launch. With several processes and `fsdp: full_shard`, prepare() shards the model (FSDP2).
 
-    An accelerate config of the user's own is welcome: it says which processes run where, and an FSDP one asks for sharding
-    too. How they train is said by `cfg` alone. `shard` False is for a stage whose processes each hold a whole model.
+    A user's own accelerate config may say which processes run where, and one with FSDP asks for sharding too. How they
+    train is said by `cfg` alone. `shard` False: each process holds a whole model, as in evaluation.
 
     Raises UserError for DeepSpeed, Megatron-LM and other parallelism.
     """
     for name, library in UNSUPPORTED.items():
         if os.environ.get(name, "false").lower() == "true":
-            raise UserError(f"the accelerate config asks for {library}, which is not supported here: choose multi-GPU or FSDP")
+            raise UserError(
+                f"the accelerate config asks for {library}, which is not supported here: choose multi-GPU or FSDP"
+            )
     asks_for_shards = cfg.fsdp == "full_shard" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
         del os.environ[name]
@@ -524,6 +555,7 @@ def all_sum(accelerator, values):
 # ------------------------------------------------------------------------------------------- memory, told beforehand
 
 # The published shapes, for --plan where the checkpoint is not at hand yet.
+PUBLISHED_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
 SHAPES = {
     "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
                 vocab_size=152064), dict(out_hidden_size=3584), False),
@@ -540,8 +572,8 @@ def model_shape(name):
     if not size:
         raise UserError(f"tgrpo.model: no checkpoint at {name}, and its name says neither 3B nor 7B: nothing to plan with")
     text, vision, tied = SHAPES[size.group()]
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, **vision)
-    return Qwen2_5_VLConfig(text_config={**text, "tie_word_embeddings": tied}, vision_config=vision, tie_word_embeddings=tied)
+    text = {**text, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=PUBLISHED_VISION | vision, tie_word_embeddings=tied)
 
 
 def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
@@ -587,8 +619,8 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
         parts["gathered layers"] = (2 * layer + heads * embedding) * size
     rollout = {"KV cache (rollout)": cache_token * rows * ((G + S) * (P + T) + (1 + (S > 0)) * P)}
     if cfg.rollout_compile:
-        # compiled decoding keeps its caches: one for videos (G + S rows per prompt), one for pictures (G)
-        parts["KV caches (compiled)"] = cache_token * rows * (2 * G + S) * compiled_room(P + T)
+        # compiled decoding keeps its caches, all of the same number of rows: one for long prompts and one for short ones
+        parts["KV caches (compiled)"] = 2 * cache_token * rows * (G + S) * compiled_room(P + T)
         rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
     training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
     # AdamW over all tensors together holds the root of the second moments while it steps
@@ -600,8 +632,8 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
 def print_plan(cfg, gpus, card=80e9):
     """The plan as a table, and whether it fits on cards of `card` bytes (a tenth is left to CUDA and fragments)."""
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
-    print(f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes); the cache, the activations with the logits, and the optimizer step "
-          "come one after the other: the largest counts")
+    print(f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes). The KV cache, the activations with logits, and the optimizer step\n"
+          "never exist together; the peak counts only the largest of the three.")
     print("\n".join(f"  {name:<24}{size / 1e9:>8.1f}" for name, size in parts.items()))
     verdict = "fits" if peak < 0.9 * card else "does not fit: more GPUs, fewer max_frames, max_pixels or max_new_tokens"
     print(f"  {'peak':<24}{peak / 1e9:>8.1f}   {verdict} in {card / 1e9:.0f} GB (with a tenth to spare)")
@@ -610,23 +642,26 @@ def print_plan(cfg, gpus, card=80e9):
 # ------------------------------------------------------------------------------------ checkpoints and the end
 
 
-# The files of a checkpoint besides its weights and their index.
-NOT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")
+# The files of a checkpoint, besides its weights, from which a model and its processor are loaded.
+STARTING_FILES = (
+    "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
+    "added_tokens.json special_tokens_map.json"
+).split()
 
 
 def starting_files(model):
     """{name: bytes} of a checkpoint's own config, generation config, preprocessor, chat template and tokenizer files.
 
-    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so whatever loads the starting
-    checkpoint loads `final` too: what transformers 5 would write, 4.x and older vLLM cannot read.
+    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so whatever loads the
+    starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=list(NOT_WEIGHTS)))
-    found = [path for path in sorted(folder.iterdir()) if any(path.match(pattern) for pattern in NOT_WEIGHTS)]
-    return {path.name: path.read_bytes() for path in found if not path.name.endswith(".safetensors.index.json")}
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
+    found = {path for pattern in STARTING_FILES for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: path.read_bytes() for path in sorted(found)}
 
 
 def with_dtype(config, dtype):
-    """A config.json's dict that names `dtype` wherever it names one: torch_dtype until transformers 4.55, then dtype."""
+    """A copy of a config.json's dict in which every dtype entry is `dtype`. It is torch_dtype until transformers 4.55."""
     name = str(dtype).removeprefix("torch.")
     named = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return named | {key: name for key in ("dtype", "torch_dtype") if key in config}
@@ -645,7 +680,8 @@ def save_model(accelerator, model, files, folder, dtype=None):
 
 def write_model(state, config, files, folder, dtype=None):
     """The files of save_model from a full state dict; `dtype` None keeps the weights' own."""
-    with torch.device("meta"):                            # the base class, empty: it knows the names of the weights in files
+    # the base class, empty: it knows the names of the weights in files
+    with torch.device("meta"):
         shell = Qwen2_5_VLForConditionalGeneration(config)
     for name in shell.all_tied_weights_keys:              # the embedding once more; gathered shards hide that
         state.pop(name, None)
@@ -693,7 +729,9 @@ def export(checkpoint, folder):
         source = Path(merged) if any(Path(merged).iterdir()) else checkpoint
         state = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
-    write_model(state, Qwen2_5_VLConfig.from_pretrained(cfg.model), starting_files(cfg.model), folder, compute_dtype(cfg))
+    check_model(cfg, f"{checkpoint}, whose run started from: export")
+    config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
+    write_model(state, config, starting_files(cfg.model), folder, compute_dtype(cfg))
 
 
 def replace_folder(new, old):
@@ -754,7 +792,7 @@ def damage(checkpoint):
 
 
 def resume(accelerator, checkpoint):
-    """Load `checkpoint` (of claim_folder) into what was prepared. Returns its state dict, {"step": 0} for None. Collective."""
+    """Load `checkpoint` (of claim_folder) into what was prepared. Returns its state; {"step": 0} for None. Collective."""
     if checkpoint is None:
         return {"step": 0}
     accelerator.load_state(str(checkpoint))
@@ -764,21 +802,21 @@ def resume(accelerator, checkpoint):
 
 # ------------------------------------------------------------------------------------------ the folder of a run
 
-# Settings that may change when a run is resumed: they say where and how fast it runs, not what is learned. The records and
-# the starting weights are compared by their content.
+# Settings that may change when a run is resumed: they say where and how fast it runs, not what is learned. The records
+# and the starting weights are compared by their content.
 HARMLESS = (
     "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
     "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile plan gpus log_with"
 ).split()
-RUN_FILES = ("checkpoint-*", "damaged-checkpoint-*", "final", "metrics.jsonl", "rollouts.jsonl", "config.yaml", "run.json")
+RUN_FILES = "checkpoint-* damaged-checkpoint-* final metrics.jsonl rollouts.jsonl config.yaml run.json".split()
 held_locks = {}
 
 
 def claim_folder(accelerator, cfg, stage):
     """Make cfg.output_dir this run's own, before anything slow happens. Returns the checkpoint to go on from, or None.
 
-    With `resume` false an earlier run in the folder is moved aside, whole. Raises UserError if the folder cannot be written,
-    another run works in it, or its newest checkpoint is of a run that would learn something else. Collective.
+    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be written, if
+    another run works in it, or if its newest checkpoint is of a run that would learn something else. Collective.
     """
     chosen = [None]
     if accelerator.is_main_process:
@@ -796,7 +834,7 @@ def claim_folder(accelerator, cfg, stage):
 
 
 def lock_folder(folder):
-    """Lock `folder` for this process until it ends, however it ends. UserError if it cannot be written, or another has it."""
+    """Lock `folder` until this process ends, however it ends. UserError if it cannot be written or another run has it."""
     folder = Path(folder)
     path = folder / ".lock"
     try:
@@ -809,8 +847,9 @@ def lock_folder(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise UserError(f"{folder}: another run works in this folder: {file.read().strip()}; wait for it, or choose another "
-                        "--output_dir") from None
+        raise UserError(
+            f"{folder}: another run works in this folder: {file.read().strip()}; wait for it, or choose another --output_dir"
+        ) from None
     held_locks[str(folder)] = file
     with room_on_disk(path):
         file.truncate(0)
@@ -819,7 +858,7 @@ def lock_folder(folder):
 
 
 def newest_whole_checkpoint(accelerator, folder):
-    """The newest checkpoint whose files are what was written; newer, damaged ones are named and renamed. None if there is none."""
+    """The newest checkpoint whose files are what was written, or None. Newer ones are damaged: they are named and renamed."""
     found = checkpoints(folder)
     for checkpoint in reversed(found):
         wrong = damage(checkpoint)
@@ -828,9 +867,9 @@ def newest_whole_checkpoint(accelerator, folder):
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
-        accelerator.print(f"{checkpoint} is damaged: {wrong}; it is now {aside.name}, and the checkpoint before it is used")
+        accelerator.print(f"{checkpoint} is damaged: {wrong}; it is renamed {aside.name}, the checkpoint before it is used")
     if found:
-        raise UserError(f"{folder}: none of its checkpoints is whole; start anew with --resume false, which moves them aside")
+        raise UserError(f"{folder}: none of its checkpoints is whole; start anew with --resume false (they are moved aside)")
     return None
 
 
@@ -839,7 +878,9 @@ def move_aside(accelerator, folder):
     there = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
     if not there:
         return
-    number = 1 + max([int(p.name.split("-")[1]) for p in folder.glob("earlier-*") if p.name.split("-")[1].isdigit()], default=0)
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
     aside = folder / f"earlier-{number}"
     aside.mkdir()
     for path in there:
@@ -859,33 +900,41 @@ def check_resumable(accelerator, cfg, checkpoint, now):
     path = Path(checkpoint)
     done = int(path.name.split("-")[1])
     if done > cfg.steps:
-        raise UserError(f"steps: {cfg.steps}, but {path} has done {done} already; ask for more, or start anew with --resume false")
+        raise UserError(
+            f"steps: {cfg.steps}, but {path} has done {done} already; ask for more, or start anew with --resume false"
+        )
     was_sharded = (path / "pytorch_model_fsdp_0").is_dir()
     if was_sharded != is_sharded(accelerator):
         kinds = ("of whole weights", "of sharded weights")
         raise UserError(
-            f"{path}: a checkpoint {kinds[was_sharded]} cannot be resumed in a run {kinds[is_sharded(accelerator)]}: start it as before, "
-            f"or make it a model to start from: python common.py --export {path} --out FOLDER"
+            f"{path}: a checkpoint {kinds[was_sharded]} cannot be resumed in a run {kinds[not was_sharded]}: start it as "
+            f"before, or make it a model to start from: python common.py --export {path} --out FOLDER"
         )
     try:
         before = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except OSError:
-        accelerator.print(f"{path} does not say how it was made: its settings, records and starting weights are not compared")
+        accelerator.print(f"{path} does not say how it was made; settings, records and starting weights are not compared")
         return
-    changed = [f"{name} was {before['settings'].get(name)!r}, is {value!r}" for name, value in now["settings"].items()
-               if before["settings"].get(name) != value]
-    if before["schedule_steps"] != cfg.steps and cfg.lr_schedule != "constant":
-        changed.append(f"steps was {before['schedule_steps']}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
+    changed = []
+    for name, value in now["settings"].items():
+        if before["settings"].get(name) != value:
+            changed.append(f"{name} was {before['settings'].get(name)!r}, is {value!r}")
+    steps = before["schedule_steps"]
+    if steps != cfg.steps and cfg.lr_schedule != "constant":
+        changed.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
     if before["records"] != now["records"]:
         changed.append(f"the content of {cfg.records} has changed")
     if before["weights"] != now["weights"]:
-        changed.append(f"the weights in {cfg.model} have changed" +
-                       (", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""))
+        belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
+        changed.append(f"the weights in {cfg.model} have changed{belongs}")
+    differences = "; ".join(changed)
     if changed and not cfg.resume_changed:
-        raise UserError(f"{path} was made by another run: {'; '.join(changed)}. Start anew with --resume false (the earlier run is moved "
-                        "aside), choose another --output_dir, or go on all the same with --resume_changed true")
+        raise UserError(
+            f"{path} was made by another run: {differences}. Start anew with --resume false (the earlier run is moved aside), "
+            "choose another --output_dir, or go on all the same with --resume_changed true"
+        )
     if changed:
-        accelerator.print(f"going on from {path} all the same: {'; '.join(changed)}")
+        accelerator.print(f"going on from {path} all the same: {differences}")
 
 
 def launcher():

@@ -402,7 +402,7 @@ def as_numpy(batch):
 
 
 def start_worker(_):
-    """Leave signals to the training process: a scheduler sends them to all, and the step at hand still needs its clips."""
+    """Leave signals to the training process. A scheduler sends them to all, and the step at hand still needs its clips."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()

@@ -40,7 +40,7 @@ class EvalConfig(settings.SharedConfig):
     benchmarks: list = option([], "benchmarks to answer in place of `records`", choices=NAMES)
     root: str = option("", "folder that holds the benchmarks' folders (layout: see benchmarks.py)")
     clip_segments: bool = option(True, "show only the part that MVBench's five clipped tasks ask about; false: the whole video")
-    batch_size: int = option(32, "questions decoded together on one GPU; a token costs about the same time for 32 rows as for 1", low=1)
+    batch_size: int = option(32, "questions decoded together on one GPU; one question alone takes about as long", low=1)
     max_new_tokens: int = option(1024, "longest completion", low=1)
     temperature: float = option(0.0, "sampling temperature; 0: greedy", low=0)
     top_p: float = option(1.0, "nucleus sampling; 1: the whole distribution", low=0, high=1)

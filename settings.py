@@ -86,8 +86,8 @@ class TrainConfig(SharedConfig):
     freeze_vision: bool = option(False, "train the language model only")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
-    resume: bool = option(True, "go on from the newest checkpoint in output_dir; false: start anew, an earlier run there is moved aside")
-    resume_changed: bool = option(False, "go on from a checkpoint although settings, records or starting weights have changed since")
+    resume: bool = option(True, "go on from the newest checkpoint in output_dir; false: move an earlier run aside, start anew")
+    resume_changed: bool = option(False, "go on from a checkpoint although settings, records or starting weights changed")
 
 
 def convert(value, kind, choices=None, low=None, high=None):
@@ -216,7 +216,10 @@ def require(cfg, stage, *names):
 
 
 def write_atomic(path, text):
-    """The file holds either its old content or all of the new one, whatever happens meanwhile. UserError if it cannot."""
+    """The file holds either its old content or all of the new one, whatever happens meanwhile.
+
+    Raises UserError if it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -235,8 +238,10 @@ def append_rows(path, rows):
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room on the disk and start the same command "
-                        "again, it goes on from what is there") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room on the disk and start the same command again, it goes "
+            "on from what is there"
+        ) from error
 
 
 def file_hash(path):
@@ -246,7 +251,7 @@ def file_hash(path):
 
 
 def sampled_hash(path):
-    """A hash of a file's size and of 1 MB at 16 places of it: all of a small file, and of a large one enough, in no time."""
+    """A hash of a file's size and of 1 MB at 16 places of it: all of a small file, and enough of a large one."""
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:

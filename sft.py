@@ -39,7 +39,9 @@ def collate(samples, pad_id, vision_config):
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     kinds = [torch.cat([x["mm_token_type_ids"][0], torch.zeros_like(s["target"])]) for x, s in zip(prompts, samples)]
-    positions = [common.mrope_positions({**x, "mm_token_type_ids": k[None]}, vision_config).T for x, k in zip(prompts, kinds)]
+    positions = []
+    for x, row_kinds in zip(prompts, kinds):
+        positions.append(common.mrope_positions({**x, "mm_token_type_ids": row_kinds[None]}, vision_config).T)
     inputs = {
         "input_ids": data.pad(rows, pad_id, "right"),
         "attention_mask": data.pad([torch.ones(n, dtype=torch.long) for n in lengths], 0, "right"),

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 import common
 import data
@@ -153,11 +153,13 @@ def masked_mean(values_GT, mask_GT):
 
 
 @torch.no_grad()
-def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0, compiled=False):
+def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0, compiled_rows=0):
     """Sample `counts[n]` completions of prompt n, all prompts in one batch. temperature 0 is greedy.
 
     The vision tower and the prompt run once per prompt; the cache is then repeated and HF generate goes on from there.
     Positions are handed over, so the model's own `rope_deltas` (state of whatever ran last) are never used.
+    `compiled_rows` > 0 compiles decoding, for batches filled up to this many rows: a shape is compiled once, and a row more
+    costs almost no time on a GPU.
     Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
     """
     was_training = model.training
@@ -172,7 +174,8 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
 
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
     room = ids.shape[1] + max_new_tokens
-    if compiled:
+    if compiled_rows:
+        rows = torch.cat([rows, rows.new_zeros(max(0, compiled_rows - len(rows)))])
         cache = common.kept_cache(model, len(rows), common.compiled_room(room))
         cache.reset()
     else:
@@ -182,14 +185,16 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
     ends = eos_ids(model, tokenizer)
     sampling = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=temperature > 0, suppress_tokens=placeholder_ids(model),
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, disable_compile=not compiled)
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, disable_compile=not compiled_rows)
+    if compiled_rows:
+        sampling.compile_config = CompileConfig(dynamic=False)
     if temperature > 0:
         # top_k 0 and top_p 1 must be said: unsaid, top_k is 50
         sampling.update(temperature=temperature, top_k=0, top_p=top_p)
-    output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows], cache=cache,
-                            generation_config=sampling)
+    output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows],
+                            cache=cache, generation_config=sampling)
     model.train(was_training)
-    completions_BT = output[:, ids.shape[1]:]
+    completions_BT = output[:sum(counts), ids.shape[1]:]
     lengths_B = completion_mask(completions_BT, ends).sum(1)
     return [row[:n] for row, n in zip(completions_BT, lengths_B)]
 
@@ -209,8 +214,8 @@ def pack(model, prompts, completions, pad_id):
     """Rows [prompt, completion 1 … completion G]: every prompt is computed once for its whole group.
 
     `prompts` B inputs, `completions` B lists of 1-D tensors, N in all. A completion sees the prompt and itself (see
-    common.packed_attention), and its positions go on from the prompt's. Returns (inputs, predict, targets) as Policy.forward
-    wants them.
+    common.packed_attention), and its positions go on from the prompt's. Returns (inputs, predict, targets), which are
+    arguments of Policy.forward.
     """
     ids, positions, lengths = [], [], [len(c) for group in completions for c in group]
     for x, group in zip(prompts, completions):
@@ -336,15 +341,16 @@ def add_credit(model, groups, cfg, pad_id):
             group.credit_G = credit_G
 
 
-def sample_groups(model, samples, processor, cfg):
-    """Steps 2 to 4 for this rank's prompts: a list of scored Groups."""
+def sample_groups(model, samples, processor, cfg, n_prompts):
+    """Steps 2 to 4 for this rank's prompts: a list of scored Groups. `n_prompts`: how many prompts it has at most."""
     if not samples:                                       # all of this rank's records were unusable
         return []
     shuffled = [s for s in samples if cfg.shuffled_generations and s["shuffled"] is not None]
     prompts = [s["ordered"] for s in samples] + [s["shuffled"] for s in shuffled]
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
+    compiled_rows = n_prompts * (cfg.num_generations + cfg.shuffled_generations) if cfg.rollout_compile else 0
     completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens,
-                          compiled=cfg.rollout_compile)                              # 2. rollout
+                          compiled_rows=compiled_rows)                               # 2. rollout
     texts = iter(processor.tokenizer.batch_decode(completions, skip_special_tokens=True))
     completions = iter(completions)
     take = lambda n: ([next(completions) for _ in range(n)], [next(texts) for _ in range(n)])
@@ -370,7 +376,8 @@ def bandwidth_share(model, groups, seconds):
     peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8                # bytes a second
     text = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
-    if model.lm_head.weight is not model.get_input_embeddings().weight:      # then the head is read, and of the embedding one row
+    # an untied head is read for every token; of the embedding only single rows are
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
         weights += model.lm_head.weight.nbytes - model.get_input_embeddings().weight.nbytes
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * model.dtype.itemsize
     rows = [(g.sample["ordered"]["input_ids"].shape[1], n) for g in groups for n in [*map(len, g.completions), *g.shuffled_lengths]]
@@ -439,7 +446,8 @@ def main():
         batch = skipped.drop(accelerator, batch)                                     # 1. prompts
         common.refresh(sampler, policy)
         common.seed_everything(cfg.seed, step, accelerator.process_index)
-        groups = sample_groups(sampler, batch, processor, cfg)                       # 2. rollout, 3. score, 4. advantages
+        # 2. rollout, 3. score, 4. advantages
+        groups = sample_groups(sampler, batch, processor, cfg, cfg.batch_size // accelerator.num_processes)
         seconds = timer.lap("rollout")
         means = common.Means()
         for group in groups:

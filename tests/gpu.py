@@ -14,6 +14,7 @@ The last line is all numbers as JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -100,7 +101,8 @@ def measure_rollout(sampler, prompt, cfg, tokenizer, compiled, repeats):
     kept = []
 
     def sample():
-        kept[:] = tgrpo.rollout(sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled=compiled)
+        rows = sum(counts) if compiled else 0
+        kept[:] = tgrpo.rollout(sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled_rows=rows)
 
     first = timed(sampler.device, sample)
     seconds = statistics.median(timed(sampler.device, sample) for _ in range(repeats))
@@ -188,7 +190,9 @@ def main():
     result["update"] = {"first_s": first, "seconds": seconds, "waits": count_waits(device, forward_and_backward)}
     print(f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {result['update']['waits']} times in it")
 
-    parts, planned = common.memory_plan(cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2])
+    # the compiled rollout has left its cache
+    planned_cfg = dataclasses.replace(cfg, rollout_compile=True)
+    parts, planned = common.memory_plan(planned_cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2])
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     result["peak"] = {"planned_gb": planned / 1e9, "measured_gb": peak and peak / 1e9}
     print(f"peak memory: planned {planned / 1e9:.1f} GB, measured {'on a GPU only' if peak is None else f'{peak / 1e9:.1f} GB'}")

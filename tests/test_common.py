@@ -226,8 +226,16 @@ def test_a_config_names_one_dtype_in_all_its_parts():
         "torch_dtype": "bfloat16", "hidden_size": 4, "text_config": {"dtype": "bfloat16"}, "vision_config": {}}
 
 
-def test_a_model_for_training_is_left_for_accelerate_to_move(world):
-    """Guards: a device map, with which accelerate leaves the model on the CPU of a machine with one GPU."""
-    cfg = tgrpo.TGRPOConfig(model=str(world / "base"))
-    assert not hasattr(common.load_model(cfg), "hf_device_map")
-    assert next(common.load_model(cfg, device=torch.device("cpu")).parameters()).device.type == "cpu"
+def test_only_evaluation_reads_weights_straight_onto_its_device(world, run, monkeypatch):
+    """Guards: an evaluation on the CPU of a machine with a GPU; weights for training placed before accelerate shards them."""
+    real, devices = common.load_model, {}
+
+    def watched(cfg, dtype=torch.float32, accelerator=None, device=None):
+        devices.setdefault(type(cfg).__name__, set()).add(device and device.type)
+        return real(cfg, dtype, accelerator, device)
+
+    monkeypatch.setattr(common, "load_model", watched)
+    run("sft", "sft", steps=1)
+    run("tgrpo", "tgrpo", steps=1, max_new_tokens=4)
+    run("evaluate", "eval", max_new_tokens=4)
+    assert devices == {"SFTConfig": {None}, "TGRPOConfig": {None}, "EvalConfig": {"cpu"}}

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import common
 import tgrpo
@@ -33,6 +35,7 @@ def checked_final(folder, start, dtype):
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     assert any(not torch.equal(before[name].to(dtype), after[name]) for name in before)
     assert other_files(folder) == other_files(start)
+    assert [path.name for path in folder.glob("*safetensors*")] == ["model.safetensors"]      # no index of the starting shards
     for name in other_files(start):
         if name != "config.json":
             assert (folder / name).read_bytes() == (start / name).read_bytes()
@@ -79,14 +82,52 @@ def test_every_stage_runs_on_the_hubs_layout(hub, run, monkeypatch, capsys, tmp_
 
 def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
     """Guards: a plan that asks the config, which says nothing, whether the head is a matrix of its own."""
-    cfg = tgrpo.TGRPOConfig(fsdp="full_shard")
-    sizes = {}
-    for layout in LAYOUTS:
-        parts, _ = common.memory_plan(cfg, common.model_shape(str(hub / layout)), 2)
-        sizes[layout] = parts
     head = 640 * 96 * 4
-    assert sizes["untied"]["rollout copy"] - sizes["tied"]["rollout copy"] == head
-    assert sizes["untied"]["gathered layers"] - sizes["tied"]["gathered layers"] == head
+    for beta, heads in ((0.04, 1), (0.0, 0)):
+        cfg = tgrpo.TGRPOConfig(fsdp="full_shard", beta=beta)
+        sizes = {layout: common.memory_plan(cfg, common.model_shape(str(hub / layout)), 2)[0] for layout in LAYOUTS}
+        assert sizes["untied"]["rollout copy"] - sizes["tied"]["rollout copy"] == head
+        assert sizes["untied"]["gathered layers"] - sizes["tied"]["gathered layers"] == head
+        layer = sizes["tied"]["gathered layers"] - (1 + heads) * head
+        # two layers, and where there is a reference its head, which stays gathered
+        assert layer == 2 * 4 * (96 * 96 * 2 + 96 + 2 * (96 * 48 + 48) + 3 * 96 * 256 + 2 * 96)
+
+
+def test_only_files_that_a_model_is_loaded_from_are_copied(hub, tmp_path):
+    """Guards: the state of a trainer, or the index of shards that are not there, in `final`."""
+    shutil.copytree(hub / "tied", tmp_path / "start")
+    for name in ("trainer_state.json", "pytorch_model.bin.index.json", "adapter_config.json", "requirements.txt", "modeling.py"):
+        (tmp_path / "start" / name).write_text("{}")
+    for name in ("video_preprocessor_config.json", "processor_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        (tmp_path / "start" / name).write_text("{}")
+    added = {"video_preprocessor_config.json", "processor_config.json", "chat_template.jinja", "special_tokens_map.json"}
+    assert set(common.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
+
+
+def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
+    """Guards: ranks that die because there is no generation config, or a template in the tokenizer's config only."""
+    shutil.copytree(hub / "tied", tmp_path / "start")
+    for name in ("generation_config.json", "chat_template.json"):
+        (tmp_path / "start" / name).unlink()
+    cfg = SharedConfig(model=str(tmp_path / "start"))
+    config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
+    assert common.generation_config(cfg.model, config).eos_token_id == common.load_model(cfg).generation_config.eos_token_id
+    processor = common.load_processor(cfg)
+    assert processor.chat_template == AutoProcessor.from_pretrained(hub / "tied").chat_template
+    tokenizer = json.loads((tmp_path / "start/tokenizer_config.json").read_text())
+    del tokenizer["chat_template"]
+    (tmp_path / "start/tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="start: no chat template"):
+        common.load_processor(cfg)
+
+
+def test_an_export_whose_starting_model_is_gone_names_it(run, hub, tmp_path):
+    """Guards: "Repo id must be in the form" for a folder that was moved."""
+    shutil.copytree(hub / "tied", tmp_path / "start")
+    out = run("sft", model=tmp_path / "start", save_every=1)
+    os.rename(tmp_path / "start", tmp_path / "moved")
+    with pytest.raises(UserError, match="checkpoint-1, whose run started from: .*no checkpoint at .*start"):
+        common.export(out / "checkpoint-1", tmp_path / "exported")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

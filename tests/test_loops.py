@@ -96,7 +96,8 @@ def test_bfloat16_without_sharding(run, stage):
 def test_full_shard_on_one_process_computes_in_bfloat16(run):
     """Guards: a config for many GPUs that computes in float32 on one, as neither FSDP nor autocast casts."""
     settings = dict(bf16="true", max_new_tokens=8, steps=1)
-    alone, plain = run("tgrpo", "shard", fsdp="full_shard", **settings), run("tgrpo", "none", fsdp="none", **settings)
+    # the plain run first: what the other might leave in the environment must not reach it
+    plain, alone = run("tgrpo", "none", fsdp="none", **settings), run("tgrpo", "shard", fsdp="full_shard", **settings)
     float32 = run("tgrpo", "float32", **settings | {"bf16": "false"})
     assert without_times(alone) == without_times(plain) != without_times(float32)
 

@@ -1,6 +1,7 @@
 """`--plan` against bytes counted in a real training step, and what it says of the shipped configs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gp
     tgrpo.main()
     said = capsys.readouterr().out
     assert ("fits in 80 GB" in said) == fits and ("does not fit" in said) != fits and "KV cache" in said
+
+
+@pytest.mark.parametrize("path, gpus, row", [("configs/7b.yaml", 4, "7B on 4 GPUs"), ("configs/7b.yaml", 8, "7B on 8 GPUs"), ("configs/3b.yaml", 2, "3B on 2 GPUs")])
+def test_the_readmes_table_is_the_plan(path, gpus, row):
+    """Guards: a table of an earlier plan; a phase of the step that the peak forgets."""
+    cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", path])
+    parts, peak = common.memory_plan(cfg, common.model_shape(cfg.model), gpus)
+    states = parts["parameters (float32)"] + parts["gradients"] + parts["optimizer (AdamW)"]
+    phases = (parts["KV cache (rollout)"], parts["activations"] + parts["logits"], parts["optimizer step"])
+    resident = states + parts["reference"] + parts["rollout copy"] + parts["gathered layers"]
+    assert peak == pytest.approx(resident + max(phases))
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    cells = next(line for line in readme.split("\n") if line.startswith(f"| {row} |")).split("|")[2:-1]
+    expected = (states, parts["reference"], parts["rollout copy"], parts["gathered layers"], *phases, peak)
+    assert [float(cell) for cell in cells] == [pytest.approx(size / 1e9, abs=0.06) for size in expected]
 
 
 def test_the_published_shapes_have_the_published_number_of_parameters():

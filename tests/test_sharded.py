@@ -80,7 +80,8 @@ def difference(a, b):
 def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, stage):
     """Guards: loss or metrics averaged by ranks instead of tokens and completions; weights of a stale shard in the file."""
     one, two = outputs
-    # a step moves a weight by 1e-3; of gradients near 0, which rounding makes, Adam makes a small part of a step
+    # A step moves a weight by 1e-3. AdamW divides a gradient by its own size, so where the gradient is almost 0, a
+    # difference in rounding moves the weight by a few percent of a step.
     assert difference(weights(one / stage), weights(two / stage)) < 5e-5
     assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4          # and it is a step
     rows = [without_times(folder / stage) for folder in outputs]

@@ -37,21 +37,24 @@ def test_the_text_layers_never_read_a_value_from_the_device():
 
 
 def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeypatch):
-    """Guards: lengths read from the GPU by every vision block; lengths of another batch than the one in hand."""
+    """Guards: lengths read from the GPU by every vision block, in the loss or in the prefill; lengths of another batch."""
     policy = naive.tiny_policy()
+    config = policy.config.vision_config
     (inputs, predict, targets), _ = mixed_pack(policy)
     seen = []
     policy.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     policy(**inputs, predict=predict, targets=targets)
-    (kwargs,) = seen
-    config, grid = policy.config.vision_config, kwargs["grid_thw"]
-    index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-    expected = {"cu_seqlens": get_vision_cu_seqlens(grid), "window_index": index, "cu_window_seqlens": windows}
-    for name, value in expected.items():
-        assert torch.equal(kwargs[name], value)
+    tgrpo.rollout(policy, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, 1.0, 2)
+    assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 1, 2]      # the loss; the prefill's picture, its videos
+    for kwargs in seen:
+        grid = kwargs["grid_thw"]
+        index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+        expected = {"cu_seqlens": get_vision_cu_seqlens(grid), "window_index": index, "cu_window_seqlens": windows}
+        for name, value in expected.items():
+            assert torch.equal(kwargs[name], value)
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
-    common.vision_lengths(grid, config)
+    common.vision_lengths({"video_grid_thw": grid}, config)
     assert len(moved) == 1 and moved[0] is grid
 
 
@@ -72,38 +75,41 @@ def test_padding_does_not_point_at_one_token():
 def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypatch):
     """Guards: a new static cache per rollout, for whose addresses CUDA graphs are recorded anew at every step."""
     policy = naive.tiny_policy()
-    graphs, addresses = [], set()
+    graphs, addresses = [], {}
 
     def backend(graph, inputs):
         """Counts compilations, and the caches that the compiled code is called with."""
         graphs.append(graph)
 
         def call(*args):
-            addresses.update((x.shape[0], x.data_ptr()) for x in args if isinstance(x, torch.Tensor) and x.ndim == 4 and x.shape[2] == 512)
+            for x in args:
+                if isinstance(x, torch.Tensor) and x.ndim == 4 and x.shape[2] >= 512:
+                    addresses.setdefault(x.shape[2], set()).add(x.data_ptr())
             return graph.forward(*args)
 
         return call
 
     real = policy.generate
-    config = CompileConfig(backend=backend, mode=None)
-    config._compile_all_devices = True
 
     def on_a_cpu_too(**inputs):
-        inputs["generation_config"].compile_config = config
+        config = inputs["generation_config"].compile_config
+        inputs["generation_config"].compile_config = CompileConfig(backend=backend, mode=None, dynamic=config.dynamic)
+        inputs["generation_config"].compile_config._compile_all_devices = True
         return real(**inputs)
 
-    monkeypatch.setattr(policy, "generate", on_a_cpu_too)
-    prompts = [naive.prompt("video", (2, 2, 4), n, n) for n in (3, 9, 5, 12, 4)]
-    for x, rows in zip(prompts, (4, 4, 4, 6, 4)):
-        torch.manual_seed(rows)
-        compiled = tgrpo.rollout(policy, [x], [rows], naive.tokenizer, 1.0, 6, compiled=True)
-        torch.manual_seed(rows)
-        plain = tgrpo.rollout(policy, [x], [rows], naive.tokenizer, 1.0, 6)
+    for n_text in (3, 9, 600, 5, 1100, 12, 700):
+        x = naive.prompt("video", (2, 2, 4), n_text, n_text)
+        monkeypatch.setattr(policy, "generate", on_a_cpu_too)
+        torch.manual_seed(n_text)
+        compiled = tgrpo.rollout(policy, [x], [4], naive.tokenizer, 1.0, 6, compiled_rows=4)
+        assert len(tgrpo.rollout(policy, [x], [3], naive.tokenizer, 1.0, 6, compiled_rows=4)) == 3
+        monkeypatch.setattr(policy, "generate", real)
+        torch.manual_seed(n_text)
+        plain = tgrpo.rollout(policy, [x], [4], naive.tokenizer, 1.0, 6)
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
-    assert len(graphs) == 2
     layers, keys_and_values = 2, 2
-    assert len({address for rows, address in addresses if rows == 4}) == layers * keys_and_values
-    assert len({address for rows, address in addresses if rows == 6}) == layers * keys_and_values
+    assert {room: len(found) for room, found in addresses.items()} == dict.fromkeys((512, 1024, 1536), layers * keys_and_values)
+    assert len(graphs) == 3
 
 
 def test_what_one_gpu_would_measure_runs_without_one():

@@ -82,7 +82,7 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
         return [torch.tensor([processor.tokenizer.encode(str(i % 10))[0]]) for i, n in enumerate(counts) for _ in range(n)]
     monkeypatch.setattr(tgrpo, "rollout", echo)
     monkeypatch.setattr(tgrpo, "score", lambda *_: None)
-    groups = tgrpo.sample_groups(common.load_model(cfg), samples, processor, cfg)
+    groups = tgrpo.sample_groups(common.load_model(cfg), samples, processor, cfg, len(samples))
     number = len(samples)
     for i, (sample, group) in enumerate(zip(samples, groups, strict=True)):
         assert group.sample is sample and asked[i] is sample["ordered"] and group.texts == [str(i % 10)] * 3
