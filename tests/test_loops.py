@@ -159,7 +159,7 @@ def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         data.main()
     said = capsys.readouterr().out
-    assert exit.value.code == 1 and "empty file" in said and "11 of 12 files can be read" in said
+    assert exit.value.code == 1 and "empty file" in said and "11 of 12 rows can be used" in said
 
 
 # ----------------------------------------------------------------------------------------------- samples and labels
@@ -169,7 +169,7 @@ def test_only_the_assistants_words_carry_loss(world):
     """Guards: training on the prompt, and on every video placeholder in it."""
     cfg = settings(world)
     processor = common.load_processor(cfg)
-    records = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
+    records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
     samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
     inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id)
     assert processor.tokenizer.decode(targets) == "".join(
