@@ -63,12 +63,12 @@ class Shown(NamedTuple):
 # --------------------------------------------------------------------------------------------------- which frames
 
 
-def select(ticks, tick_seconds, n, start=None, end=None, interval=1):
+def select(ticks, tick_seconds, n, start=None, end=None, interval=None):
     """(indices of the n frames on display at even times, the number of frames they are spread over, the seconds those take).
 
     ticks: when each frame appears, increasing whole numbers, in units of `tick_seconds` (a Fraction). start, end: take only
     this part, in seconds from the first frame; beyond the end of the clip it is the last frame. All frames are taken if
-    there are fewer than n. interval: ticks that a clip of a single frame lasts.
+    there are fewer than n. interval: ticks that the last frame lasts, held to the range of the other frames' intervals.
 
     A clip of 4 frames a second, then one that shows its first frame for three of its four seconds:
 
@@ -82,8 +82,9 @@ def select(ticks, tick_seconds, n, start=None, end=None, interval=1):
     ticks = np.asarray(ticks, dtype=np.int64)
     gaps = np.diff(ticks)
     if len(gaps):
-        interval = int(np.median(gaps))
-    clip_end = int(ticks[-1]) + interval
+        # a last frame that stands for long is no part of the motion; some files tell no length, or nonsense
+        interval = int(np.clip(interval or np.median(gaps), gaps.min(), gaps.max()))
+    clip_end = int(ticks[-1]) + (interval or 1)
     low = Fraction(int(ticks[0]))
     high = Fraction(clip_end)
     if start is not None:
@@ -96,7 +97,7 @@ def select(ticks, tick_seconds, n, start=None, end=None, interval=1):
     shown = last - first + 1
     if shown < n:
         indices = list(range(first, last + 1))
-        length = Fraction(int(ticks[last] - ticks[first]) + interval)
+        length = Fraction((int(ticks[last + 1]) if last + 1 < len(ticks) else clip_end) - int(ticks[first]))
     elif start is None and is_even(gaps):
         # counted, as a container that rounds times (Matroska: to milliseconds) may put a frame just after its moment
         indices = [int((i + 0.5) * shown / n) for i in range(n)]
@@ -150,8 +151,7 @@ def read_exactly(path, n, start, end, last_frame):
     with av.open(path) as container:
         stream = video_stream(container)
         tick_seconds = stream.time_base
-        interval = one_interval(stream)
-        ticks, keys, problem = packet_table(container, stream, deadline)
+        ticks, keys, interval, problem = packet_table(container, stream, deadline)
         is_timed = bool(TIMED & kinds_of(container))
     if problem:
         raise ValueError(problem)
@@ -165,7 +165,7 @@ def read_exactly(path, n, start, end, last_frame):
         grows = None not in decoded and all(a < b for a, b in zip(decoded, decoded[1:]))
         if not grows and (not is_timed or None in decoded or len(set(decoded)) < len(decoded)):
             # no times to go by: the frames are taken for evenly spaced
-            decoded = [i * interval for i in range(len(decoded))]
+            decoded = [i * (interval or 1) for i in range(len(decoded))]
         # a damaged file may leave the decoder out of order
         order = sorted(range(len(decoded)), key=decoded.__getitem__)
         shown = [decoded[i] for i in order]
@@ -202,18 +202,14 @@ def kinds_of(container):
     return set(container.format.name.split(","))
 
 
-def one_interval(stream):
-    """The ticks between two frames at the stream's mean rate; 1 if it states none."""
-    rate = stream.average_rate or stream.guessed_rate
-    return max(1, round(1 / (rate * stream.time_base))) if rate else 1
-
-
 def packet_table(container, stream, deadline):
-    """(ticks of the frames that will be shown, ticks of the key frames, what is wrong or None), from packets, undecoded.
+    """(ticks of the frames that will be shown, ticks of the key frames, ticks that the last frame lasts, what is wrong or None).
 
-    ticks is empty if the packets do not tell: no times, or one time twice. Packets that an edit list hides are not shown.
+    All from packets, undecoded. ticks is empty if the packets do not tell: no times, or one time twice. Packets that an edit list hides are not shown.
     """
     ticks, keys, ends = [], [], {}
+    rate = stream.average_rate or stream.guessed_rate
+    last_tick, interval = None, rate and max(1, round(1 / (rate * stream.time_base)))
     told = True
     for packet in timed(container.demux(), deadline):
         if packet.pts is None:
@@ -228,10 +224,12 @@ def packet_table(container, stream, deadline):
             keys.append(packet.pts)
         if not packet.is_discard:
             ticks.append(packet.pts)
+            if packet.duration and (last_tick is None or packet.pts > last_tick):
+                last_tick, interval = packet.pts, packet.duration
     ticks.sort()
     if not told or len(set(ticks)) < len(ticks):
         ticks = []
-    return ticks, sorted(keys), shortfall(container, stream, ticks, ends)
+    return ticks, sorted(keys), interval, shortfall(container, stream, ticks, ends)
 
 
 def shortfall(container, stream, ticks, ends):
@@ -242,8 +240,10 @@ def shortfall(container, stream, ticks, ends):
     """
     if not PROMISING & kinds_of(container):
         return None
-    if stream.duration:
-        promised = float(stream.duration * stream.time_base)
+    # of an avi's length libav makes what the file's size allows; its count of frames (a tick each) is the header's
+    promised_ticks = stream.frames if "avi" in kinds_of(container) else stream.duration
+    if promised_ticks:
+        promised = float(promised_ticks * stream.time_base)
         first = ticks[0] if ticks else 0
         held = float((ends.get(stream.index, first) - first) * stream.time_base)
     elif container.duration:
