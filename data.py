@@ -11,12 +11,12 @@ the answer is `process`, a newline, `solution`.
 
     python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
     python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
-    python data.py --config configs/toy.yaml --stage tgrpo --check --out readable.json    # and write the rows that can be used
+    python data.py --config configs/toy.yaml --stage tgrpo --check --out readable.json    # write the usable rows too
     python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as chains of thought for sft.py
 
-A solution may also be a number or lack its tags ("3", 3, "B"), options may lack their letters (the prompt gives them), and
-`<video>` or `<image>` in a problem, which other formats have, is taken out. `start` and `end` in seconds show a part of a
-clip; `fps` is the rate of a folder of stills.
+A solution may also be a number or lack its tags ("3", 3, "B"), options may lack their letters (the prompt gives
+them), and `<video>` or `<image>` in a problem, which other formats have, is taken out. `start` and `end` in seconds
+show a part of a clip; `fps` is the rate of a folder of stills.
 
 A file that is no list of records is an error at once. A row that is wrong, like media that cannot be read, is skipped,
 counted and named, up to `max_unreadable` of the rows. Nothing is ever replaced by another clip, and no question is ever
@@ -62,6 +62,15 @@ HINTS = {
     "free-form": "The result is a short text.",
 }
 
+# the fields that every record has
+FIELDS = {
+    "problem_id": (str, int),
+    "problem": str,
+    "data_type": str,
+    "problem_type": str,
+    "solution": (str, int, float),
+    "path": str,
+}
 # frame: a folder of numbered stills
 DATA_TYPES = ("video", "image", "frame")
 # tokens that mean pixels or turns to the model, not words
@@ -81,7 +90,7 @@ class Unusable(Exception):
 
 
 def load_records(path, data_root, max_unreadable=0.0, need_process=False):
-    """(records, bad rows) of a JSON or JSONL file: a list of dicts in the file's order, and {"row 7": what is wrong with it}.
+    """(records, bad rows) of a JSON or JSONL file: a list of dicts in the file's order, and {"row 7": its fault}.
 
     Rows count from 1. Solutions come with their tags. Raises UserError with the list of bad rows if they are more than
     `max_unreadable` of all rows.
@@ -116,8 +125,7 @@ def check_record(row, data_root, need_process):
     """ValueError naming the first field of `row` that is wrong, with its value."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a record, got {row!r:.80}")
-    kinds = {"problem_id": (str, int), "problem": str, "data_type": str, "problem_type": str, "solution": (str, int, float), "path": str}
-    for name, kind in kinds.items():
+    for name, kind in FIELDS.items():
         if row.get(name) in (None, ""):
             raise ValueError(f"{name}: missing")
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
@@ -180,7 +188,7 @@ def is_number(value):
 
 
 def media_path(row, data_root):
-    """The absolute path of the record's video, image or folder. ValueError if it escapes data_root (symlinks are allowed)."""
+    """The absolute path of the record's media. ValueError if it escapes data_root (symlinks are allowed)."""
     root = os.path.abspath(data_root)
     path = os.path.abspath(os.path.join(root, row["path"]))
     inside = path == root or path.startswith(os.path.join(root, ""))
@@ -195,10 +203,10 @@ def media_path(row, data_root):
 def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
-    The processor derives the time between two frames from the metadata: total_num_frames / fps / F seconds, the true one. It
-    is the same in SFT, rollout, loss and evaluation. `start` and `end` (seconds from the first frame) show a part of a clip.
-    `last_frame`: the clip ends on the question's own picture, which is always shown. `image_path`: that picture is a file and
-    becomes one more frame at the end. Raises Unusable with file and reason.
+    The processor derives the time between two frames from the metadata: total_num_frames / fps / F seconds, the true
+    one. It is the same in SFT, rollout, loss and evaluation. `start` and `end` (seconds from the first frame) show a
+    part of a clip. `last_frame`: the clip ends on the question's own picture, which is always shown. `image_path`:
+    that picture is a file and becomes one more frame at the end. Raises Unusable with file and reason.
     """
     path = media_path(record, cfg.data_root)
     try:
@@ -413,7 +421,7 @@ class DataConfig(settings.SharedConfig):
     stage: str = option("tgrpo", "whose records", choices=settings.STAGES)
     check: bool = option(False, "decode every file once and list what cannot be read")
     distill: str = option("", "predictions of evaluate.py: keep the good chains of thought as records for sft.py")
-    out: str = option("", "the file to write: with --check the rows that can be used, with --distill the records for sft.py")
+    out: str = option("", "file to write: with --check the usable rows, with --distill the records for sft.py")
     min_accuracy: float = option(CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1)
 
 

@@ -65,8 +65,9 @@ class EvalConfig(settings.SharedConfig):
 
 def settings_of(cfg):
     """What the numbers depend on; it stands in every row and in the summary."""
-    names = ("model", "max_frames", "video_reader", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt", "shuffle_unit",
-             "temperature", "top_p", "max_new_tokens", "batch_size", "seed", "bf16", "records", "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
+    names = ("model", "max_frames", "video_reader", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt",
+             "shuffle_unit", "temperature", "top_p", "max_new_tokens", "batch_size", "seed", "bf16", "records",
+             "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
     return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {}) | {"weights": fingerprint(cfg.model)}
 
 
@@ -115,10 +116,10 @@ def load_questions(cfg):
 
 def unusable_question(cfg, name, reason):
     """What stands for a bad row of the record file among the questions."""
-    benchmark = Path(cfg.records).stem
+    names = {"benchmark": Path(cfg.records).stem, "id": name, "problem_id": name, "task": None}
     texts = dict.fromkeys(("problem", "solution", "path"), "")
-    return {"benchmark": benchmark, "id": name, "problem_id": name, "task": None, "options": [], **texts, "data_type": "video",
-            "problem_type": "free-form", "error": reason}
+    kinds = {"data_type": "video", "problem_type": "free-form", "options": []}
+    return {**names, **texts, **kinds, "error": reason}
 
 
 def asked(record):

@@ -4,12 +4,13 @@
     read_folder    the same of a folder of stills
     read_picture   one picture: RGB, upright, on white where it was transparent
 
-For n frames of a clip that is shown for D seconds (from its first to its last frame, plus one interval) these are the frames
-on display at (i + 1/2) D / n. Frame times come from the file, and only frames that a player shows count. So the distance
-between two frames is D / n seconds, the one distance per clip that Qwen2.5-VL knows. docs/frames.md says why.
+For n frames of a clip that is shown for D seconds (from its first to its last frame, plus one interval) these are the
+frames on display at (i + 1/2) D / n. Frame times come from the file, and only frames that a player shows count. So
+the distance between two frames is D / n seconds, the one distance per clip that Qwen2.5-VL knows. docs/frames.md says
+why.
 
-Every function raises ValueError or OSError, or an error of PyAV or Pillow, for a file that cannot be read. A clip that is
-not read after READ_SECONDS raises too: nothing hangs.
+Every function raises ValueError or OSError, or an error of PyAV or Pillow, for a file that cannot be read. A clip
+that is not read after READ_SECONDS raises too: nothing hangs.
 
 Axes: F frames · H height · W width · C channels
 """
@@ -32,13 +33,15 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-# A clip that takes longer than this is unusable. The longest wait is about twice as long, as one call may still be running.
+# A clip that takes longer than this is unusable. It is looked at between two packets, each of which takes moments.
 READ_SECONDS = 300
 # The rate of a folder of stills whose record names none.
 FOLDER_FPS = 3.0
 # A clip is taken for half a download if it is shorter than this share of what its header promises.
 LEAST_SHARE = 0.9
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# How files begin that only name other files. libav waits for ever for the end of a live stream.
+PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 # Containers that store when each frame is shown. In others (avi, wmv, mpeg) libav guesses it, often wrongly.
 TIMED = {"mov", "matroska", "flv", "mpegts"}
 # Containers whose index finds key frames by their times. All others are decoded from their start.
@@ -64,11 +67,12 @@ class Shown(NamedTuple):
 
 
 def select(ticks, tick_seconds, n, start=None, end=None, interval=None):
-    """(indices of the n frames on display at even times, the number of frames they are spread over, the seconds those take).
+    """(indices of the n frames on display at even times, how many frames they are spread over, the seconds those last).
 
-    ticks: when each frame appears, increasing whole numbers, in units of `tick_seconds` (a Fraction). start, end: take only
-    this part, in seconds from the first frame; beyond the end of the clip it is the last frame. All frames are taken if
-    there are fewer than n. interval: ticks that the last frame lasts, held to the range of the other frames' intervals.
+    ticks: when each frame appears, increasing whole numbers, in units of `tick_seconds` (a Fraction). start, end:
+    take only this part, in seconds from the first frame; beyond the end of the clip it is the last frame. All frames
+    are taken if there are fewer than n. interval: ticks that the last frame lasts, held to the range of the other
+    frames' intervals.
 
     A clip of 4 frames a second, then one that shows its first frame for three of its four seconds:
 
@@ -128,14 +132,18 @@ def is_even(gaps):
 def read_clip(path, n, start=None, end=None, last_frame=False, reader="exact"):
     """At most n frames of a clip as Shown. last_frame: the last of them is the last of the clip.
 
-    reader: "exact", or "decord" as in the released pipeline. That one counts frames instead of reading their times, and gives
-    other frames than asked for in many files. start and end are seconds from the first frame.
+    reader: "exact", or "decord" as in the released pipeline. That one counts frames instead of reading their times,
+    and gives other frames than asked for in many files. start and end are seconds from the first frame.
     """
     # a pipe or a device would be waited for
     if not os.path.isfile(path):
         raise ValueError("not a file" if os.path.exists(path) else "no such file")
     if os.path.getsize(path) == 0:
         raise ValueError("empty file")
+    with open(path, "rb") as file:
+        beginning = file.read(4096)
+    if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:
+        raise ValueError("a playlist, not a clip")
     if reader == "decord":
         return run_decord(path, n, start, end, last_frame)
     return read_exactly(path, n, start, end, last_frame)
@@ -144,11 +152,11 @@ def read_clip(path, n, start=None, end=None, last_frame=False, reader="exact"):
 def read_exactly(path, n, start, end, last_frame):
     """Frames by the times of displayed frames. The packets tell these times without decoding, in most files.
 
-    Where a packet's frame does not come out of the decoder at its time (damaged files, frames that are never shown, containers
-    without times), the file is decoded from its start instead, once for the times and once for the frames.
+    Where a packet's frame does not come out of the decoder at its time (damaged files, frames that are never shown,
+    containers without times), the file is decoded from its start instead, once for the times and once for the frames.
     """
     deadline = time.monotonic() + READ_SECONDS
-    with av.open(path) as container:
+    with open_clip(path) as container:
         stream = video_stream(container)
         tick_seconds = stream.time_base
         ticks, keys, interval, problem = packet_table(container, stream, deadline)
@@ -180,6 +188,11 @@ def read_exactly(path, n, start, end, last_frame):
     return Shown(frames_FHWC, indices, total, float(total / seconds))
 
 
+def open_clip(path):
+    """The open container. Its single calls end in time too: opening, and reading a packet."""
+    return av.open(path, timeout=max(1, READ_SECONDS))
+
+
 def with_last(chosen, last_frame, n_frames):
     indices, total, seconds = chosen
     if last_frame:
@@ -203,21 +216,22 @@ def kinds_of(container):
 
 
 def packet_table(container, stream, deadline):
-    """(ticks of the frames that will be shown, ticks of the key frames, ticks that the last frame lasts, what is wrong or None).
+    """(ticks of the frames to be shown, of the key frames, how many ticks the last frame lasts, what is wrong or None).
 
-    All from packets, undecoded. ticks is empty if the packets do not tell: no times, or one time twice. Packets that an edit list hides are not shown.
+    All from packets, undecoded. The first is empty if the packets do not tell: no times, or one time twice. Packets
+    that an edit list hides are not shown.
     """
     ticks, keys, ends = [], [], {}
     rate = stream.average_rate or stream.guessed_rate
-    last_tick, interval = None, rate and max(1, round(1 / (rate * stream.time_base)))
+    interval = max(1, round(1 / (rate * stream.time_base))) if rate else None
+    last_tick = None
     told = True
     for packet in timed(container.demux(), deadline):
         if packet.pts is None:
             told = told and not (packet.size and packet.stream is stream)
             continue
-        if packet.stream.type in ("video", "audio"):
-            packet_end = packet.pts + (packet.duration or 0)
-            ends[packet.stream.index] = max(ends.get(packet.stream.index, packet_end), packet_end)
+        packet_end = packet.pts + (packet.duration or 0)
+        ends[packet.stream.index] = max(ends.get(packet.stream.index, packet_end), packet_end)
         if packet.stream is not stream or not packet.size:
             continue
         if packet.is_keyframe:
@@ -225,7 +239,8 @@ def packet_table(container, stream, deadline):
         if not packet.is_discard:
             ticks.append(packet.pts)
             if packet.duration and (last_tick is None or packet.pts > last_tick):
-                last_tick, interval = packet.pts, packet.duration
+                last_tick = packet.pts
+                interval = packet.duration
     ticks.sort()
     if not told or len(set(ticks)) < len(ticks):
         ticks = []
@@ -235,8 +250,8 @@ def packet_table(container, stream, deadline):
 def shortfall(container, stream, ticks, ends):
     """What is missing of a file that holds less than LEAST_SHARE of what its header promises; None if nothing is.
 
-    ends: the last tick of each stream by its index. A promise is the stream's duration, or else that of the whole file, which
-    all streams together must keep: the sound may be longer than the picture.
+    ends: the last tick of each stream by its index. A promise is the stream's duration, or else that of the whole
+    file, which all streams together must keep: the sound may be longer than the picture.
     """
     if not PROMISING & kinds_of(container):
         return None
@@ -277,11 +292,12 @@ def decode(container, stream, deadline):
 def fetch(path, wanted, keys, deadline):
     """RGB arrays of the frames at the ticks `wanted`. None if one of them does not come out of the decoder at its tick.
 
-    Seeks to the last key frame before a wanted frame only if that key frame is still ahead, else decodes on. The key frame is
-    never later than the wanted one, so the leading frames of an open group of pictures are decoded with the group before.
+    Seeks to the last key frame before a wanted frame only if that key frame is still ahead, else decodes on. The key
+    frame is never later than the wanted one, so the leading frames of an open group of pictures are decoded with the
+    group before.
     """
     arrays = {}
-    with av.open(path) as container:
+    with open_clip(path) as container:
         stream = video_stream(container)
         to_rgb = UprightRGB(stream)
         seekable = SEEKABLE & kinds_of(container)
@@ -302,7 +318,7 @@ def fetch(path, wanted, keys, deadline):
 
 def decoded_ticks(path, deadline):
     """Ticks of all frames in the order the decoder gives them, None where a frame has none."""
-    with av.open(path) as container:
+    with open_clip(path) as container:
         ticks = [frame.pts for frame in decode(container, video_stream(container), deadline)]
     if not ticks:
         raise ValueError("no frame can be decoded")
@@ -312,7 +328,7 @@ def decoded_ticks(path, deadline):
 def fetch_by_count(path, indices, deadline):
     """RGB arrays of the frames at `indices`, counted from 0 in the order the decoder gives them."""
     arrays = {}
-    with av.open(path) as container:
+    with open_clip(path) as container:
         stream = video_stream(container)
         to_rgb = UprightRGB(stream)
         for i, frame in enumerate(decode(container, stream, deadline)):
@@ -324,7 +340,7 @@ def fetch_by_count(path, indices, deadline):
 
 
 class UprightRGB:
-    """Turns decoded frames of one clip into (H, W, C) uint8 arrays, all as the first one: its size in square pixels, upright.
+    """Turns frames of one clip into (H, W, C) uint8 arrays: upright, square pixels, all of the first one's size.
 
     One thread: a converter with threads of its own that is still around when a DataLoader forks would hang its workers.
     """
@@ -366,7 +382,7 @@ def turned(frame_HWC, matrix):
 
 
 def run_decord(path, n, start, end, last_frame):
-    """Shown, by decord, in a process of its own: decord waits for ever on some damaged files, and then only killing helps."""
+    """Shown, by decord in a process of its own: it never returns from some damaged files, and only killing helps."""
     request = json.dumps([str(path), n, start, end, last_frame])
     try:
         done = subprocess.run([sys.executable, __file__, request], capture_output=True, timeout=READ_SECONDS)
@@ -395,8 +411,9 @@ def read_with_decord(path, n, start, end, last_frame):
 
 
 def read_folder(path, n, fps=None, start=None, end=None, last_frame=False):
-    """At most n stills of a folder as Shown. fps: their rate, FOLDER_FPS if None. All get the size of the first one shown."""
-    files = [p for p in Path(path).iterdir() if p.suffix.lower() in STILLS and not p.name.startswith(".") and p.is_file()]
+    """At most n stills of a folder as Shown, all of the size of the first. fps: their rate, FOLDER_FPS if None."""
+    visible = [p for p in Path(path).iterdir() if not p.name.startswith(".")]
+    files = [p for p in visible if p.suffix.lower() in STILLS and p.is_file()]
     if not files:
         raise ValueError("no stills (.jpg, .png, .webp, .bmp) in this folder")
     files.sort(key=natural_order)
@@ -430,7 +447,7 @@ def read_picture(path):
 
 
 def in_8_bits(image):
-    """Greys of 16 bits, and of 32 bits or floats that lie in a range of 8 or 16 bits or of 0 to 1, as 8 bits. Others stay."""
+    """The image; greys of more bits and floats scaled to 8 bits. ValueError if it is unknown which grey is white."""
     if not image.mode.startswith(("I", "F")):
         return image
     grey_HW = np.asarray(image, dtype=np.float64)
@@ -444,7 +461,9 @@ def in_8_bits(image):
     if not (0 <= low and high <= brightest):
         raise ValueError(f"greys from {low:g} to {high:g}: which of them is white is not known")
     grey = Image.fromarray((grey_HW * (255 / brightest) + 0.5).astype(np.uint8))
-    grey.info = image.info
+    if "exif" in image.info:
+        # it says which way is up
+        grey.info["exif"] = image.info["exif"]
     return grey
 
 

@@ -72,7 +72,7 @@ def extract_answer(text):
 def normalized(form, text):
     """The text in this Unicode normal form; as it is if more than 30 combining marks follow each other.
 
-    Sorting a run of marks takes quadratic time. No language needs more than 30 (the "stream-safe" form of Unicode UAX #15).
+    Sorting a run of marks takes quadratic time. No language needs more than 30 (UAX #15, "stream-safe").
     """
     if text.isascii():
         return text
@@ -82,7 +82,7 @@ def normalized(form, text):
     return unicodedata.normalize(form, text)
 
 
-WRAPPER = re.compile(r"\\(?:boxed|fbox|mbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|operatorname)\s?\{([^{}]*)\}")
+WRAPPER = re.compile(r"\\(?:[fm]?box|boxed|text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|operatorname)\s?\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}|\\[dt]?frac (\d) ?(\d)|\\[dt]?frac(\d)(\d)")
 # "3½" and "3\frac{1}{2}" are three and a half: keep the parts apart
 MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞↉]|\\[dt]?frac)")
@@ -119,7 +119,7 @@ SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 
 def split_label(text):
-    """("B", ")", " the cat") of "(B) the cat", ("B", "", "") of a lone letter in any decoration, (None, "", "") of all else."""
+    """("B", ")", " the cat") of "(B) the cat", ("B", "", "") of a lone letter, (None, "", "") of all else."""
     core = text.strip(DECORATION)
     letter, mark, rest = core[:1], core[1:2], core[2:]
     if not (letter.isascii() and letter.isalpha()):
@@ -161,7 +161,8 @@ def parse_letter(text):
 VALUE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 NUMBER = re.compile(rf"[$€£¥₹]?([+-]?(?:{VALUE})(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE)
 # "3/4", "1 3/4"; not the dates "3/4/2020"
-RATIO = re.compile(r"([+-]?)(?:(\d{1,9}) )?(\d{1,9}(?:\.\d{1,9})?) ?[/⁄∕] ?(\d{1,9}(?:\.\d{1,9})?)(?![\d.,/])", re.ASCII)
+PART = r"(\d{1,9}(?:\.\d{1,9})?)"
+RATIO = re.compile(rf"([+-]?)(?:(\d{{1,9}}) )?{PART} ?[/⁄∕] ?{PART}(?![\d.,/])", re.ASCII)
 # what may stand before the number: "the answer is", "答案:", "x ="
 NUMBER_LEAD = re.compile(
     r"(?:(?:the |final |correct )*answer(?: is)?\s?:?|答案(?:是|为|為)?\s?:?|答えは?\s?:?)?\s?(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
@@ -174,8 +175,8 @@ UNIT = re.compile(rf"(?:(?:square|cubic|degrees) )?{WORD}(?: per {WORD})?", re.I
 # words that make another number of it, or none: "4 million" is not 4, nor is "12 AM" 12
 SCALES = set(
     "k b bn bln tn trn mn mln mio mil mrd dozen score gross hundred thousand million billion trillion lakh lac crore "
-    "millionen milliarden millones milliard quarter half halve third fourth fifth sixth seventh eighth ninth tenth hundredth "
-    "thousandth millionth squared cubed am pm noon midnight oclock bc bce x e or and to plus minus".split()
+    "millionen milliarden millones milliard quarter half halve third fourth fifth sixth seventh eighth ninth tenth "
+    "hundredth thousandth millionth squared cubed am pm noon midnight oclock bc bce x e or and to plus minus".split()
 )
 # after a currency sign also these; capital letters always
 SHORT_SCALES = set("m mm t".split())
@@ -190,9 +191,9 @@ def parse_number(text):
     """The one number that `text` is, as a finite float; a currency sign before it and one unit after it are dropped.
 
     Thousands commas in threes ("1,00", "3,5", "0,500" are errors). "50%" is 50. A unit is one word, "square meters", or
-    "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises ValueError for anything
-    else: several numbers, other words before the number, scales ("4 million", "$1.2M", "3 lakh"), times ("12 AM"), nan, inf,
-    and numbers too large for a float.
+    "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises ValueError for
+    anything else: several numbers, other words before the number, scales ("4 million", "$1.2M", "3 lakh"), times ("12
+    AM"), nan, inf, and numbers too large for a float.
 
     >>> [parse_number(t) for t in ("4.0", "1,000", "1e3", "-3", "50%", "$5", "3.5 square meters.")]
     [4.0, 1000.0, 1000.0, -3.0, 50.0, 5.0, 3.5]
@@ -264,7 +265,7 @@ def tagged_solution(solution):
 
 
 def parse_solution(solution, problem_type, options=None):
-    """The truth inside "<answer>…</answer>", or without tags: a letter, a number or a text. ValueError, in one line, if not.
+    """The truth inside "<answer>…</answer>", or a bare one: a letter, a number or a text. Else ValueError, in one line.
 
     With `options` the letter must be one of theirs. A free-form truth needs a word that ROUGE can see.
     """
@@ -365,7 +366,8 @@ def word_error_rate(reference, hypothesis):
 def ocr_accuracy(answer, truth):
     """1 − word error rate, not below 0 (paper). Any white space ends a word here: a line break is no error (ours).
 
-    Texts are compared in NFC: an accent may be a character of its own or not, but a full-width letter is another letter.
+    Texts are compared in NFC: an accent may be a character of its own or not, but a full-width letter is another
+    letter.
     """
     answer = normalized("NFC", answer).split()
     truth = normalized("NFC", truth).split()
@@ -375,7 +377,9 @@ def ocr_accuracy(answer, truth):
 
 
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
-SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 def rouge_words(text):

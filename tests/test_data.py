@@ -154,7 +154,7 @@ def test_check_writes_the_rows_that_can_be_used(tmp_path, monkeypatch, capsys):
     assert json.loads(out.read_text()) == [rows[0], rows[3]]
 
 
-def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, capsys):
+def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, monkeypatch, capsys):
     """Guards: 60 odd rows that refuse the set, or go unnamed; half a minute and more before the first step."""
     texts = json.loads((world / "world/rl.json").read_text())
     odd = range(1000, 263_071, 4400)
@@ -163,15 +163,21 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, cap
     for i in odd:
         lines[i] = json.dumps(texts[0] | {"solution": "<answer>many</answer>", "problem_type": "numerical"}) + "\n"
     (tmp_path / "all.jsonl").write_text("".join(lines))
-    begin = time.perf_counter()
-    records, bad_rows = data.load_records(tmp_path / "all.jsonl", world / "world", max_unreadable=0.01)
-    seconds = time.perf_counter() - begin
-    assert len(records) == 263_011 and list(bad_rows) == [f"row {i + 1}" for i in odd] and len(odd) == 60
-    assert seconds < 30
-    del records
+    load_records, loaded = data.load_records, {}
+
+    def timed_load(*arguments, **keywords):
+        begin = time.perf_counter()
+        records, bad_rows = load_records(*arguments, **keywords)
+        loaded.update(seconds=time.perf_counter() - begin, n_records=len(records), bad_rows=list(bad_rows))
+        return records, bad_rows
+
+    monkeypatch.setattr(data, "load_records", timed_load)
     out = run("tgrpo", records=tmp_path / "all.jsonl", batch_size=1, micro_batch_size=1)
+    assert loaded["seconds"] < 30 and loaded["n_records"] == 263_011
+    assert loaded["bad_rows"] == [f"row {i + 1}" for i in odd] and len(odd) == 60
     said = capsys.readouterr().out
-    assert all(f"skipped row {i + 1}: solution: not a number" in said for i in odd) and "60 unusable records were skipped" in said
+    assert all(f"skipped row {i + 1}: solution: not a number" in said for i in odd)
+    assert "60 unusable records were skipped" in said
     assert [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")] == [60, 60]
 
 

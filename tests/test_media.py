@@ -375,6 +375,16 @@ def test_what_is_no_file_is_named_at_once(tmp_path):
             data.load_media(record("pipe.mp4", data_type), config(tmp_path))
 
 
+def test_playlists_are_no_clips(tmp_path):
+    """Guards: a playlist of a live stream, which is waited for, for ever; a clip in place of the one that the record names."""
+    write_clip(tmp_path / "a.ts", range(10))
+    (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:24\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:24,\na.ts\n")
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
+    for name in ("a.m3u8", "a.mp4"):
+        with pytest.raises(data.Unusable, match="a playlist, not a clip"):
+            data.load_media(record(name), config(tmp_path))
+
+
 def test_reading_has_an_end(tmp_path, monkeypatch):
     """Guards: a file that decodes for hours."""
     write_clip(tmp_path / "a.mp4", range(10))
