@@ -320,6 +320,16 @@ def test_evaluation_names_what_it_could_not_read(run, broken_world, capsys):
     assert [r["path"] in r["error"] for r in rows if "error" in r] == [True]
 
 
+def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, capsys):
+    """Guards: one bad row that refuses an evaluation, or that vanishes from the count."""
+    rows = json.loads((world / "world/test.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps([rows[0], {**rows[1], "path": 7}, *rows[2:]]))
+    out = run("evaluate", records=tmp_path / "mine.json", max_unreadable=0.1)
+    part = json.loads((out / "summary.json").read_text())["mine"]
+    assert (part["n"], part["unusable"]) == (len(rows) - 1, ["row 2"])
+    assert "skipped row 2: path: expected text, got 7" in capsys.readouterr().out
+
+
 def test_shuffle_frames_shows_other_frames_than_in_order(run):
     """Guards: a flag that changes the label of the run and not the run."""
     ordered, shuffled = run("evaluate", "a", temporal_gap="false"), run("evaluate", "b", temporal_gap="false", shuffle_frames="true")
