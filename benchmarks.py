@@ -25,7 +25,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from rewards import (ACCURACY, extract_answer, mean_relative_accuracy, number_or_nan, parse_letter, parse_solution, tags_in)
+from rewards import (ACCURACY, extract_answer, lettered, mean_relative_accuracy, number_or_nan, parse_letter, parse_solution,
+                     tags_in)
 from settings import UserError, read_rows
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")  # TempCompass; its captioning needs a judge model: left out
@@ -178,14 +179,6 @@ def one_of(row, name, values):
     if need(row, name) not in values:
         raise ValueError(f"{name}: expected one of {', '.join(values)}, got {row[name]!r:.80}")
     return row[name]
-
-
-def lettered(options):
-    """Options as "A. text"; those that have their letters stay as they are."""
-    letters = [chr(ord("A") + i) for i in range(len(options))]
-    if all(re.match(rf"{letter}[.):]", option) for letter, option in zip(letters, options)):
-        return list(options)
-    return [f"{letter}. {option}" for letter, option in zip(letters, options)]
 
 
 def make(row_id, task, problem, answer, path, options=(), problem_type="", **extra):

@@ -1007,10 +1007,17 @@ def micro_batches(items, cfg, accelerator, blank):
 
 
 class Skipped:
-    """Counts and names the records whose media are unusable; stops the run past `max_unreadable` of all records."""
+    """Counts and names bad rows and records whose media are unusable; stops the run past `max_unreadable` of all rows.
 
-    def __init__(self, cfg, n_records, seen=()):
-        self.limit, self.n_records, self.seen = cfg.max_unreadable, n_records, dict(seen)
+    bad_rows: {name: reason}, known since the records were loaded. seen: the same of those met before a resume.
+    """
+
+    def __init__(self, accelerator, cfg, n_records, bad_rows, seen=()):
+        self.limit = cfg.max_unreadable
+        self.n_records = n_records + len(bad_rows)
+        self.seen = dict(bad_rows) | dict(seen)
+        for name, reason in bad_rows.items():
+            accelerator.print(f"skipped {name}: {reason}")
 
     def __len__(self):
         return len(self.seen)

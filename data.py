@@ -11,10 +11,16 @@ the answer is `process`, a newline, `solution`.
 
     python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
     python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
+    python data.py --config configs/toy.yaml --stage tgrpo --check --out readable.json    # write the usable rows too
     python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as chains of thought for sft.py
 
-Broken records (our own files) are an error before anything starts, all at once. Broken media are skipped, counted and
-named; they are never replaced by another clip, and no question is ever trained without its pixels.
+A solution may also be a number or lack its tags ("3", 3, "B"), options may lack their letters (the prompt gives
+them), and `<video>` or `<image>` in a problem, which other formats have, is taken out. `start` and `end` in seconds
+show a part of a clip; `fps` is the rate of a folder of stills.
+
+A file that is no list of records is an error at once. A row that is wrong, like media that cannot be read, is skipped,
+counted and named, up to `max_unreadable` of the rows. Nothing is ever replaced by another clip, and no question is ever
+trained without its pixels.
 
 Axes: F frames · H height · W width · C channels · P tokens of a prompt
 """
@@ -33,20 +39,18 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import av
-import decord
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
 import settings
-from rewards import ACCURACY, CORRECT, accuracy_reward, format_reward, parse_solution
+from frames import read_clip, read_folder, read_picture
+from rewards import ACCURACY, CORRECT, accuracy_reward, format_reward, lettered, parse_solution, tagged_solution
 from settings import UserError, option, read_rows
 
 PROMPT = """{problem}
@@ -63,12 +67,24 @@ HINTS = {
     "free-form": "The result is a short text.",
 }
 
-DATA_TYPES = ("video", "image", "frame")                  # frame: a folder of numbered stills
-FOLDER_FPS = 3.0                                          # the rate of such a folder
-# (codecs), (containers) in which decord finds the frame it is asked for. In all others (avi, ts, mpeg, wmv; MPEG-4 part 2
-# anywhere) it returns neighbours, and says nothing: those are read from their start.
-SEEKABLE = {"h264", "hevc", "vp8", "vp9", "av1"}, {"mov", "matroska", "flv"}
-CONTROL = re.compile(r"<\|\w+\|>")                       # tokens that mean pixels or turns to the model, not words
+# the fields that every record has
+FIELDS = {
+    "problem_id": (str, int),
+    "problem": str,
+    "data_type": str,
+    "problem_type": str,
+    "solution": (str, int, float),
+    "path": str,
+}
+# frame: a folder of numbered stills
+DATA_TYPES = ("video", "image", "frame")
+# tokens that mean pixels or turns to the model, not words
+CONTROL = re.compile(r"<\|\w+\|>")
+SURROGATE = re.compile("[\ud800-\udfff]")
+# where other formats put the pixels
+PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image)>")
+# bad rows that an error lists
+LISTED = 1000
 
 
 class Unusable(Exception):
@@ -78,188 +94,151 @@ class Unusable(Exception):
 # --------------------------------------------------------------------------------------------------- records
 
 
-def load_records(path, data_root, need_process=False):
-    """The records of a JSON or JSONL file as a list of dicts, in the file's order.
+def load_records(path, data_root, max_unreadable=0.0, need_process=False):
+    """(records, bad rows) of a JSON or JSONL file: a list of dicts in the file's order, and {"row 7": its fault}.
 
-    Raises UserError that lists every bad row with its number (from 1) and what is wrong with which field.
+    Rows count from 1. Solutions come with their tags. Raises UserError with the list of bad rows if they are more than
+    `max_unreadable` of all rows.
     """
     rows = read_rows(path)
-    problems = []
+    usable, reasons = split_rows(rows, data_root, need_process)
+    bad_rows = {f"row {number}": reason for number, reason in reasons.items()}
+    if len(bad_rows) > max_unreadable * len(rows) or not usable:
+        lines = [f"  {name}: {reason}" for name, reason in bad_rows.items()]
+        if len(lines) > LISTED:
+            lines = [*lines[:LISTED], f"  and {len(lines) - LISTED} more"]
+        raise UserError(
+            f"{path}: {len(bad_rows)} of {len(rows)} rows are bad, more than max_unreadable {max_unreadable} allows:\n"
+            + "\n".join(lines)
+        )
+    return list(usable.values()), bad_rows
+
+
+def split_rows(rows, data_root, need_process=False):
+    """({row number: record}, {row number: what is wrong}), numbers from 1. Records have tags round their solutions."""
+    usable, reasons = {}, {}
     for number, row in enumerate(rows, 1):
         try:
             check_record(row, data_root, need_process)
+            usable[number] = row | {"solution": tagged_solution(row["solution"])}
         except ValueError as error:
-            problems.append(f"  row {number}: {error}")
-    if problems:
-        raise UserError(f"{path}: {len(problems)} of {len(rows)} rows are bad:\n" + "\n".join(problems))
-    return rows
+            reasons[number] = str(error)
+    return usable, reasons
 
 
 def check_record(row, data_root, need_process):
     """ValueError naming the first field of `row` that is wrong, with its value."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a record, got {row!r:.80}")
-    for name in ("problem_id", "problem", "data_type", "problem_type", "solution", "path"):
+    for name, kind in FIELDS.items():
         if row.get(name) in (None, ""):
             raise ValueError(f"{name}: missing")
-        if not isinstance(row[name], (str, int) if name == "problem_id" else str):
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f"{name}: expected text, got {row[name]!r:.80}")
+    if not plain_problem(row):
+        raise ValueError(f"problem: missing, there is only {row['problem']!r:.80}")
     if row["data_type"] not in DATA_TYPES:
-        raise ValueError(f"data_type: expected one of {', '.join(DATA_TYPES)}, got {row['data_type']!r}")
+        raise ValueError(f"data_type: expected one of {', '.join(DATA_TYPES)}, got {row['data_type']!r:.80}")
     if row["problem_type"] not in ACCURACY:
-        raise ValueError(f"problem_type: expected one of {', '.join(ACCURACY)}, got {row['problem_type']!r}")
+        raise ValueError(f"problem_type: expected one of {', '.join(ACCURACY)}, got {row['problem_type']!r:.80}")
     options = row.get("options") or []
     if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
         raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
     if row["problem_type"] == "multiple choice" and not options:
         raise ValueError("options: a multiple choice question without options")
-    for name, text in [*((n, row.get(n) or "") for n in ("problem", "process", "solution")), *(("options", o) for o in options)]:
-        if found := CONTROL.search(str(text)):
-            raise ValueError(f"{name}: holds {found[0]}, a token that the model takes for pixels or the end of a turn")
-        if any("\ud800" <= c <= "\udfff" for c in str(text)):
-            raise ValueError(f"{name}: half of a surrogate pair is no text: {text!a:.80}")
+    for name in ("problem", "solution", "process"):
+        check_text(name, row.get(name))
+    for option_text in options:
+        check_text("options", option_text)
     try:
         parse_solution(row["solution"], row["problem_type"], options)
     except ValueError as error:
         raise ValueError(f"solution: {error}") from None
     if need_process and not (isinstance(row.get("process"), str) and row["process"].strip()):
-        raise ValueError("process: missing; the cold start needs a chain of thought")
-    if ("start" in row) != ("end" in row) or not all(isinstance(row.get(k, 0), int | float) for k in ("start", "end")):
-        raise ValueError(f"start, end: expected two numbers of seconds, got {row.get('start')!r}, {row.get('end')!r}")
+        raise ValueError("process: missing; the SFT stage needs a chain of thought")
+    check_part(row)
     media_path(row, data_root)
-    media_path({"path": row.get("image_path") or ""}, data_root)
+    if row.get("image_path"):
+        if not isinstance(row["image_path"], str):
+            raise ValueError(f"image_path: expected text, got {row['image_path']!r:.80}")
+        media_path({"path": row["image_path"]}, data_root)
+
+
+def check_text(name, text):
+    """ValueError if a text would not reach the model as words."""
+    if not isinstance(text, str):
+        return
+    found = CONTROL.search(text) if "<|" in text else None
+    if found:
+        raise ValueError(f"{name}: holds {found[0]}, a token that the model takes for pixels or the end of a turn")
+    if not text.isascii() and SURROGATE.search(text):
+        raise ValueError(f"{name}: half of a surrogate pair is no text: {text!a:.80}")
+
+
+def check_part(row):
+    """ValueError if the part of the clip to show, or the rate of a folder of stills, is no sense in seconds."""
+    start, end = row.get("start"), row.get("end")
+    if (start, end) != (None, None):
+        if not is_number(start) or not is_number(end):
+            raise ValueError(f"start, end: expected two numbers of seconds, got {start!r:.40}, {end!r:.40}")
+        if start > end:
+            raise ValueError(f"start, end: {start} is after {end}")
+    rate = row.get("fps")
+    if row["data_type"] == "frame" and rate is not None and not (is_number(rate) and 0.001 <= rate <= 1000):
+        raise ValueError(f"fps: expected stills per second, got {rate!r:.40}")
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def media_path(row, data_root):
-    """Where the record's video, image or folder lies. ValueError if the path leaves the data root (but by a link you made)."""
+    """The absolute path of the record's media. ValueError if it escapes data_root (symlinks are allowed)."""
     root = os.path.abspath(data_root)
     path = os.path.abspath(os.path.join(root, row["path"]))
-    if "\0" in path or os.path.commonpath([root, path]) != root:
-        raise ValueError(f"path: leaves the data root {data_root}: {row['path']!r}")
+    inside = path == root or path.startswith(os.path.join(root, ""))
+    if "\0" in path or not inside:
+        raise ValueError(f"path: leaves the data root {data_root}: {row['path']!r:.80}")
     return path
 
 
 # ---------------------------------------------------------------------------------------------------- frames
 
 
-def frame_indices(total, n):
-    """The middle frames of `n` equal parts of a clip of `total` frames; every frame if there are fewer.
-
-    >>> frame_indices(100, 4), frame_indices(3, 8)
-    ([12, 37, 62, 87], [0, 1, 2])
-    """
-    n = min(n, total)
-    return [int((i + 0.5) * total / n) for i in range(n)]
-
-
-def segment(total, fps, start, end, first=0):
-    """(lowest, highest) frame between `start` and `end` seconds of a clip of `total` frames; beyond its end: its last frame."""
-    last = total - 1 + first
-    low = min(max(first, round(start * fps)), last)
-    return low, max(low, min(round(end * fps), last))
-
-
-def segment_indices(total, fps, n, start, end, first=0):
-    """MVBench's rule for `n` frames of such a part. first: 1 for folders of stills numbered from 1, 0 for videos.
-
-    >>> segment_indices(100, 10, 4, 2, 6), segment_indices(30, 3, 2, 0, 100, first=1)
-    ([25, 35, 45, 55], [8, 22])
-    """
-    low, high = segment(total, fps, start, end, first)
-    size = (high - low) / n
-    return [int(low + size / 2 + round(size * i)) for i in range(n)]
-
-
-def chosen_frames(record, total, fps, n, first=0):
-    """(indices of at most `n` frames, from 0; how many frames of the file they are spread over, of which their times follow).
-
-    A record's `start` and `end` (seconds) show a part of its clip. `last_frame`: the clip ends on the question's own
-    picture, which is always shown.
-    """
-    if "start" in record:
-        low, high = segment(total, fps, record["start"], record["end"], first)
-        span = max(1, high - low)
-        indices = [i - first for i in segment_indices(total, fps, min(n, span), record["start"], record["end"], first)]
-    else:
-        span, indices = total, frame_indices(total, n)
-    return (indices[:-1] + [total - 1] if record.get("last_frame") else indices), span
-
-
 def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
-    The metadata hold the true frame rate and indices, from which the processor derives the time between frames.
-    Raises Unusable with file and reason. Frame times are the same in SFT, rollout, loss and evaluation.
+    The processor derives the time between two frames from the metadata: total_num_frames / fps / F seconds, the true
+    one. It is the same in SFT, rollout, loss and evaluation. `start` and `end` (seconds from the first frame) show a
+    part of a clip. `last_frame`: the clip ends on the question's own picture, which is always shown. `image_path`:
+    that picture is a file and becomes one more frame at the end. Raises Unusable with file and reason.
     """
     path = media_path(record, cfg.data_root)
     try:
         if record["data_type"] == "image":
-            return read_image(path), None
-        image = read_image(media_path({"path": record["image_path"]}, cfg.data_root)) if record.get("image_path") else None
-        read = read_folder if record["data_type"] == "frame" else read_video
-        frames_FHWC, fps, indices, span = read(path, record, max(1, cfg.max_frames - (image is not None)))
-        if image is not None:                             # the question's picture comes as one more frame, at the end
-            image = ImageOps.pad(image, frames_FHWC.shape[2:0:-1])
-            frames_FHWC, span = np.concatenate([frames_FHWC, np.asarray(image)[None]]), span * (1 + 1 / len(indices))
-            indices = indices + [indices[-1] + 1]
-        return frames_FHWC, VideoMetadata(total_num_frames=span, fps=fps, frames_indices=indices)
-    except Exception as error:                            # a hostile file may raise anything: name it and go on
+            return read_picture(path), None
+        picture = None
+        if record.get("image_path"):
+            picture = read_picture(media_path({"path": record["image_path"]}, cfg.data_root))
+        n = max(1, cfg.max_frames - (picture is not None))
+        part = {"start": record.get("start"), "end": record.get("end"), "last_frame": bool(record.get("last_frame"))}
+        if record["data_type"] == "frame":
+            clip = read_folder(path, n, record.get("fps"), **part)
+        else:
+            clip = read_clip(path, n, **part, reader=cfg.video_reader)
+        frames_FHWC, indices, total, fps = clip
+        if picture is not None:
+            height, width = frames_FHWC.shape[1:3]
+            picture = ImageOps.pad(picture, (width, height))
+            frames_FHWC = np.concatenate([frames_FHWC, np.asarray(picture)[None]])
+            # one more frame, at the same distance
+            total = total * (1 + 1 / len(indices))
+            indices = [*indices, indices[-1] + 1]
+        return frames_FHWC, VideoMetadata(total_num_frames=total, fps=fps, frames_indices=indices)
+    except Exception as error:
+        # a hostile file may raise anything: name it and go on
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise Unusable(f"{record['path']}: {reason:.200}") from error
-
-
-def read_video(path, record, n):
-    """(frames, frames a second, their indices, how many they are spread over) of a file whose frames are evenly spaced in time.
-
-    A file of uneven spacing is read as if it were even, at its mean rate: Qwen2.5-VL knows one distance between frames a clip.
-    """
-    if os.path.getsize(path) == 0:
-        raise ValueError("empty file")
-    with av.open(path) as container:
-        if not container.streams.video:
-            raise ValueError("no picture in this file")
-        stream = container.streams.video[0]
-        seekable = stream.codec_context.name in SEEKABLE[0] and SEEKABLE[1] & set(container.format.name.split(","))
-        if not seekable:
-            total, fps = sum(packet.size > 0 for packet in container.demux(stream)), float(stream.average_rate or 0)
-    if seekable:
-        reader = decord.VideoReader(path, num_threads=1)
-        total, fps = len(reader), float(reader.get_avg_fps())
-    if total < 1 or not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"{total} frames at {fps} frames a second")
-    indices, span = chosen_frames(record, total, fps, n)
-    frames_FHWC = reader.get_batch(indices).asnumpy() if seekable else read_from_start(path, indices)
-    check_sides(*frames_FHWC.shape[1:3])
-    return frames_FHWC, fps, indices, span
-
-
-def read_from_start(path, indices):
-    """The frames at `indices` of a file in which seeking cannot be trusted: decodes all up to the last of them."""
-    with av.open(path) as container:
-        kept = {i: frame.to_ndarray(format="rgb24") for i, frame in zip(range(max(indices) + 1), container.decode(video=0)) if i in set(indices)}
-    return np.stack([kept[i] for i in indices])
-
-
-def read_folder(path, record, n):
-    stills = [p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    files = sorted(stills, key=lambda p: (int("".join(filter(str.isdecimal, p.stem)) or 0), p.name))      # 2.png before 10.png
-    if not files:
-        raise ValueError("no .jpg or .png in this folder")
-    indices, span = chosen_frames(record, len(files), FOLDER_FPS, n, first=1)
-    return np.stack([np.asarray(read_image(files[i])) for i in indices]), FOLDER_FPS, indices, span
-
-
-def read_image(path):
-    """RGB, upright."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    check_sides(*image.size)
-    return image
-
-
-def check_sides(a, b):
-    if max(a, b) > 200 * min(a, b):
-        raise ValueError(f"{a} x {b} pixels: Qwen2.5-VL takes no picture more than 200 times as long as wide")
 
 
 def shuffled_order(n_frames, rng, unit="frame", patch=2):
@@ -282,10 +261,22 @@ def shuffled_order(n_frames, rng, unit="frame", patch=2):
 # --------------------------------------------------------------------------------------------------- prompts
 
 
+def plain_problem(record):
+    """The question without the words that other formats put where the pixels go.
+
+    >>> plain_problem({"problem": "<video>\\nWhat is in <image> and where?"})
+    'What is in and where?'
+    """
+    return PLACEHOLDER.sub("", record["problem"]).strip()
+
+
 def messages(record, cfg):
     """The record as a conversation of one turn: the picture part, then the question."""
-    question = (cfg.prompt or PROMPT).format(problem=record["problem"], options="\n".join(record.get("options") or []),
-                                             hint=HINTS[record["problem_type"]])
+    question = (cfg.prompt or PROMPT).format(
+        problem=plain_problem(record),
+        options="\n".join(lettered(record.get("options") or [])),
+        hint=HINTS[record["problem_type"]],
+    )
     picture = {"type": "image"} if record["data_type"] == "image" else {"type": "video"}
     return [{"role": "user", "content": [picture, {"type": "text", "text": question.strip()}]}]
 
@@ -339,6 +330,9 @@ class Samples(Dataset):
     def __getitem__(self, position):
         record = self.records[data_index(position, len(self.records), self.cfg.seed) if self.shuffle else position]
         sample = {"record": record, "position": position}
+        if "error" in record:
+            # evaluation keeps bad rows, to count them
+            return sample | {"error": record["error"]}
         try:
             media, metadata = load_media(record, self.cfg)
             rng = random.Random(f"{self.cfg.seed}/{position}/frames")
@@ -458,16 +452,15 @@ class DataConfig(settings.SharedConfig):
     stage: str = option("tgrpo", "whose records", choices=settings.STAGES)
     check: bool = option(False, "decode every file once and list what cannot be read")
     distill: str = option("", "predictions of evaluate.py: keep the good chains of thought as records for sft.py")
-    out: str = option("", "with --distill: the file to write")
+    out: str = option("", "file to write: with --check the usable rows, with --distill the records for sft.py")
     min_accuracy: float = option(CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1)
 
 
-class Media(Dataset):
-    """Item i is None where the media of record i can be read, and else the reason, with its row (from 1)."""
+class ReadMedia(Dataset):
+    """Item i: why the media of records[i] cannot be read, or None. At module level, so that workers can unpickle it."""
 
     def __init__(self, records, cfg):
-        self.records = records
-        self.cfg = cfg
+        self.records, self.cfg = records, cfg
 
     def __len__(self):
         return len(self.records)
@@ -476,13 +469,32 @@ class Media(Dataset):
         try:
             load_media(self.records[i], self.cfg)
         except Unusable as error:
-            return f"row {i + 1}: {error}"
+            return str(error)
 
 
 def check_media(records, cfg):
-    """Reads every record's media in worker processes. Returns the reasons of those that cannot be read."""
-    results = DataLoader(Media(records, cfg), batch_size=None, num_workers=cfg.num_workers)
-    return [reason for reason in tqdm(results, total=len(records), desc="reading media", unit="file") if reason]
+    """Reads the media of {row number: record} in worker processes. Returns {row number: why they cannot be read}."""
+    results = DataLoader(ReadMedia(list(records.values()), cfg), batch_size=None, num_workers=cfg.num_workers)
+    results = tqdm(results, total=len(records), desc="reading media", unit="file")
+    return {number: reason for number, reason in zip(records, results) if reason}
+
+
+def check(cfg, need_process):
+    """Lists the rows that cannot be used, writes the others to cfg.out if it is given. Returns the exit status."""
+    rows = read_rows(cfg.records)
+    records, reasons = split_rows(rows, cfg.data_root, need_process)
+    reasons = reasons | check_media(records, cfg)
+    usable = [row for number, row in enumerate(rows, 1) if number not in reasons]
+    for number in sorted(reasons):
+        print(f"row {number}: {reasons[number]}")
+    print(f"{len(usable)} of {len(rows)} rows can be used")
+    if cfg.out:
+        if not usable:
+            raise UserError(f"{cfg.records}: no row can be used, {cfg.out} is not written")
+        settings.write_atomic(cfg.out, json.dumps(usable, indent=1, ensure_ascii=False))
+        print(f"they are in {cfg.out}")
+        return 0
+    return int(len(reasons) > cfg.max_unreadable * len(rows))
 
 
 def distill(rows, data_root, min_accuracy=CORRECT):
@@ -528,11 +540,11 @@ def main():
         print("\n".join([f"{n} dropped: {reason}" for reason, n in dropped.most_common()]))
         return print(f"{len(records)} of {len(rows)} answers kept: {cfg.out}")
     settings.require(cfg, stage, "records")
-    records = load_records(cfg.records, cfg.data_root, need_process=stage == "sft")
     if cfg.check:
-        unreadable = check_media(records, cfg)
-        print("\n".join(unreadable + [f"{len(records) - len(unreadable)} of {len(records)} files can be read"]))
-        sys.exit(1 if len(unreadable) > cfg.max_unreadable * len(records) else 0)
+        sys.exit(check(cfg, need_process=stage == "sft"))
+    records, bad_rows = load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=stage == "sft")
+    for name, reason in bad_rows.items():
+        print(f"skipped {name}: {reason}")
     print(json.dumps(records[0], indent=2, ensure_ascii=False))
     print("\nprompt:\n" + messages(records[0], cfg)[0]["content"][1]["text"])
 

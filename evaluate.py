@@ -63,9 +63,11 @@ class EvalConfig(settings.SharedConfig):
 
 def settings_of(cfg):
     """What the numbers depend on; it stands in every row and in the summary."""
-    names = ("model", "max_frames", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt", "shuffle_unit", "temperature", "top_p",
-             "max_new_tokens", "batch_size", "seed", "bf16", "records", "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
-    return {name: getattr(cfg, name) for name in names} | ({"records": ""} if cfg.benchmarks else {}) | {"weights": settings.fingerprint(cfg.model)}
+    names = ("model", "max_frames", "video_reader", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt",
+             "shuffle_unit", "temperature", "top_p", "max_new_tokens", "batch_size", "seed", "bf16", "records",
+             "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
+    found = {name: getattr(cfg, name) for name in names} | {"weights": settings.fingerprint(cfg.model)}
+    return found | ({"records": ""} if cfg.benchmarks else {})
 
 
 # ----------------------------------------------------------------------------------------------------- questions
@@ -80,18 +82,29 @@ def load_questions(cfg):
     if cfg.benchmarks:
         records = [r for name in dict.fromkeys(cfg.benchmarks) for r in load_benchmark(name, cfg.root, cfg.clip_segments)]
     else:
-        records = data.load_records(cfg.records, cfg.data_root)
+        records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
         times = Counter(r["problem_id"] for r in records)                   # an id that comes twice gets its row's number
         records = [{**r, "benchmark": Path(cfg.records).stem, "task": r.get("task") or r.get("data_source") or r["problem_type"],
                     "id": r["problem_id"] if times[r["problem_id"]] == 1 else f"{r['problem_id']} (row {i})"}
                    for i, r in enumerate(records, 1)]
     judge_rows([{**r, "prediction": ""} for r in records])                  # what could not be scored is said before hours of answering
+    if not cfg.benchmarks:
+        # bad rows are not asked, but counted with the unusable ones
+        records += [unusable_question(cfg, name, reason) for name, reason in bad_rows.items()]
     missing = set(missing_media(records, cfg.data_root))
     n_missing = sum(r["path"] in missing or r.get("image_path") in missing for r in records)
     if n_missing == len(records):
         raise UserError(f"evaluate.{'root' if cfg.benchmarks else 'data_root'}: none of the media is in {cfg.data_root}, "
                         f"where {records[0]['path']} was looked for")
     return records, sorted(missing), n_missing
+
+
+def unusable_question(cfg, name, reason):
+    """What stands for a bad row of the record file among the questions."""
+    names = {"benchmark": Path(cfg.records).stem, "id": name, "problem_id": name, "task": None}
+    texts = dict.fromkeys(("problem", "solution", "path"), "")
+    kinds = {"data_type": "video", "problem_type": "free-form", "options": []}
+    return {**names, **texts, **kinds, "error": reason}
 
 
 def asked(record):
@@ -149,6 +162,9 @@ def answer(cfg):
     folder = Path(cfg.output_dir)
     if accelerator.is_main_process:
         common.lock_folder(folder)
+    for r in records:
+        if "error" in r:
+            accelerator.print(f"skipped {r['id']}: {r['error']}")
     if missing:
         accelerator.print("\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing]))
     processor = common.load_processor(cfg)

@@ -111,7 +111,8 @@ class Strips(Dataset):
             return {"why": "this prediction names no media"}
         made_with = row["settings"] if isinstance(row.get("settings"), dict) else {}
         try:
-            media, _ = load_media(row, replace(self.cfg, max_frames=made_with.get("max_frames", self.cfg.max_frames)))
+            shown = {name: made_with[name] for name in ("max_frames", "video_reader") if name in made_with}
+            media, _ = load_media(row, replace(self.cfg, **shown))
         except (Unusable, ValueError) as error:           # ValueError: the path leaves the data root
             return {"why": f"frames not at hand: {error}"}
         frames = [media] if row["data_type"] == "image" else [Image.fromarray(f) for f in media]

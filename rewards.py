@@ -17,6 +17,7 @@ be read is a mistake in our data: parse_solution raises, and data.py calls it be
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -65,81 +66,214 @@ def extract_answer(text):
     return answer
 
 
-DECORATION = " \t\r\n\xa0()[]{}.,:;!*_`'\"$"
-LEAD = re.compile(r"(?:(?:the|correct|final|answer|option|choice|is)\b[\s:]*)*", re.IGNORECASE)
-SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b", re.IGNORECASE)
+# ------------------------------------------------------------------------------------------- reading what was written
+
+
+def normalized(form, text):
+    """The text in this Unicode normal form; as it is if more than 30 combining marks follow each other.
+
+    Sorting a run of marks takes quadratic time. No language needs more than 30 (UAX #15, "stream-safe").
+    """
+    if text.isascii():
+        return text
+    marks = "".join(character for character in set(text) if unicodedata.combining(character))
+    if marks and re.search(f"[{marks}]{{31}}", text):
+        return text
+    return unicodedata.normalize(form, text)
+
+
+WRAPPER = re.compile(r"\\(?:[fm]?box|boxed|text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|operatorname)\s?\{([^{}]*)\}")
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}|\\[dt]?frac (\d) ?(\d)|\\[dt]?frac(\d)(\d)")
+# "3½" and "3\frac{1}{2}" are three and a half: keep the parts apart
+MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞↉]|\\[dt]?frac)")
+DOLLARS = re.compile(r"\$\$?([^$]*)\$\$?|\\\(|\\\)|\\\[|\\\]")
+LATEX = {r"\%": "%", r"\$": "$", "{,}": ",", r"\,": " ", r"\;": " ", r"^{\circ}": "°", r"^\circ": "°", r"\degree": "°"}
+# wrappers inside wrappers, as in \boxed{\text{B}}
+NESTED = 4
+
+
+def plain(text):
+    """The text without its dress: NFKC (full-width forms, ligatures), and LaTeX's boxes, fonts, dollars and fractions.
+
+    >>> plain(r"$\\boxed{\\text{B}}$"), plain("Ｂ"), plain(r"3\\frac{1}{2}")
+    ('B', 'B', '3 1/2')
+    """
+    text = normalized("NFKC", MIXED.sub(" ", text))
+    if any(sign in text for sign in "\\${"):
+        for command, replacement in LATEX.items():
+            text = text.replace(command, replacement)
+        text = DOLLARS.sub(lambda match: match[1] or "", text)
+        for _ in range(NESTED):
+            text = FRACTION.sub(lambda match: "/".join(part for part in match.groups() if part), text)
+            text = WRAPPER.sub(r"\1", text)
+    return text.strip()
+
+
+DECORATION = " \t\r\n\xa0()[]{}.,:;!*_`'\"$。、【】「」『』"
+LEAD = re.compile(
+    r"(?:(?:the|correct|final|answer|option|choice|is)\b[\s:]*"
+    r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
+    re.IGNORECASE,
+)
+SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 
 def split_label(text):
-    """("B", " the cat") of "(B) the cat", ("B", "") of a lone letter in any decoration, (None, "") of anything else."""
+    """("B", ")", " the cat") of "(B) the cat", ("B", "", "") of a lone letter, (None, "", "") of all else."""
     core = text.strip(DECORATION)
     letter, mark, rest = core[:1], core[1:2], core[2:]
-    labelled = mark in ("", ")") or mark in (".", ":") and rest[:1].isspace()             # "e.g. this" has no label
-    return (letter.upper(), rest) if letter.isascii() and letter.isalpha() and labelled else (None, "")
+    if not (letter.isascii() and letter.isalpha()):
+        return None, "", ""
+    # "e.g. this" has no label; scripts without spaces put none after it
+    parted = rest[:1].isspace() or not rest[:1].isascii()
+    if mark in ("", ")", "、") or mark in (".", ":") and parted:
+        return letter.upper(), mark, rest
+    return None, "", ""
 
 
 def parse_letter(text):
     """The option letter that `text` names, "A" to "Z"; None if it names none, or more than one (ours; released: equal text).
 
-    A lone letter in any punctuation, or a letter with ) or : or . before the option's text; "the answer is", "option" may
-    lead. Without punctuation only a lone letter counts ("A cat" has an article). The text after the letter may not begin
-    with a second lone letter, nor hold a second labelled option.
+    A lone letter in any punctuation or LaTeX, or a letter with ) or : or . before the option's text; "the answer is",
+    "option", "答案：" may lead. Without punctuation only a lone letter counts ("A cat" has an article). The text after the
+    letter may not begin with a second lone letter, nor hold a second labelled option, unless it begins with an initial.
 
-    >>> [parse_letter(t) for t in ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.")]
-    ['B', 'B', 'B', 'B', 'B', 'B', 'B']
+    >>> [parse_letter(t) for t in ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")]
+    ['B', 'B', 'B', 'B', 'B', 'B', 'B', 'B']
     >>> [parse_letter(t) for t in ("A or B", "A, B", "A. B", "A) or B)", "A. cat, B. dog", "A cat", "")]
     [None, None, None, None, None, None, None]
+    >>> parse_letter("B. E. coli")
+    'B'
     """
-    core = text.replace("*", "").strip(DECORATION)
-    letter, rest = split_label(core[LEAD.match(core).end():])
+    core = plain(text).replace("*", "").strip(DECORATION)
+    letter, _, rest = split_label(core[LEAD.match(core).end() :])
     pieces = [split_label(piece) for piece in SEPARATOR.split(rest) if piece.strip(DECORATION)]
-    second = any(other and (i == 0 or text) for i, (other, text) in enumerate(pieces))
-    return None if second else letter
+    if pieces:
+        first, mark, first_text = pieces[0]
+        initial = mark == "." and first_text
+        if first and not initial:
+            return None
+        if not initial and any(other and other_text for other, _, other_text in pieces[1:]):
+            return None
+    return letter
 
 
-NUMBER = re.compile(r"[$€£]?([+-]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE)
-WORD = r"[a-z%°µ][a-z°µ/·]*(?:\^[23]|(?<=m)[23]|[²³])?"    # "meters", "%", "km/h", "m^2", "m2", "m²"; not the "x3" of "2x3"
+VALUE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+NUMBER = re.compile(rf"[$€£¥₹]?([+-]?(?:{VALUE})(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE)
+# "3/4", "1 3/4"; not the dates "3/4/2020"
+PART = r"(\d{1,9}(?:\.\d{1,9})?)"
+RATIO = re.compile(rf"([+-]?)(?:(\d{{1,9}}) )?{PART} ?[/⁄∕] ?{PART}(?![\d.,/])", re.ASCII)
+# what may stand before the number: "the answer is", "答案:", "x ="
+NUMBER_LEAD = re.compile(
+    r"(?:(?:the |final |correct )*answer(?: is)?\s?:?|答案(?:是|为|為)?\s?:?|答えは?\s?:?)?\s?(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
+    re.IGNORECASE,
+)
+# units: "meters", "%", "km/h", "m^2", "m2", "个"; not the "x3" of "2x3"
+LETTERS = r"a-z\u00c0-\u024fμω一-鿿ぁ-ヿ가-힣"
+WORD = rf"[{LETTERS}%°][{LETTERS}°/·]*(?:\^[23]|(?<=m)[23])?"
 UNIT = re.compile(rf"(?:(?:square|cubic|degrees) )?{WORD}(?: per {WORD})?", re.IGNORECASE)
-SCALES = {"k", "bn", "dozen", "hundred", "thousand", "million", "billion", "trillion", "quarter", "half", "x", "e", "or"}   # "4 million" is not 4
+# words that make another number of it, or none: "4 million" is not 4, nor is "12 AM" 12
+SCALES = set(
+    "k b bn bln tn trn mn mln mio mil mrd dozen score gross hundred thousand million billion trillion lakh lac crore "
+    "millionen milliarden millones milliard quarter half halve third fourth fifth sixth seventh eighth ninth tenth "
+    "hundredth thousandth millionth squared cubed am pm noon midnight oclock bc bce x e or and to plus minus".split()
+)
+# after a currency sign also these; capital letters always
+SHORT_SCALES = set("m mm t".split())
+# ten … trillion, a half, more than, o'clock
+CJK_SCALE = re.compile("(?!百分|千[克米瓦])[十百千万亿萬億兆几多半余点點时時만억천시]")
+SCRIPTS = str.maketrans({character: f"^{digit}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}) | str.maketrans(
+    {character: f"_{digit}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+)
 
 
 def parse_number(text):
     """The one number that `text` is, as a finite float; a currency sign before it and one unit after it are dropped.
 
     Thousands commas in threes ("1,00", "3,5", "0,500" are errors). "50%" is 50. A unit is one word, "square meters", or
-    "miles per hour". ASCII digits and "−" only. Raises ValueError for anything else: several numbers, words before the
-    number, fractions, scales ("4 million"), nan, inf, and numbers too large for a float.
+    "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises ValueError for
+    anything else: several numbers, other words before the number, scales ("4 million", "$1.2M", "3 lakh"), times ("12
+    AM"), nan, inf, and numbers too large for a float.
 
     >>> [parse_number(t) for t in ("4.0", "1,000", "1e3", "-3", "50%", "$5", "3.5 square meters.")]
     [4.0, 1000.0, 1000.0, -3.0, 50.0, 5.0, 3.5]
+    >>> [parse_number(t) for t in ("3/4", r"\\frac{3}{4}", "x = 5", "(5)", "５", r"$\\boxed{5\\text{ cm}}$")]
+    [0.75, 0.75, 5.0, 5.0, 5.0, 5.0]
     """
-    core = text.strip().lstrip("*").rstrip("*.$€£").replace("−", "-")                     # "**4**", "$4$", "4 m.", "5€"
-    match = NUMBER.match(core)
-    unit = " ".join(core[match.end():].split()) if match else ""
-    if not match or unit and ({unit.lower(), unit.lower().rstrip("s")} & SCALES or not UNIT.fullmatch(unit)):
+    # "m²" is "m^2" and "4²" no 42
+    core = " ".join(plain(text.translate(SCRIPTS)).split())
+    # "**4**", "4 m.", "5€", "(5)"
+    core = core.lstrip("*").rstrip("*.$€£¥₹。").replace("−", "-")
+    core = core[NUMBER_LEAD.match(core).end() :]
+    if core[:1] + core[-1:] in ("()", "[]"):
+        core = core[1:-1].strip()
+    ratio = RATIO.match(core)
+    match = ratio or NUMBER.match(core)
+    unit = core[match.end() :].strip() if match else ""
+    if not match or unit and is_scale(unit, after_currency=core[0] in "$€£¥₹") or unit and not UNIT.fullmatch(unit):
         raise ValueError(f"not a number: {text[:40]!r}")
-    value = float(match[1].replace(",", ""))              # float, not int: no limit on digits, and linear
+    if ratio:
+        sign, whole, above, below = ratio.groups()
+        if not float(below):
+            raise ValueError(f"not a number: {text[:40]!r}")
+        value = float(f"{sign}1") * (float(whole or 0) + float(above) / float(below))
+    else:
+        # float, not int: no limit on digits, and linear
+        value = float(match[1].replace(",", ""))
     if not math.isfinite(value):
         raise ValueError(f"not a finite number: {text[:40]!r}")
     return value
 
 
+def is_scale(unit, after_currency):
+    """Whether the word after a number changes which number it is, or makes it a time."""
+    word = unit.lower()
+    if {word, word.rstrip("s")} & SCALES or unit in ("M", "B", "T"):
+        return True
+    return (after_currency and word in SHORT_SCALES) or bool(CJK_SCALE.match(unit))
+
+
 def option_letters(options):
-    """Letters of options like "A. text"; A, B, C … by position unless every option has its own (VideoMMMU's have none)."""
-    own = [option[0] if re.match(r"[A-Z][.):]", option) else None for option in options]
-    return own if all(own) else [chr(ord("A") + i) for i in range(len(options))]
+    """Letters of options like "A. text" or "(A) text"; A, B, C … by position unless every option has its own.
+
+    Their own letters must go up, from A or without gaps: those of "E. coli", "S. aureus", "B. subtilis" are no labels.
+    """
+    found = [re.match(r"([A-Z])[.):]|\(([A-Z])\)", option) for option in options]
+    own = [match[1] or match[2] for match in found if match]
+    if own and len(own) == len(options) and own == sorted(set(own)):
+        if own[0] == "A" or ord(own[-1]) - ord(own[0]) == len(own) - 1:
+            return own
+    return [chr(ord("A") + i) for i in range(len(options))]
+
+
+def lettered(options):
+    """Options as "A. text"; those that have their letters stay as they are.
+
+    >>> lettered(["left", "right"]), lettered(["(A) left", "(B) right"])
+    (['A. left', 'B. right'], ['(A) left', '(B) right'])
+    """
+    letters = option_letters(options)
+    if all(re.match(rf"{letter}[.):]|\({letter}\)", option) for letter, option in zip(letters, options)):
+        return list(options)
+    return [f"{letter}. {option}" for letter, option in zip(letters, options)]
+
+
+def tagged_solution(solution):
+    """A solution with its tags: "<answer>3</answer>" of 3, "3" or itself."""
+    text = str(solution)
+    return text if any(tags_in(text)) else f"<answer>{text.strip()}</answer>"
 
 
 def parse_solution(solution, problem_type, options=None):
-    """The truth inside "<answer>…</answer>": a letter, a number or a text. ValueError, in one line, if it is not one.
+    """The truth inside "<answer>…</answer>", or a bare one: a letter, a number or a text. Else ValueError, in one line.
 
-    With `options` the letter must be one of theirs. Free-form truths need a word of a-z or 0-9: ROUGE sees no other.
+    With `options` the letter must be one of theirs. A free-form truth needs a word that ROUGE can see.
     """
     if problem_type not in ACCURACY:
         raise ValueError(f"no problem type {problem_type!r}: {', '.join(ACCURACY)}")
-    truth = extract_answer(solution)
+    truth = extract_answer(tagged_solution(solution))
     if not truth:
-        raise ValueError(f"no answer in {solution[:80]!r}")
+        raise ValueError(f"no answer in {solution!r:.80}")
     if problem_type == "multiple choice":
         letter = parse_letter(truth)
         if letter is None:
@@ -149,8 +283,8 @@ def parse_solution(solution, problem_type, options=None):
         return letter
     if problem_type in ("numerical", "regression"):
         return parse_number(truth)
-    if problem_type == "free-form" and not rouge_words(truth):
-        raise ValueError(f"no word that ROUGE can see (a-z, 0-9) in {truth[:80]!r}")
+    if problem_type == "free-form" and not rouge_words(plain(truth)):
+        raise ValueError(f"no word that ROUGE can see (letters, digits) in {truth[:80]!r}")
     return truth
 
 
@@ -230,16 +364,45 @@ def word_error_rate(reference, hypothesis):
 
 
 def ocr_accuracy(answer, truth):
-    """1 − word error rate, not below 0 (paper). Any white space ends a word here: a line break is no error (ours)."""
-    answer, truth = answer.split(), truth.split()
+    """1 − word error rate, not below 0 (paper). Any white space ends a word here: a line break is no error (ours).
+
+    Texts are compared in NFC: an accent may be a character of its own or not, but a full-width letter is another
+    letter.
+    """
+    answer = normalized("NFC", answer).split()
+    truth = normalized("NFC", truth).split()
     if len(answer) >= 2 * len(truth):                     # at least len(truth) insertions: cannot earn, so do not compute
         return 0.0
     return max(0.0, 1.0 - word_error_rate(" ".join(truth), " ".join(answer)))
 
 
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
 def rouge_words(text):
-    """Words as Google's ROUGE reads them, without stemming: runs of a-z and 0-9."""
-    return re.findall(r"[a-z0-9]+", text.lower())
+    """Words as ROUGE reads them: runs of letters, marks and digits; each character alone in a script without spaces.
+
+    Of ASCII text these are Google's, without stemming (the released code stems: "cats" meets "cat" there).
+
+    >>> rouge_words("The cat's 2 mats"), rouge_words("naïve 猫が")
+    (['the', 'cat', 's', '2', 'mats'], ['naïve', '猫', 'が'])
+    """
+    if text.isascii():
+        return re.findall(r"[a-z0-9]+", text.lower())
+    pieces = []
+    for character in normalized("NFKC", text).lower():
+        kind = unicodedata.category(character)
+        if kind[0] not in "LMN" and kind != "Cf":
+            pieces.append(" ")
+        elif SPACELESS.match(character):
+            pieces.append(f" {character} ")
+        elif kind != "Cf":
+            # Cf: joiners and the like, which no one sees
+            pieces.append(character)
+    return "".join(pieces).split()
 
 
 def f1(overlap, n_reference, n_hypothesis):
@@ -281,6 +444,8 @@ def rouge_l(reference, hypothesis):
 
 def free_form_accuracy(answer, truth):
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (paper). A truth of one word has no pairs: met exactly it earns 2/3."""
+    answer = plain(answer)
+    truth = plain(truth)
     return (rouge_n(truth, answer, 1) + rouge_n(truth, answer, 2) + rouge_l(truth, answer)) / 3
 
 

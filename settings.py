@@ -45,12 +45,22 @@ class SharedConfig:
     seed: int = option(0, "seed of data order, frame shuffling and sampling", low=0, high=2**32 - 1)
     prompt: str = option("", "prompt template with {problem}, {options} and {hint}; empty: data.PROMPT")
     max_frames: int = option(16, "most frames taken from a video, spread uniformly", low=1)
+    video_reader: str = option(
+        "exact",
+        "exact: frames by their times; decord: as in the released pipeline, often wrong (docs/frames.md)",
+        choices=("exact", "decord"),
+    )
     min_pixels: int = option(16 * 28 * 28, "frames and images below this many pixels are enlarged to it", low=784)
     max_pixels: int = option(128 * 28 * 28, "frames and images above this many pixels are shrunk to it", low=784)
     max_prompt_tokens: int = option(16384, "longer prompts are skipped, counted and named, never cut", low=1)
     shuffle_unit: str = option("frame", "what shuffling moves: single frames, or temporal patches (pairs of frames)",
                                choices=("frame", "patch"))
-    max_unreadable: float = option(0.01, "share of the records that may be unreadable before training stops (evaluation counts them)", low=0, high=1)
+    max_unreadable: float = option(
+        0.01,
+        "share of the rows that may be wrong or have unreadable media; past it the run stops (evaluation counts such media)",
+        low=0,
+        high=1,
+    )
     num_workers: int = option(4, "processes that decode and prepare clips beside the training step", low=0)
     fsdp: str = option("none", "full_shard: shard weights, gradients and optimizer over the GPUs",
                        choices=("none", "full_shard"))
@@ -278,9 +288,10 @@ def read_jsonl(path):
 
 
 def read_rows(path):
-    """List of a JSON file, or the lines of a JSONL file."""
+    """List of a JSON file, or the lines of a JSONL file. UserError for a file that is neither, or empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        # utf-8-sig: Windows programs begin a file with a byte order mark
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot read these records: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -294,8 +305,30 @@ def read_rows(path):
                 if line.strip():
                     rows.append(json.loads(line))
     except (ValueError, RecursionError) as error:
+        refuse_object(path, text)
         where = f", line {number}" if number else ""
         raise UserError(f"{path}{where}: not JSON: {error}") from None
+    if len(rows) == 1:
+        refuse_object(path, text)
     if not rows:
         raise UserError(f"{path}: no records in this file")
     return rows
+
+
+def refuse_object(path, text):
+    """UserError if the whole text is one JSON object that holds the records, as {"train": [...]}, or one laid out
+    over lines."""
+    if not text.lstrip().startswith("{"):
+        return
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    for name, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            raise UserError(
+                f"{path}: one JSON object with the list of records under {name!r:.40}; "
+                "expected that list itself, or one record per line"
+            )
+    if "\n" in text.strip():
+        raise UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")

@@ -57,7 +57,7 @@ def main():
     cfg = settings.load_config(SFTConfig, "sft", doc=__doc__)
     settings.require(cfg, "sft", "model", "records", "output_dir")
     common.check_model(cfg, "sft")
-    records = data.load_records(cfg.records, cfg.data_root, need_process=True)
+    records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=True)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
     checkpoint = common.claim_folder(accelerator, cfg, "sft")
@@ -71,7 +71,7 @@ def main():
     start = resumed["step"]
     log = common.Log(accelerator, cfg, "sft", start)
     stop = common.StopSignal()
-    skipped = common.Skipped(cfg, len(records), resumed.get("skipped", {}))
+    skipped = common.Skipped(accelerator, cfg, len(records), bad_rows, resumed.get("skipped", {}))
 
     samples = data.Samples(records, processor, cfg, targets=True)
     blank = data.blank_sample(processor, cfg)

@@ -416,7 +416,7 @@ def main():
         return common.print_plan(cfg, cfg.gpus)
     settings.require(cfg, "tgrpo", "model", "records", "output_dir")
     common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.given("config", "CONFIG"))
-    records = data.load_records(cfg.records, cfg.data_root)
+    records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
     checkpoint = common.claim_folder(accelerator, cfg, "tgrpo")
@@ -432,7 +432,7 @@ def main():
     start = resumed["step"]
     log = common.Log(accelerator, cfg, "tgrpo", start)
     stop = common.StopSignal()
-    skipped = common.Skipped(cfg, len(records), resumed.get("skipped", {}))
+    skipped = common.Skipped(accelerator, cfg, len(records), bad_rows, resumed.get("skipped", {}))
 
     orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
     samples = data.Samples(records, processor, cfg, orders, n_shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0)

@@ -424,7 +424,7 @@ def test_unusable_media_are_counted_beside_the_score():
 def test_bad_predictions_are_an_error():
     """Guards: one question counted twice, our own mistakes scored 0."""
     good = row("mvbench", "B", "B", row_id=1)
-    bad = [{**good, "id": "1"}, {**good, "id": 2, "solution": ""}, {**good, "id": 3, "prediction": 4}, {**good, "id": 4, "solution": "B"},
+    bad = [{**good, "id": "1"}, {**good, "id": 2, "solution": ""}, {**good, "id": 3, "prediction": 4}, {**good, "id": 4, "solution": "<answer>B"},
            {"id": 5}]
     with pytest.raises(UserError) as error:
         score_rows([good, *bad])

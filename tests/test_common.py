@@ -205,7 +205,7 @@ def test_what_workers_get_can_be_pickled(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "DataLoader", loader)
     cfg = tgrpo.TGRPOConfig(num_workers=1)
     samples = data.Samples([{"path": "a.mp4"}], None, cfg)
-    assert list(data.loader(samples, [[0]], cfg)) == [] and data.check_media([{"path": "a.mp4"}], cfg) == []
+    assert list(data.loader(samples, [[0]], cfg)) == [] and data.check_media({1: {"path": "a.mp4"}}, cfg) == {}
     assert len(pickled) == 2 and pickled[0][0].records == samples.records
 
 

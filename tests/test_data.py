@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from fractions import Fraction
 
 import av
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import data
-from settings import SharedConfig, UserError
+from settings import SharedConfig, UserError, read_jsonl
 
 GOOD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem_type": "multiple choice",
         "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "process": "<think>It does.</think>",
@@ -56,7 +57,11 @@ def numbers(frames):
     ({"options": None}, "options: a multiple choice question without options"),
     ({"options": "A. left"}, "options: expected a list"),
     ({"solution": "<answer>C</answer>"}, "solution:"),
-    ({"solution": "B"}, "solution:"),
+    ({"solution": "<answer>B"}, "solution:"), ({"solution": True}, "solution: expected"), ({"solution": ["B"]}, "solution: expected"), ({"solution": 2}, "solution:"),
+    ({"solution": float("nan"), "problem_type": "regression"}, "solution:"),
+    ({"start": 4, "end": 2}, "start, end: 4 is after 2"), ({"start": 4}, "start, end: expected two numbers"), ({"start": "1", "end": "2"}, "start, end: expected two"),
+    ({"start": float("nan"), "end": 2}, "start, end: expected two"), ({"data_type": "frame", "fps": 0}, "fps: expected"), ({"data_type": "frame", "fps": "3"}, "fps: expected"),
+    ({"problem": " <video>\n"}, "problem: missing"), ({"image_path": 7}, "image_path: expected text"),
     ({"solution": "<answer>seven</answer>", "problem_type": "numerical"}, "solution:"),
     ({"path": "../../secret.mp4"}, "path: leaves the data root"),
     ({"path": "/etc/passwd"}, "path: leaves the data root"),
@@ -91,23 +96,89 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "no records"), ("[]", "no records"), ("   \n", "no records"), ("{", "line 1: not JSON"), ("[1, 2", "not JSON"),
+    ("", "no records"), ("[]", "no records"), ("   \n", "no records"), ("{", "line 1: not JSON"), ("[1, 2", "not JSON"), ("\ufeff[]", "no records"),
     ('{"problem_id": 1}\n{"a"', "line 2: not JSON"), ("[" + "9" * 5000 + "]", "not JSON"), ("[" * 100_000, "not JSON"), ("[3]", "row 1: expected a record, got 3"),
+    ('{"train": [{"problem_id": 1}], "test": []}', "one JSON object with the list of records under 'train'"),
+    ('{\n "data": [\n  {"problem_id": 1}\n ]\n}', "one JSON object with the list of records under 'data'"),
+    ('{\n "problem_id": 1\n}', "one JSON object over several lines"),
 ])
 def test_broken_record_files_are_one_clear_error(tmp_path, text, message):
-    """Guards: a traceback, or a training run over no data at all."""
+    """Guards: a traceback, a message that does not fit, or a training run over no data at all."""
     file = tmp_path / "records.json"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        data.load_records(file, tmp_path)
+        data.load_records(file, tmp_path, max_unreadable=0.5)
 
 
 def test_json_and_jsonl_are_the_same_and_unknown_keys_are_kept(tmp_path):
-    """Guards: a reader that drops what it does not know."""
-    rows = [GOOD | {"problem_id": i, "mine": [i]} for i in range(3)]
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert data.load_records(tmp_path / "a.json", tmp_path) == data.load_records(tmp_path / "a.jsonl", tmp_path) == rows
+    """Guards: a reader that drops what it does not know; a byte order mark, as Windows programs write, that is "not JSON"."""
+    rows = [GOOD | {"problem_id": i, "mine": [i], "fps": "25"} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
+    assert data.load_records(tmp_path / "a.json", tmp_path) == data.load_records(tmp_path / "a.jsonl", tmp_path) == (rows, {})
+
+
+def test_a_few_bad_rows_are_left_out_and_named(tmp_path):
+    """Guards: one odd row that refuses 263,071; bad rows past the limit, or silently dropped."""
+    odd = {3: {"solution": "<answer>C</answer>"}, 50: {"problem_type": "maths"}, 99: {"path": ""}}
+    rows = [GOOD | {"problem_id": i} | odd.get(i, {}) for i in range(1, 101)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    records, bad_rows = data.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.03)
+    assert [r["problem_id"] for r in records] == [i for i in range(1, 101) if i not in odd]
+    assert list(bad_rows) == ["row 3", "row 50", "row 99"] and bad_rows["row 99"] == "path: missing"
+    with pytest.raises(UserError, match="3 of 100 rows are bad, more than max_unreadable 0.02") as error:
+        data.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.02)
+    assert all(f"row {i}: " in str(error.value) for i in odd)
+
+
+def test_bare_solutions_get_their_tags(tmp_path):
+    """Guards: an SFT target without answer tags, or a row refused because its solution is 3, "3" or "B"."""
+    rows = [GOOD | {"solution": "B"}, GOOD | {"solution": 3, "problem_type": "numerical"}, GOOD | {"solution": " 2.5 ", "problem_type": "regression"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    records, _ = data.load_records(tmp_path / "a.json", tmp_path)
+    assert [r["solution"] for r in records] == ["<answer>B</answer>", "<answer>3</answer>", "<answer>2.5</answer>"]
+
+
+def test_check_writes_the_rows_that_can_be_used(tmp_path, monkeypatch, capsys):
+    """Guards: a partial download that has to be sorted out by hand; rows rewritten on the way."""
+    write_video(tmp_path / "clip.mp4", 4)
+    rows = [GOOD | {"solution": "B", "mine": 1}, GOOD | {"path": "gone.mp4"}, GOOD | {"solution": "Z"}, GOOD]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    out = tmp_path / "readable.json"
+    arguments = ["--records", tmp_path / "a.json", "--data_root", tmp_path, "--num_workers", "0", "--max_unreadable", "0.01"]
+    monkeypatch.setattr("sys.argv", ["data.py", "--check", "--out", str(out), *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        data.main()
+    said = capsys.readouterr().out
+    assert exit.value.code == 0 and "2 of 4 rows can be used" in said and "row 2: gone.mp4: no such file" in said and "row 3: solution:" in said
+    assert json.loads(out.read_text()) == [rows[0], rows[3]]
+
+
+def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, monkeypatch, capsys):
+    """Guards: 60 odd rows that refuse the set, or go unnamed; half a minute and more before the first step."""
+    texts = json.loads((world / "world/rl.json").read_text())
+    odd = range(1000, 263_071, 4400)
+    good_lines = [json.dumps(row) + "\n" for row in texts]
+    lines = [good_lines[i % len(texts)] for i in range(263_071)]
+    for i in odd:
+        lines[i] = json.dumps(texts[0] | {"solution": "<answer>many</answer>", "problem_type": "numerical"}) + "\n"
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    load_records, loaded = data.load_records, {}
+
+    def timed_load(*arguments, **keywords):
+        begin = time.perf_counter()
+        records, bad_rows = load_records(*arguments, **keywords)
+        loaded.update(seconds=time.perf_counter() - begin, n_records=len(records), bad_rows=list(bad_rows))
+        return records, bad_rows
+
+    monkeypatch.setattr(data, "load_records", timed_load)
+    out = run("tgrpo", records=tmp_path / "all.jsonl", batch_size=1, micro_batch_size=1)
+    assert loaded["seconds"] < 30 and loaded["n_records"] == 263_011
+    assert loaded["bad_rows"] == [f"row {i + 1}" for i in odd] and len(odd) == 60
+    said = capsys.readouterr().out
+    assert all(f"skipped row {i + 1}: solution: not a number" in said for i in odd)
+    assert "60 unusable records were skipped" in said
+    assert [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")] == [60, 60]
 
 
 def test_a_root_that_is_a_prefix_is_not_the_root(tmp_path):
@@ -196,19 +267,6 @@ def test_a_picture_the_processor_would_refuse_is_unusable_from_the_start(tmp_pat
         data.load_media(GOOD | {"data_type": "image"}, config(tmp_path))
 
 
-@pytest.mark.parametrize("arguments, indices", [
-    ((100, 10, 4, 2, 6), [25, 35, 45, 55]),                   # s 20, e 60, seg 10
-    ((100, 10, 4, 0, 1000), [12, 37, 62, 86]),                # e 99, seg 24.75: 12.375 + 0, 25, 50 (49.5, to even), 74
-    ((20, 3, 3, 0, 5, 1), [3, 8, 12]),                        # stills 1 to 20: s 1, e 15, seg 4.67: 3.33 + 0, 5, 9
-    ((10, 3, 2, 0, 99, 1), [3, 7]),                           # e 10: the last still, not 9
-    ((10, 10, 2, 5, 6), [9, 9])])                             # wholly beyond the end
-def test_segment_rule(arguments, indices):
-    """Guards: our own sampling where the benchmark has its rule; numbers of stills off by one; frames past the end."""
-    total, first = arguments[0], (arguments + (0,))[5]
-    assert data.segment_indices(*arguments) == indices
-    assert all(first <= i <= total - 1 + first for i in indices)
-
-
 # --------------------------------------------------------------------------------------------------- shuffling
 
 
@@ -252,6 +310,8 @@ def test_the_rendered_prompt_exactly():
         "Then state the result between <answer> and </answer>. The result is the letter of one option.")
     assert data.messages(GOOD, SharedConfig(prompt="{problem} {hint}"))[0]["content"][1]["text"] == \
         "Which way? The result is the letter of one option."
+    bare = GOOD | {"problem": "<video>\nWhich <image> way?", "options": ["left", "right"]}
+    assert data.messages(bare, cfg)[0]["content"][1]["text"].startswith("Which way?\nA. left\nB. right\n\n")
     braces = data.messages(GOOD | {"problem": "What is {x} or {0}?"}, cfg)[0]["content"][1]["text"]
     assert braces.startswith("What is {x} or {0}?")
 

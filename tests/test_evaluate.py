@@ -155,11 +155,13 @@ def test_records_that_no_rule_can_score_are_refused_before_answering(run, world,
 def test_what_the_model_sees_of_clipped_frame_folder_and_question_image(six, world):
     """Guards: the whole video shown for its part; stills without their 3 fps; the question's image sampled away."""
     see = lambda record, **values: data.load_media(record, SharedConfig(data_root=str(six), **values))
-    sequence, _, stills = load_benchmark("mvbench", six)                     # 1.5 to 9 s of 12 frames, one a second: 2 to 9
-    assert numbers(see(sequence, max_frames=4)[0]) == [2, 4, 6, 7]           # size 1.75: 2.875 + 0, 2, 4 (3.5, to even), 5
+    sequence, _, stills = load_benchmark("mvbench", six)                     # 1.5 to 9 s of 12 frames, one per second
+    frames, times = see(sequence, max_frames=4)
+    assert numbers(frames) == [2, 4, 6, 8]                                   # on display at 2.44, 4.31, 6.19 and 8.06 s
+    assert times.sampled_fps == pytest.approx(4 / 7.5)
     assert numbers(see(load_benchmark("mvbench", six, clip_segments=False)[0], max_frames=4)[0]) == [1, 4, 7, 10]
     frames, times = see(stills, max_frames=16)
-    assert numbers(frames) == list(range(11)) and times.fps == 3             # 0 to 4 s at 3 a second: stills 1 to 12, 11 steps
+    assert numbers(frames) == list(range(12)) and times.sampled_fps == 3     # 0 to 4 s at 3 per second: the first twelve stills
     adaptation = next(r for r in load_benchmark("videommmu", six) if r["task"] == "Adaptation")
     assert numbers(see(adaptation, max_frames=3)[0]) == [2, 6, 11]           # the last frame is the question's image
     Image.new("RGB", (200, 100), (250, 0, 0)).save(six / "image.png")

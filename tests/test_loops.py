@@ -183,7 +183,7 @@ def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         data.main()
     said = capsys.readouterr().out
-    assert exit.value.code == 1 and "empty file" in said and "11 of 12 files can be read" in said
+    assert exit.value.code == 1 and "empty file" in said and "11 of 12 rows can be used" in said
 
 
 # ----------------------------------------------------------------------------------------------- samples and labels
@@ -193,7 +193,7 @@ def test_only_the_assistants_words_carry_loss(world):
     """Guards: training on the prompt, and on every video placeholder in it."""
     cfg = settings(world)
     processor = common.load_processor(cfg)
-    records = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
+    records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
     samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
     model = common.load_model(cfg)
     inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id, model.config.vision_config)
@@ -342,6 +342,16 @@ def test_evaluation_names_what_it_could_not_read(run, broken_world, capsys):
     assert "1 unusable, not in n" in capsys.readouterr().out
     rows = read_jsonl(out / "predictions.jsonl")
     assert [r["path"] in r["error"] for r in rows if "error" in r] == [True]
+
+
+def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, capsys):
+    """Guards: one bad row that refuses an evaluation, or that vanishes from the count."""
+    rows = json.loads((world / "world/test.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps([rows[0], {**rows[1], "path": 7}, *rows[2:]]))
+    out = run("evaluate", records=tmp_path / "mine.json", max_unreadable=0.1)
+    part = json.loads((out / "summary.json").read_text())["mine"]
+    assert (part["n"], part["unusable"]) == (len(rows) - 1, ["row 2"])
+    assert "skipped row 2: path: expected text, got 7" in capsys.readouterr().out
 
 
 def test_shuffle_frames_shows_other_frames_than_in_order(run):

@@ -72,7 +72,7 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
     cfg = TGRPOConfig(model=str(world / "base"), data_root=str(world / "world"), prompt="{problem} {options}", min_pixels=784, max_pixels=3136,
                       max_frames=8, num_generations=3, shuffled_generations=2)
     processor = common.load_processor(cfg)
-    records = data.load_records(world / "world/rl.json", cfg.data_root)
+    records, _ = data.load_records(world / "world/rl.json", cfg.data_root)
     samples = [data.Samples(records, processor, cfg, ("ordered", "shuffled"), shuffle=False)[i] for i in range(12)]
     assert {s["record"]["data_type"] for s in samples} == {"video", "image"}
     asked = []

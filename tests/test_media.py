@@ -1,0 +1,538 @@
+"""Real clips and pictures: which frames are shown, at which times and sizes, and what is named unusable.
+
+    python tests/test_media.py          # how many files of ../shared/media each reader gets right (docs/frames.md)
+
+Painted clips tell their frames' numbers: the lower half holds ten vertical bars, bar b is white where bit b of the number is 1.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import struct
+import sys
+import time
+from bisect import bisect_right
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+import common
+import data
+import frames
+from settings import SharedConfig
+
+MEDIA = Path(__file__).parent.parent.parent / "shared/media"
+TRUTH = json.loads((MEDIA / "truth.json").read_text()) if MEDIA.is_dir() else {}
+real_files = pytest.mark.skipif(not TRUTH, reason=f"{MEDIA} is not here: it lies beside the repository, not in it")
+TURNED = ("rot90.mp4", "rot90_mpeg4.mp4")
+
+
+def config(root, **values):
+    return SharedConfig(data_root=str(root), **values)
+
+
+def record(path, data_type="video", **values):
+    return {"problem_id": 1, "problem": "?", "data_type": data_type, "problem_type": "free-form", "options": [],
+            "solution": "<answer>x</answer>", "path": path, **values}
+
+
+def painted(number, height=96, width=128):
+    """An (H, W, C) frame that shows its number in bars, with a red square in the top left corner."""
+    frame_HWC = np.zeros((height, width, 3), dtype=np.uint8)
+    frame_HWC[: height // 4, : height // 4, 0] = 255
+    for bit in range(10):
+        left, right = round(bit * width / 10), round((bit + 1) * width / 10)
+        frame_HWC[height // 2 :, left:right] = 255 * (number >> bit & 1)
+    return frame_HWC
+
+
+def number_of(frame_HWC):
+    """The painted number."""
+    height, width = frame_HWC.shape[:2]
+    bars = frame_HWC[height * 5 // 8 : height * 7 // 8].astype(float).mean((0, 2))
+    return sum(1 << bit for bit in range(10) if bars[int((bit + 0.3) * width / 10) : int((bit + 0.7) * width / 10) + 1].mean() > 127)
+
+
+def on_display(times, n):
+    """Indices into `times` (seconds) of the frames on display at (i + 1/2) D / n, by the rule's own words, at 25 per second."""
+    times = [Fraction(t).limit_denominator(10**5) for t in times]
+    seconds = times[-1] - times[0] + Fraction(1, 25)
+    if len(times) < n:
+        return list(range(len(times)))
+    return [bisect_right(times, times[0] + (2 * i + 1) * seconds / (2 * n)) - 1 for i in range(n)]
+
+
+def write_clip(path, ticks=range(150), rate=25, time_base=None, codec="libx264", options=None, container_options=None, prepare=None, size=(128, 96)):
+    """A painted clip; frame i shows i and appears at ticks[i] / rate seconds. prepare(stream) sets what else a stream has."""
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {"g": "24", "bf": "2", "crf": "10"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = time_base or Fraction(1, rate)
+        if prepare:
+            prepare(stream)
+        for i, tick in enumerate(ticks):
+            frame = av.VideoFrame.from_ndarray(painted(i, size[1], size[0]), format="rgb24")
+            frame.pts = tick
+            frame.time_base = time_base or Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+# ------------------------------------------------------------------------------------------------- the real files
+
+
+@real_files
+@pytest.mark.parametrize("n", [5, 16, 64])
+@pytest.mark.parametrize("name", sorted(set(TRUTH) - {"fast_cut_60.mp4", "lost_keyframes.mp4"}))
+def test_real_clips_show_the_frames_on_display(name, n):
+    """Guards: frames counted, not timed: cuts out of order (15 of 16), open groups ten seconds off, uneven rates 8 s off."""
+    truth = TRUTH[name]
+    shown, metadata = data.load_media(record(name), config(MEDIA, max_frames=n))
+    expected = on_display(truth["times"], n)
+    if name not in TURNED:
+        assert [number_of(frame) for frame in shown] == [truth["numbers"][i] for i in expected]
+    assert metadata.frames_indices == expected and metadata.total_num_frames == len(truth["times"])
+    assert 1 / metadata.sampled_fps == pytest.approx((truth["times"][-1] - truth["times"][0] + 0.04) / len(expected), rel=1e-6)
+    height, width = truth["height_width"]
+    if name == "sar.mp4":
+        # truth.json has the stored size
+        width = round(width * 64 / 45)
+    assert shown.shape[1:3] == (height, width)
+
+
+@real_files
+@pytest.mark.parametrize("name", TURNED)
+def test_turned_clips_stand_upright(name):
+    """Guards: the display matrix heeded for one codec only, or turned the wrong way round."""
+    upright_HWC = data.load_media(record(name), config(MEDIA, max_frames=200))[0][0]
+    with av.open(str(MEDIA / name)) as container:
+        stored_HWC = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    # as ffmpeg and players show it: a quarter turn to the left, the red square in the lower left corner
+    assert np.array_equal(upright_HWC, np.rot90(stored_HWC))
+    rows, columns = np.nonzero(upright_HWC[..., 0].astype(int) - upright_HWC[..., 2] > 100)
+    assert upright_HWC.shape[:2] == (128, 96) and rows.mean() > 100 and columns.mean() < 24
+
+
+@real_files
+def test_half_a_download_is_named():
+    """Guards: 324 of 700 frames taken for the whole clip, so that "what happens at the end" is asked of its middle."""
+    with pytest.raises(data.Unusable, match="fast_cut_60.mp4: incomplete: 13.0 s of the 28.0 s"):
+        data.load_media(record("fast_cut_60.mp4"), config(MEDIA))
+
+
+@real_files
+def test_a_clip_with_lost_key_frames_ends_and_is_right_where_it_is_whole():
+    """Guards: a read that never returns (decord), or frames of another time in place of the lost ones."""
+    truth = TRUTH["lost_keyframes.mp4"]
+    begin = time.perf_counter()
+    shown, metadata = data.load_media(record("lost_keyframes.mp4"), config(MEDIA, max_frames=64))
+    assert time.perf_counter() - begin < 10
+    expected = on_display(truth["times"], 64)
+    assert metadata.frames_indices == expected and metadata.sampled_fps == pytest.approx(64 / 28)
+    # up to the first loss, and where the truth counts on again, pictures are sound
+    sound = [k for k, i in enumerate(expected) if i < 110 or 975 <= truth["numbers"][i] <= 1005]
+    assert len(sound) > 10 and [number_of(shown[k]) for k in sound] == [truth["numbers"][expected[k]] for k in sound]
+
+
+@real_files
+@pytest.mark.parametrize("reader", ["exact", "decord"])
+def test_check_ends_on_a_clip_that_decord_waits_on_for_ever(reader, monkeypatch):
+    """Guards: a worker of --check or of training that hangs on one damaged file."""
+    monkeypatch.setattr(frames, "READ_SECONDS", 3)
+    begin = time.perf_counter()
+    records = {7: record("lost_keyframes.mp4")}
+    reasons = data.check_media(records, config(MEDIA, video_reader=reader, max_frames=64, num_workers=1))
+    assert time.perf_counter() - begin < 30
+    assert reasons == {} if reader == "exact" else set(reasons.values()) <= {"lost_keyframes.mp4: decord has not read it after 3 s"}
+
+
+@real_files
+@pytest.mark.parametrize("name", ["black_on_transparent.png", "palette_transparent.png"])
+def test_transparent_ground_is_white(name):
+    """Guards: black writing on transparent ground, all of it black."""
+    image, _ = data.load_media(record(name, "image"), config(MEDIA))
+    stored = np.asarray(Image.open(MEDIA / name).convert("RGBA"))
+    clear = stored[..., 3] == 0
+    assert image.mode == "RGB" and clear.any() and (np.asarray(image)[clear] == 255).all()
+    assert (np.asarray(image)[~clear] == stored[~clear][:, :3]).all() and not np.asarray(image).min()
+
+
+@real_files
+def test_a_16_bit_ramp_is_a_ramp():
+    """Guards: 16-bit greys cut off at 255: white."""
+    pixels = np.asarray(data.load_media(record("gray16.png", "image"), config(MEDIA))[0])[..., 0].astype(int)
+    stored = np.asarray(Image.open(MEDIA / "gray16.png")).astype(float)
+    assert np.abs(pixels - stored / 257).max() <= 0.51 and len(np.unique(pixels)) > 100
+
+
+# ------------------------------------------------------------------------------------- more files of the same kinds
+
+
+def edit_list_hides(path, n_frames):
+    """Patches an mp4's edit list so that it hides `n_frames` more frames at the beginning, as a cut without re-encoding does."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 4
+    version_flags, n_entries, duration, media_time = struct.unpack_from(">IIIi", content, place)
+    assert (version_flags, n_entries) == (0, 1)
+    timescale = struct.unpack_from(">I", content, content.index(b"mdhd") + 4 + 12)[0]
+    movie_timescale = struct.unpack_from(">I", content, content.index(b"mvhd") + 4 + 12)[0]
+    struct.pack_into(">Ii", content, place + 8, duration - n_frames * movie_timescale // 25, media_time + n_frames * timescale // 25)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("n_hidden", [1, 17, 24, 40])
+def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, n_hidden, codec):
+    """Guards: hidden frames counted, so that all others are those of another time."""
+    write_clip(tmp_path / "a.mp4", codec=codec, options={"g": "24", "bf": "2", "b": "2M"})
+    edit_list_hides(tmp_path / "a.mp4", n_hidden)
+    for n in (7, 200):
+        shown, metadata = data.load_media(record("a.mp4"), config(tmp_path, max_frames=n))
+        left = list(range(n_hidden, 150))
+        expected = [left[i] for i in on_display([k / 25 for k in range(len(left))], n)]
+        assert [number_of(frame) for frame in shown] == expected
+        assert metadata.sampled_fps == pytest.approx(len(expected) / (len(left) / 25))
+
+
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
+    ("a.mkv", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
+    ("a.mp4", "libx265", {"x265-params": "keyint=24:min-keyint=24:bframes=3:scenecut=0:log-level=none"}),
+    ("a.ts", "libx264", {"g": "24", "bf": "2"}), ("a.flv", "libx264", {"g": "24", "bf": "2"}), ("a.avi", "mpeg4", {"g": "24", "bf": "2", "b": "2M"}),
+    ("a.mkv", "mpeg4", {"g": "24", "bf": "2", "b": "2M"}), ("a.mov", "mjpeg", {"qmin": "2", "qmax": "2"}), ("a.webm", "libvpx", {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "10", "b": "2M"}),
+    ("a.mpg", "mpeg2video", {"g": "12", "bf": "2", "b": "4M"}), ("a.nut", "libx264", {"g": "24", "bf": "2"}), ("a.h264", "libx264", {"g": "24", "bf": "2"}),
+])
+def test_containers_and_codecs_show_the_frames_asked_for(tmp_path, name, codec, options):
+    """Guards: leading frames of an open group decoded after a seek, frames in decoding order, packets that no frame comes of."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    prepare = (lambda stream: setattr(stream, "pix_fmt", "yuvj420p")) if codec == "mjpeg" else None
+    write_clip(tmp_path / name, codec=codec, options=options, prepare=prepare)
+    for n in (6, 16, 150):
+        shown, _ = data.load_media(record(name), config(tmp_path, max_frames=n))
+        assert [number_of(frame) for frame in shown] == [int((i + 0.5) * 150 / n) for i in range(n)], n
+
+
+UNEVEN = [*range(0, 300, 6), *range(300, 350)]
+
+
+@pytest.mark.parametrize("name, ticks, options", [
+    ("a.mp4", UNEVEN, {}), ("a.mkv", UNEVEN, {}), ("a.webm", UNEVEN, {}), ("a.mp4", [t + 50 for t in range(100)], {}), ("a.mkv", [t + 50 for t in UNEVEN], {}),
+    ("a.webm", range(100), {"live": "1"}), ("a.mkv", UNEVEN, {"live": "1"}), ("a.ts", UNEVEN, {}), ("a.mp4", UNEVEN, {"movflags": "frag_keyframe+empty_moov"}),
+    ("a.mp4", [0, 1, 2, 200], {}), ("a.mp4", [0, 1, 3, 4, 5, 8, 9, 100], {}),
+])
+def test_frames_are_chosen_by_time_not_counted(tmp_path, name, ticks, options):
+    """Guards: a webm of uneven rate told as 25 per second; a late start that shifts every frame; a file without duration refused."""
+    write_clip(tmp_path / name, list(ticks), codec="libvpx-vp9" if name.endswith("webm") else "libx264", container_options=options)
+    times = [t / 25 for t in ticks]
+    for n in (5, 16):
+        shown, metadata = data.load_media(record(name), config(tmp_path, max_frames=n))
+        expected = on_display(times, n)
+        assert [number_of(frame) for frame in shown] == expected == metadata.frames_indices
+        seconds = times[-1] - times[0] + 0.04
+        assert 1 / metadata.sampled_fps == pytest.approx(seconds / len(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("rate", [24, 30, 60])
+def test_rounded_times_of_an_even_clip_change_no_frame(tmp_path, rate):
+    """Guards: Matroska's whole milliseconds, by which a frame that is due at its moment comes 0.3 ms too late."""
+    write_clip(tmp_path / "a.mkv", range(120), rate=rate)
+    for n in (8, 15, 40, 60):
+        _, metadata = data.load_media(record("a.mkv"), config(tmp_path, max_frames=n))
+        assert metadata.frames_indices == [int((i + 0.5) * 120 / n) for i in range(n)]
+        assert metadata.sampled_fps == pytest.approx(n * rate / 120, rel=0.01)
+
+
+@pytest.mark.parametrize("part, n, expected, distance", [
+    ((1, 3), 4, [31, 43, 56, 68], 0.5), ((0, 1000), 4, [18, 56, 93, 131], 1.5), ((5, 5.2), 16, [125, 126, 127, 128, 129], 0.04), ((2, 2), 4, [50], None),
+    ((100, 200), 4, [149], None), ((-3, 2), 2, [12, 37], 1), ((0.3, 0.7), 3, [9, 12, 15], 0.4 / 3),
+])
+def test_start_and_end_are_times(tmp_path, part, n, expected, distance):
+    """Guards: the whole clip shown for its part; a part counted at the mean rate; frames before the part, by a rounding of 0.3."""
+    write_clip(tmp_path / "a.mp4")
+    shown, metadata = data.load_media(record("a.mp4", start=part[0], end=part[1]), config(tmp_path, max_frames=n))
+    assert [number_of(frame) for frame in shown] == expected == metadata.frames_indices
+    assert distance is None or 1 / metadata.sampled_fps == pytest.approx(distance)
+
+
+def test_a_part_of_an_uneven_clip(tmp_path):
+    """Guards: seconds turned into frames at the mean rate."""
+    write_clip(tmp_path / "a.mkv", UNEVEN)
+    shown, _ = data.load_media(record("a.mkv", start=11, end=13), config(tmp_path, max_frames=4))
+    assert [number_of(frame) for frame in shown] == [46, 48, 56, 68]
+
+
+def matrix(a, b, c, d):
+    one = 1 << 16
+    return (a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("abcd, turn", [
+    ((0, 1, -1, 0), lambda x: np.rot90(x, -1)), ((0, -1, 1, 0), lambda x: np.rot90(x, 1)), ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+    ((-1, 0, 0, 1), lambda x: x[:, ::-1]), ((1, 0, 0, -1), lambda x: x[::-1]), ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+])
+def test_the_display_matrix_turns_and_mirrors(tmp_path, codec, abcd, turn):
+    """Guards: clips of telephones lying on their side; a mirrored selfie in which left is right."""
+    write_clip(tmp_path / "a.mp4", range(3), codec=codec)
+    stored = data.load_media(record("a.mp4"), config(tmp_path))[0]
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    # tkhd: the matrix is 40 bytes after the version of a version 0 box
+    struct.pack_into(">9i", content, content.index(b"tkhd") + 4 + 40, *matrix(*abcd))
+    (tmp_path / "a.mp4").write_bytes(content)
+    shown = data.load_media(record("a.mp4"), config(tmp_path))[0]
+    assert np.array_equal(shown[1], turn(stored[1]))
+
+
+@pytest.mark.parametrize("aspect, width", [((64, 45), 182), ((8, 9), 114), ((1, 1), 128)])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_pixels_are_made_square(tmp_path, aspect, width, codec):
+    """Guards: people squashed or stretched in clips of television and DVD."""
+    write_clip(tmp_path / "a.mp4", range(20), codec=codec, prepare=lambda s: setattr(s.codec_context, "sample_aspect_ratio", Fraction(*aspect)))
+    shown, _ = data.load_media(record("a.mp4"), config(tmp_path, max_frames=4))
+    assert shown.shape[1:3] == (96, width) and [number_of(frame) for frame in shown] == [2, 7, 12, 17]
+
+
+@pytest.mark.parametrize("name, options", [("a.mp4", {"movflags": "faststart"}), ("a.mkv", {}), ("a.avi", {}), ("a.flv", {}), ("a.mp4", {"movflags": "faststart", "zeros": ""})])
+def test_a_part_of_a_download_is_named_and_nearly_all_of_it_is_read(tmp_path, name, options):
+    """Guards: the first half of a clip, or one whose rest was never written, taken for the whole."""
+    zeros = "zeros" in options
+    write_clip(tmp_path / name, range(300), codec="mpeg4" if name.endswith("avi") else "libx264", container_options={k: v for k, v in options.items() if k != "zeros"})
+    content = (tmp_path / name).read_bytes()
+    for share in (0.5, 0.8):
+        kept = content[: int(len(content) * share)]
+        (tmp_path / name).write_bytes(kept + bytes(len(content) - len(kept)) if zeros else kept)
+        with pytest.raises(data.Unusable, match="incomplete: |damaged: "):
+            data.load_media(record(name), config(tmp_path))
+    if not zeros:
+        (tmp_path / name).write_bytes(content[: int(len(content) * 0.97)])
+        assert len(data.load_media(record(name), config(tmp_path, max_frames=8))[0]) == 8
+
+
+def test_sound_longer_than_the_picture_is_no_loss(tmp_path):
+    """Guards: whole clips called incomplete for the length of their sound."""
+    for name in ("a.mp4", "a.mkv"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+            sound = container.add_stream("aac", rate=8000, layout="mono")
+            for i in range(50):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(painted(i), format="rgb24")))
+            for i in range(40):
+                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+                samples.sample_rate = 8000
+                container.mux(sound.encode(samples))
+            container.mux(stream.encode())
+            container.mux(sound.encode())
+        shown, metadata = data.load_media(record(name), config(tmp_path, max_frames=5))
+        assert [number_of(frame) for frame in shown] == [5, 15, 25, 35, 45] and metadata.sampled_fps == pytest.approx(2.5)
+
+
+def test_the_cover_of_an_audio_file_is_no_clip(tmp_path):
+    """Guards: a song with its cover as a clip of one frame."""
+    with av.open(str(tmp_path / "a.mka"), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(painted(1, 64, 64), format="rgb24")))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 8000
+        container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+        container.mux(cover.encode())
+    assert av.open(str(tmp_path / "a.mka")).streams.video
+    with pytest.raises(data.Unusable, match="no video in this file"):
+        data.load_media(record("a.mka"), config(tmp_path))
+
+
+def test_seeks_skip_decoding_and_nothing_is_decoded_twice(tmp_path, monkeypatch):
+    """Guards: the whole clip decoded for four frames; a seek per frame that decodes each group again and again."""
+    counted = []
+    decode = frames.decode
+    monkeypatch.setattr(frames, "decode", lambda *arguments: (counted.append(1) or frame for frame in decode(*arguments)))
+    write_clip(tmp_path / "a.mp4", range(600), options={"g": "30", "bf": "2", "sc_threshold": "0"})
+    for n, most in ((4, 4 * 34), (600, 600)):
+        counted.clear()
+        assert len(data.load_media(record("a.mp4"), config(tmp_path, max_frames=n))[0]) == n
+        assert n <= len(counted) <= most
+
+
+def test_what_is_no_file_is_named_at_once(tmp_path):
+    """Guards: a pipe or a device that is waited for, for ever."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for data_type in ("video", "image"):
+        with pytest.raises(data.Unusable, match="pipe.mp4: not a file"):
+            data.load_media(record("pipe.mp4", data_type), config(tmp_path))
+
+
+def test_playlists_are_no_clips(tmp_path):
+    """Guards: a playlist of a live stream, which is waited for, for ever; a clip in place of the one that the record names."""
+    write_clip(tmp_path / "a.ts", range(10))
+    (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:24\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:24,\na.ts\n")
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
+    for name in ("a.m3u8", "a.mp4"):
+        with pytest.raises(data.Unusable, match="a playlist, not a clip"):
+            data.load_media(record(name), config(tmp_path))
+
+
+def test_reading_has_an_end(tmp_path, monkeypatch):
+    """Guards: a file that decodes for hours."""
+    write_clip(tmp_path / "a.mp4", range(10))
+    monkeypatch.setattr(frames, "READ_SECONDS", -1)
+    with pytest.raises(data.Unusable, match="a.mp4: not read after -1 s"):
+        data.load_media(record("a.mp4"), config(tmp_path))
+    with pytest.raises(data.Unusable, match="decord has not read it after -1 s"):
+        data.load_media(record("a.mp4"), config(tmp_path, video_reader="decord"))
+
+
+def test_a_reader_in_the_parent_does_not_hang_its_forked_workers(tmp_path):
+    """Guards: a converter with threads left for the garbage collector, which waits for them in a forked DataLoader worker."""
+    write_clip(tmp_path / "a.mp4", range(10))
+    gc.disable()
+    try:
+        frames.read_clip(tmp_path / "a.mp4", 4)
+        worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+        worker.start()
+        worker.join(10)
+        alive = worker.is_alive()
+        worker.kill()
+        assert not alive
+    finally:
+        gc.enable()
+
+
+def test_decord_reads_what_the_released_pipeline_reads(tmp_path):
+    """Guards: the reader setting that nothing reads; other frames than decord's own."""
+    import decord
+    write_clip(tmp_path / "a.mp4", options={"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"})
+    shown, metadata = data.load_media(record("a.mp4"), config(tmp_path, max_frames=8, video_reader="decord"))
+    assert metadata.frames_indices == [int((i + 0.5) * 150 / 8) for i in range(8)] and metadata.sampled_fps == pytest.approx(8 / 6)
+    assert np.array_equal(shown, decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1).get_batch(metadata.frames_indices).asnumpy())
+
+
+def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world):
+    """Guards: a rate rounded or guessed on the way to M-RoPE: its clock then disagrees with the clip."""
+    write_clip(tmp_path / "even.mp4")
+    write_clip(tmp_path / "uneven.mp4", UNEVEN)
+    write_clip(tmp_path / "few.mp4", range(6))
+    (tmp_path / "stills").mkdir()
+    for i in range(12):
+        Image.fromarray(painted(i)).save(tmp_path / f"stills/{i}.png")
+    cases = [(record("even.mp4"), 6 / 8), (record("uneven.mp4"), 14 / 8), (record("few.mp4"), 0.04), (record("even.mp4", start=1, end=3), 2 / 8),
+             (record("stills", "frame"), 4 / 8), (record("stills", "frame", fps=2), 6 / 8), (record("stills", "frame", start=1, end=3), 1 / 3),
+             (record("even.mp4", image_path="stills/0.png"), 6 / 7), (record("even.mp4", last_frame=True), 6 / 8)]
+    cfg = SharedConfig(model=str(world / "base"), data_root=str(tmp_path), prompt="{problem}", max_frames=8, min_pixels=784, max_pixels=3136)
+    processor = common.load_processor(cfg)
+    for row, distance in cases:
+        inputs = data.encode(processor, row, *data.load_media(row, cfg), cfg)
+        # of two frames in a temporal patch each
+        assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2 * distance], rel=1e-5), row
+
+
+# -------------------------------------------------------------------------------------------------- pictures and stills
+
+
+def ramp(dtype, high):
+    return np.linspace(0, high, 64).astype(dtype)[None].repeat(32, 0)
+
+
+@pytest.mark.parametrize("name, image", [
+    ("a.png", Image.fromarray(ramp(np.uint16, 65535))), ("a.tif", Image.fromarray(ramp(np.uint16, 65535))), ("b.tif", Image.fromarray(ramp(np.float32, 1))),
+    ("c.tif", Image.fromarray(ramp(np.float32, 255))), ("d.tif", Image.fromarray(ramp(np.int32, 65535))), ("e.tif", Image.fromarray(ramp(np.int32, 255))), ("f.png", Image.fromarray(ramp(np.uint8, 255))),
+])
+def test_greys_of_any_depth_are_scaled(tmp_path, name, image):
+    """Guards: greys of 16 bits or floats cut off at 255 or read as black."""
+    image.save(tmp_path / name)
+    pixels = np.asarray(data.load_media(record(name, "image"), config(tmp_path))[0])[0, :, 0].astype(int)
+    assert np.abs(pixels - np.linspace(0, 255, 64)).max() <= 1
+
+
+@pytest.mark.parametrize("values", [ramp(np.float32, 1e6), ramp(np.float32, -1), np.full((32, 64), np.nan, np.float32), ramp(np.int32, 10**6)])
+def test_greys_of_an_unknown_range_are_named(tmp_path, values):
+    """Guards: a depth map that becomes a white picture."""
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(data.Unusable, match="which of them is white is not known"):
+        data.load_media(record("a.tif", "image"), config(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "RGB", "L", "1"])
+def test_transparency_is_pasted_on_white(tmp_path, mode):
+    """Guards: black writing on a transparent ground that turns black, in one of the ways that a PNG can be transparent."""
+    drawing = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (10, 10, 30, 30))
+    options = {}
+    if mode in ("RGB", "L", "1"):
+        # one colour is the transparent one; here grey stands for the writing
+        image = Image.new(mode, (40, 40))
+        image.paste({"RGB": (9, 9, 9), "L": 9, "1": 1}[mode], (10, 10, 30, 30))
+        options = {"transparency": {"RGB": (0, 0, 0), "L": 0, "1": 0}[mode]}
+        dark = 255 if mode == "1" else 9
+    else:
+        image = drawing.quantize(4) if mode == "P" else drawing.convert(mode)
+        dark = 0
+    image.save(tmp_path / ("a.tif" if mode == "PA" else "a.png"), **options) if mode != "PA" else drawing.convert("LA").save(tmp_path / "a.tif")
+    name = "a.tif" if mode == "PA" else "a.png"
+    pixels = np.asarray(data.load_media(record(name, "image"), config(tmp_path))[0])
+    assert pixels[0, 0].tolist() == [255] * 3 and pixels[20, 20].tolist() == [dark] * 3
+
+
+def test_stills_sort_naturally_and_hidden_files_are_none(tmp_path):
+    """Guards: frame 10 before frame 9, second numbers in names glued to the first; a Mac's ._003.png that ends the folder."""
+    for i in (9, 10, 11, 100):
+        Image.fromarray(painted(i)).save(tmp_path / f"frame_{i}_t{i // 3}s.png")
+    for name in ("._frame_9_t3s.png", ".hidden.png", "Thumbs.db", "notes.txt"):
+        (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "folder.png").mkdir()
+    shown, metadata = data.load_media(record(".", "frame"), config(tmp_path))
+    assert [number_of(frame) for frame in shown] == [9, 10, 11, 100] and metadata.fps == 3
+    assert data.load_media(record(".", "frame", fps=0.5), config(tmp_path))[1].sampled_fps == pytest.approx(0.5)
+
+
+def test_stills_of_unequal_size_get_the_size_of_the_first(tmp_path):
+    """Guards: one odd still that makes its whole folder unusable."""
+    for i, size in enumerate([(96, 128), (48, 64), (200, 120)]):
+        Image.fromarray(painted(i, *size)).save(tmp_path / f"{i}.png")
+    shown, _ = data.load_media(record(".", "frame"), config(tmp_path))
+    assert shown.shape == (3, 96, 128, 3) and [number_of(frame) for frame in shown] == [0, 1, 2]
+
+
+# -------------------------------------------------------------------------------------- which reader gets how many right
+
+
+def count_right(reader, n=16):
+    """{file: whether 16 frames of it are right, or a part of a download is named} of the clips in ../shared/media."""
+    verdicts = {}
+    for name, truth in TRUTH.items():
+        try:
+            shown, _ = data.load_media(record(name), config(MEDIA, max_frames=n, video_reader=reader))
+        except data.Unusable as error:
+            verdicts[name] = "incomplete" in str(error) and name == "fast_cut_60.mp4"
+            continue
+        height, width = truth["height_width"]
+        width = round(width * 64 / 45) if name == "sar.mp4" else width
+        expected = on_display(truth["times"], n)
+        checked = range(n)
+        if name == "lost_keyframes.mp4":
+            checked = [k for k in range(n) if expected[k] < 110 or 975 <= truth["numbers"][expected[k]] <= 1005]
+        right = name in TURNED or all(number_of(shown[k]) == truth["numbers"][expected[k]] for k in checked)
+        verdicts[name] = bool(right) and shown.shape[1:3] == (height, width) and name != "fast_cut_60.mp4"
+    return verdicts
+
+
+if __name__ == "__main__":
+    frames.READ_SECONDS = 20
+    columns = {reader: count_right(reader) for reader in ("exact", "decord")}
+    for name in TRUTH:
+        print(f"{name:<22}" + "".join(f"{reader} {'right' if column[name] else 'WRONG':<8}" for reader, column in columns.items()))
+    for reader, column in columns.items():
+        print(f"{reader}: {sum(column.values())} of {len(column)} files right")
