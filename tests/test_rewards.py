@@ -395,7 +395,7 @@ def test_each_type_pays_its_own_truth():
 
 TRUTHS = {"multiple choice": "B", "numerical": "4", "OCR": "no exit on this side " * 20, "free-form": "the cat sat on the mat " * 20, "regression": "4"}
 UNITS = ["<", "<answer>", "</answer>", "<think>", "</think>", "<think></think>", "<answer></answer>", "<answer>B</answer>", "<think><answer>", "<answ", "</",
-         "\\boxed{", "\\text{x}", "\\frac{", "\\frac{1}{2}", "$", "1/2", "x=", "的", "½", "²", " ", "\n", "\x00", "\ud800", "é", "９", "0", "9", "1,", ",000", "1e", "e", ".", "-", "+", "%", "$", "*", "(", "B", "B ", "B.", "B. ", "A) or ", ",B. x",
+         "\\boxed{", "\\text{x}", "\\frac{", "\\frac{1}{2}", "$", "1/2", "x=", "½", "²", " ", "\n", "\x00", "\ud800", "é", "９", "0", "9", "1,", ",000", "1e", "e", ".", "-", "+", "%", "$", "*", "(", "B", "B ", "B.", "B. ", "A) or ", ",B. x",
          "the ", "answer is ", "option", "the cat ", "m/", "m^2", "square ", " per m", "x y\n", "\t\t", "𝟗", "\u0301\u0327"]
 
 
