@@ -302,7 +302,7 @@ def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
         (out / "predictions.0.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
         run("evaluate", batch_size=5)
         assert (out / "summary.json").read_text() == summary
-    assert (out / "predictions.jsonl").read_text() == "".join(lines) and len(list(out.iterdir())) == 2
+    assert (out / "predictions.jsonl").read_text() == "".join(lines) and len(list(out.glob("[!.]*"))) == 2
 
 
 def test_evaluation_refuses_to_mix_settings(run):
