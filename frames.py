@@ -40,6 +40,8 @@ FOLDER_FPS = 3.0
 # A clip is taken for half a download if it is shorter than this share of what its header promises.
 LEAST_SHARE = 0.9
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Larger frames are shrunk to this as they are decoded: 64 frames of 8K would take 6 GB. The model sees far fewer pixels.
+MOST_PIXELS = 1920 * 1080
 # How files begin that only name other files. libav waits for ever for the end of a live stream.
 PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 # Containers that store when each frame is shown. In others (avi, wmv, mpeg) libav guesses it, often wrongly.
@@ -342,6 +344,8 @@ def fetch_by_count(path, indices, deadline):
 class UprightRGB:
     """Turns frames of one clip into (H, W, C) uint8 arrays: upright, square pixels, all of the first one's size.
 
+    Frames of more than MOST_PIXELS are shrunk to that.
+
     One thread: a converter with threads of its own that is still around when a DataLoader forks would hang its workers.
     """
 
@@ -352,7 +356,9 @@ class UprightRGB:
 
     def __call__(self, frame):
         if self.size is None:
-            self.size = {"width": max(1, round(frame.width * self.aspect)), "height": frame.height}
+            width, height = frame.width * self.aspect, frame.height
+            shrink = min(1.0, math.sqrt(MOST_PIXELS / (width * height)))
+            self.size = {"width": max(1, round(width * shrink)), "height": max(1, round(height * shrink))}
             self.matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
         has_alpha = any(component.is_alpha for component in frame.format.components)
         form = "rgba" if has_alpha else "rgb24"

@@ -529,6 +529,16 @@ def count_right(reader, n=16):
     return verdicts
 
 
+def test_huge_frames_are_shrunk_as_they_are_decoded(tmp_path, monkeypatch):
+    """Guards: a worker that holds 16 frames of 8K, 1.6 GB, of which the model sees a hundredth of the pixels."""
+    write_clip(tmp_path / "clip.mp4", ticks=range(8), size=(112, 56))
+    whole = frames.read_clip(tmp_path / "clip.mp4", 4).frames_FHWC
+    monkeypatch.setattr(frames, "MOST_PIXELS", 112 * 56 // 4)
+    shrunk = frames.read_clip(tmp_path / "clip.mp4", 4).frames_FHWC
+    assert whole.shape == (4, 56, 112, 3) and shrunk.shape == (4, 28, 56, 3)
+    assert abs(whole.mean((1, 2, 3)) - shrunk.mean((1, 2, 3))).max() < 3
+
+
 if __name__ == "__main__":
     frames.READ_SECONDS = 20
     columns = {reader: count_right(reader) for reader in ("exact", "decord")}
