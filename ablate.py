@@ -39,9 +39,9 @@ def run_seed(out, seed):
     folder = out / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     result_file = folder / "result.json"
-    if result_file.exists() and set(ARMS) <= set(json.loads(result_file.read_text()).get("arms", ARMS)):
-        return json.loads(result_file.read_text())
-    with open(folder / "log.txt", "a") as log:
+    if result_file.exists() and set(ARMS) <= set(json.loads(result_file.read_text(encoding="utf-8")).get("arms", ARMS)):
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
         stages = Stages(folder, seed, "two_rationales", log)
         stages.cold_start()
         found, wrong = check_skill(folder)
@@ -69,7 +69,7 @@ def scores_of(folder, name):
 
 def curves_of(folder, name):
     """What happened step by step: share of static reasons, accuracy and accuracy where the background lies (None: no such clip)."""
-    cue = {r["problem_id"]: r["cue"] for r in json.loads((folder / "world/rl.json").read_text())}
+    cue = {r["problem_id"]: r["cue"] for r in json.loads((folder / "world/rl.json").read_text(encoding="utf-8"))}
     steps = {}
     for row in read_jsonl(folder / name / "rollouts.jsonl"):
         if row["frames"] == "ordered":

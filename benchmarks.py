@@ -6,8 +6,9 @@
     mvbench      json/<task>.json                                         video/<folder>/<video>             correct / total
     tempcompass  questions/<format>.json | <format>/test-*.parquet        videos/<video_id>.mp4              pooled, 3 formats
     mmvu         validation.json                                          videos/<Subject>/<n>.mp4           multiple choice
-    videomme     test-*.parquet (also in videomme/) | test.json[l]        data/<videoID>.mp4, .MP4, .mkv     correct / total
+    videomme     test.json[l] | test-*.parquet (also in videomme/)        data/<videoID>.mp4, .MP4, .mkv     correct / total
 
+Only parquet files need pyarrow (pip install pyarrow); where JSON lies beside them, it is read instead.
 Where none of these is found, Video-R1's own eval_<name>.json is read; its paths start at the folder that holds it. Ids: the
 authors' where a benchmark has unique ones, else <track>/<id> (VideoMMMU), <task>/<row from 0> (MVBench) and
 <format>/<video_id>/<dim>/<number from 0> (TempCompass).
@@ -39,7 +40,7 @@ FILES = {                                                 # alternatives; of the
     "mvbench": [["json/*.json"]],
     "tempcompass": [[f"questions/{f}.json" for f in FORMATS], [f"{f}/test-*.parquet" for f in FORMATS]],
     "mmvu": [["validation.json"]],
-    "videomme": [["test-*.parquet"], ["videomme/test-*.parquet"], ["test.jsonl"], ["test.json"]],
+    "videomme": [["test.jsonl"], ["test.json"], ["test-*.parquet"], ["videomme/test-*.parquet"]],
 }
 NAMES = tuple(FILES)
 

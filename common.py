@@ -41,7 +41,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list,
                               gather_object)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -89,8 +90,25 @@ def check_model(cfg, stage, made_by=None):
     raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
 
 
+def check_hub(model):
+    """UserError if `model` is a hub name and the hub cannot be reached: transformers would try for minutes, then say less."""
+    if Path(model).exists() or is_offline_mode():
+        return
+    try:
+        HfApi().model_info(model, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"model: {model} is neither a folder here nor a model on the hub that you may read") from None
+    except (OSError, HTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model: {model} is no folder here, and the hub cannot be reached: {reason:.200}; with HF_HUB_OFFLINE=1 a copy "
+            "in the hub's cache is used"
+        ) from None
+
+
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
+    check_hub(cfg.model)
     try:
         processor = AutoProcessor.from_pretrained(cfg.model)
     except (OSError, ValueError) as error:
@@ -1084,25 +1102,29 @@ class Timer:
 
 
 class Log:
-    """metrics.jsonl, one dict a step, and rollouts.jsonl; TensorBoard beside them if installed. Only rank 0 writes.
+    """metrics.jsonl, one dict a step, and rollouts.jsonl; `log_with` sends the metrics elsewhere too. Only rank 0 writes.
 
     A resumed run begins by dropping the rows of the steps that it will do again.
     """
 
     def __init__(self, accelerator, cfg, stage, start_step):
         self.accelerator, self.folder = accelerator, Path(cfg.output_dir)
+        self.has_tracker = cfg.log_with != "none"
         if accelerator.is_main_process:
             for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
                 kept = [row for row in read_jsonl(path) if row["step"] < start_step]
                 if kept or path.exists():
                     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
             write_atomic(self.folder / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
-        if accelerator.log_with:
+        if cfg.log_with == "tensorboard":
+            # the name of a folder in output_dir
             accelerator.init_trackers("tensorboard")
+        if cfg.log_with == "wandb":
+            accelerator.init_trackers("video-r1", config=asdict(cfg), init_kwargs={"wandb": {"name": cfg.output_dir}})
 
     def __call__(self, step, metrics):
         self.append("metrics.jsonl", step, [{k: float(f"{v:.6g}") for k, v in metrics.items()}])
-        if self.accelerator.log_with:
+        if self.has_tracker:
             self.accelerator.log(metrics, step=step)
 
     def rollouts(self, step, rows):
@@ -1115,8 +1137,12 @@ class Log:
 
 
 def trackers(cfg):
-    """Arguments of Accelerator for TensorBoard, empty where it is not installed."""
-    return {"log_with": "tensorboard", "project_dir": cfg.output_dir} if find_spec("tensorboard") else {}
+    """Arguments of Accelerator for `log_with`. UserError if that package is not installed."""
+    if cfg.log_with == "none":
+        return {}
+    if find_spec(cfg.log_with) is None:
+        raise UserError(f"log_with: {cfg.log_with} is not installed: pip install {cfg.log_with}, or log_with: none")
+    return {"log_with": cfg.log_with, "project_dir": cfg.output_dir}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ the answer is `process`, a newline, `solution`.
     python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
     python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
     python data.py --config configs/toy.yaml --stage tgrpo --check --out readable.json    # write the usable rows too
+    python data.py --records mine.json --split 0.1 --out my_data      # 10 % of the clips into test.json, the rest into train.json
     python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as chains of thought for sft.py
 
 A solution may also be a number or lack its tags ("3", 3, "B"), options may lack their letters (the prompt gives
@@ -50,7 +51,7 @@ from transformers.video_utils import VideoMetadata
 
 import settings
 from frames import read_clip, read_folder, read_picture
-from rewards import ACCURACY, CORRECT, accuracy_reward, format_reward, lettered, parse_solution, tagged_solution
+from rewards import ACCURACY, CORRECT, accuracy_reward, format_reward, lettered, parse_solution, tagged_solution, tags_in
 from settings import UserError, option, read_rows
 
 PROMPT = """{problem}
@@ -101,6 +102,7 @@ def load_records(path, data_root, max_unreadable=0.0, need_process=False):
     `max_unreadable` of all rows.
     """
     rows = read_rows(path)
+    refuse_conversations(path, rows)
     usable, reasons = split_rows(rows, data_root, need_process)
     bad_rows = {f"row {number}": reason for number, reason in reasons.items()}
     if len(bad_rows) > max_unreadable * len(rows) or not usable:
@@ -124,6 +126,16 @@ def split_rows(rows, data_root, need_process=False):
         except ValueError as error:
             reasons[number] = str(error)
     return usable, reasons
+
+
+def refuse_conversations(path, rows):
+    """UserError, one line, for a file of conversations as LLaVA and chat data sets have them."""
+    for name in ("conversations", "messages"):
+        if isinstance(rows[0], dict) and name in rows[0] and "problem" not in rows[0]:
+            raise UserError(
+                f"{path}: row 1 is a conversation ({name!r}); a record has problem, solution, path and so on: "
+                "see README, Train on your own clips"
+            )
 
 
 def check_record(row, data_root, need_process):
@@ -156,6 +168,8 @@ def check_record(row, data_root, need_process):
         raise ValueError(f"solution: {error}") from None
     if need_process and not (isinstance(row.get("process"), str) and row["process"].strip()):
         raise ValueError("process: missing; the SFT stage needs a chain of thought")
+    if need_process and [tag for tag, *_ in tags_in(row["process"])] != ["<think>", "</think>"]:
+        raise ValueError(f"process: expected one think block, <think>…</think>, got {row['process']!r:.80}")
     check_part(row)
     media_path(row, data_root)
     if row.get("image_path"):
@@ -317,7 +331,8 @@ class Samples(Dataset):
 
     An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips) with their
     `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. `shuffles`, for credit, is a
-    list of inputs in `n_shuffles` more orders (empty for images and one-frame clips). Frames are shuffled from (seed, position).
+    list of inputs in `n_shuffles` more orders (empty for images and one-frame clips). Frames are shuffled by the seed and
+    the position; in evaluation by the seed and the question, so that they do not depend on what else is asked.
     """
 
     def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, n_shuffles=0):
@@ -335,7 +350,10 @@ class Samples(Dataset):
             return sample | {"error": record["error"]}
         try:
             media, metadata = load_media(record, self.cfg)
-            rng = random.Random(f"{self.cfg.seed}/{position}/frames")
+            question = position
+            if not self.shuffle and "benchmark" in record:
+                question = f"{record['benchmark']}/{record['id']}"
+            rng = random.Random(f"{self.cfg.seed}/{question}/frames")
             draw = lambda: None if metadata is None else self.permutation(record, len(media), rng)
             if "ordered" in self.orders:
                 sample["ordered"] = encode(self.processor, record, media, metadata, self.cfg)
@@ -452,7 +470,10 @@ class DataConfig(settings.SharedConfig):
     stage: str = option("tgrpo", "whose records", choices=settings.STAGES)
     check: bool = option(False, "decode every file once and list what cannot be read")
     distill: str = option("", "predictions of evaluate.py: keep the good chains of thought as records for sft.py")
-    out: str = option("", "file to write: with --check the usable rows, with --distill the records for sft.py")
+    split: float = option(0.0, "share of the clips to set aside: `records` as train.json and test.json in --out", low=0, high=0.9)
+    out: str = option(
+        "", "file to write: with --check the usable rows, with --distill the records for sft.py; with --split a folder"
+    )
     min_accuracy: float = option(CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1)
 
 
@@ -482,6 +503,7 @@ def check_media(records, cfg):
 def check(cfg, need_process):
     """Lists the rows that cannot be used, writes the others to cfg.out if it is given. Returns the exit status."""
     rows = read_rows(cfg.records)
+    refuse_conversations(cfg.records, rows)
     records, reasons = split_rows(rows, cfg.data_root, need_process)
     reasons = reasons | check_media(records, cfg)
     usable = [row for number, row in enumerate(rows, 1) if number not in reasons]
@@ -529,6 +551,37 @@ def distill(rows, data_root, min_accuracy=CORRECT):
     return [record for _, record in best.values()], +dropped
 
 
+def split(rows, share, seed):
+    """(training rows, test rows), in their order. All rows on one clip are on the same side; `share` counts clips.
+
+    rows: dicts with a `path`. Each side has at least one clip. UserError for a row without a path, or for fewer than two
+    clips.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+            raise UserError(f"row {number}: path: missing")
+    # "./a.mp4" and "a.mp4" are one clip
+    clips = sorted({os.path.normpath(row["path"]) for row in rows})
+    if len(clips) < 2:
+        raise UserError(f"all {len(rows)} rows are on one clip: nothing to split")
+    random.Random(seed).shuffle(clips)
+    n_test = min(max(1, round(share * len(clips))), len(clips) - 1)
+    test_clips = set(clips[:n_test])
+    test = [row for row in rows if os.path.normpath(row["path"]) in test_clips]
+    train = [row for row in rows if os.path.normpath(row["path"]) not in test_clips]
+    return train, test
+
+
+def write_split(cfg):
+    """Write cfg.records as train.json and test.json into the folder cfg.out, and say how many rows and clips each has."""
+    train, test = split(read_rows(cfg.records), cfg.split, cfg.seed)
+    for name, rows in (("train", train), ("test", test)):
+        path = os.path.join(cfg.out, f"{name}.json")
+        settings.write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False))
+        n_clips = len({os.path.normpath(row["path"]) for row in rows})
+        print(f"{path}: {len(rows)} rows on {n_clips} clips")
+
+
 def main():
     stage = settings.given("stage", "tgrpo")              # it says which section of the config to read
     cfg = settings.load_config(DataConfig, stage, doc=__doc__, partial=True)
@@ -540,6 +593,9 @@ def main():
         print("\n".join([f"{n} dropped: {reason}" for reason, n in dropped.most_common()]))
         return print(f"{len(records)} of {len(rows)} answers kept: {cfg.out}")
     settings.require(cfg, stage, "records")
+    if cfg.split:
+        settings.require(cfg, "data", "out")
+        return write_split(cfg)
     if cfg.check:
         sys.exit(check(cfg, need_process=stage == "sft"))
     records, bad_rows = load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=stage == "sft")

@@ -261,18 +261,23 @@ def temporal_gap(ordered, shuffled):
 def bootstrap(differences, clips, seed=0):
     """Mean of paired differences with its 95 % bootstrap interval. Whole clips are drawn: questions on one clip are not independent.
 
+    `low` and `high` are None for a single clip, which says nothing of its spread.
+
     >>> bootstrap([1, 0, 1, 0], ["a", "a", "b", "b"])                 # both clips say the same
     {'gap': 0.5, 'low': 0.5, 'high': 0.5, 'n': 4, 'clips': 2}
     """
     names, place = np.unique([str(c) for c in clips], return_inverse=True)
     sums, counts = np.bincount(place, differences), np.bincount(place)
+    result = {"gap": float(sums.sum() / counts.sum()), "low": None, "high": None, "n": len(differences), "clips": len(names)}
+    if len(names) == 1:
+        return result
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(RESAMPLES):
         drawn = rng.integers(len(names), size=len(names))
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"gap": float(sums.sum() / counts.sum()), "low": float(low), "high": float(high), "n": len(differences), "clips": len(names)}
+    return result | {"low": float(low), "high": float(high)}
 
 
 def print_gaps(summary):
@@ -282,8 +287,8 @@ def print_gaps(summary):
         print(f"\n{'videos, percent':<34} {'n':>6} {'in order':>9} {'shuffled':>9} {'gap':>6}   95 % interval (bootstrap over clips)")
     for name, gap in parts.items():
         for label, line in {name: gap, **{f"  {t}": g for t, g in gap["by_task"].items()}}.items():
-            print(f"{label:<34.34} {line['n']:>6} {line['p']:>9.1f} {line['p_shuffled']:>9.1f} {line['gap']:>+6.1f}   "
-                  f"{line['low']:+.1f} to {line['high']:+.1f}")
+            interval = "–" if line["low"] is None else f"{line['low']:+.1f} to {line['high']:+.1f}"
+            print(f"{label:<34.34} {line['n']:>6} {line['p']:>9.1f} {line['p_shuffled']:>9.1f} {line['gap']:>+6.1f}   {interval}")
 
 
 def main():

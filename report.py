@@ -142,7 +142,14 @@ def scores_html(summary):
     """The table of scores: ours with standard error, shuffled and gap where there are; published ones marked so."""
     number = lambda x, sign="": "–" if x is None else f"{x:{sign}.1f}"
     cells = lambda *values: "".join(f"<td>{v}</td>" for v in values)
-    interval = lambda g: f"{number(g['gap'], '+')} <small>({number(g['low'], '+')} to {number(g['high'], '+')})</small>" if g else "–"
+
+    def interval(gap):
+        """A gap and its interval, for which one clip is not enough."""
+        if not gap:
+            return "–"
+        between = "–" if gap["low"] is None else f"{number(gap['low'], '+')} to {number(gap['high'], '+')}"
+        return f"{number(gap['gap'], '+')} <small>({between})</small>"
+
     head = "".join(f"<th scope=col>{html.escape(h)}</th>" for h in (
         "questions", "score, %", "unread", "shuffled, %", "gap (95 %)", *(f"{m} (published)" for m in PUBLISHED)))
     figures = lambda line: (line["n"], f"{number(line['score'])} ± {number(line['se'])}")

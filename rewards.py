@@ -111,7 +111,7 @@ def plain(text):
 
 DECORATION = " \t\r\n\xa0()[]{}.,:;!*_`'\"$。、【】「」『』"
 LEAD = re.compile(
-    r"(?:(?:the|correct|final|answer|option|choice|is)\b[\s:]*"
+    r"(?:(?:the|best|correct|final|answer|option|choice|is)\b[\s:]*"
     r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
     re.IGNORECASE,
 )

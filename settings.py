@@ -10,10 +10,13 @@ import argparse
 import difflib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
+import sys
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -23,6 +26,13 @@ STAGES = ("sft", "tgrpo", "evaluate")
 
 class UserError(SystemExit):
     """A mistake in the user's settings or files: Python prints the one line and exits with 1, no traceback."""
+
+
+def print_utf8():
+    """What is printed is UTF-8, whatever the locale: in Latin-1 or ASCII, "p̃" would end a run with a UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -68,6 +78,8 @@ class SharedConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a quarter slower")
 
     def __post_init__(self):
+        if self.video_reader == "decord" and find_spec("decord") is None:
+            raise UserError("video_reader: decord is not installed; its package is decord2: pip install decord2")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         try:
@@ -97,6 +109,8 @@ class TrainConfig(SharedConfig):
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
     resume: bool = option(True, "go on from the newest checkpoint in output_dir; false: move an earlier run aside, start anew")
+    log_with: str = option("none", "also write the metrics to TensorBoard (files in output_dir) or Weights & Biases",
+                           choices=("none", "tensorboard", "wandb"))
     resume_changed: bool = option(False, "go on from a checkpoint although settings, records or starting weights changed")
 
 
@@ -142,6 +156,7 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
     Raises UserError (one line: file, field, value) for an unknown name, a wrong type, a value out of range.
     With `partial` the section may hold settings that `cls` does not know.
     """
+    print_utf8()
     known = {f.name: f for f in fields(cls)}
     parser = argparse.ArgumentParser(usage="%(prog)s --config FILE [--name value ...]", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,6 +205,10 @@ class UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, to which a key that stands twice is an error instead of the last one winning in silence."""
 
     def construct_mapping(self, node, deep=False):
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: merge keys (<<) are not read; write shared settings at the top level")
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"{twice[0]} stands here twice")
@@ -198,7 +217,7 @@ class UniqueKeys(yaml.SafeLoader):
 
 def read_yaml(path):
     try:
-        tree = yaml.load(Path(path).read_text(), UniqueKeys)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:          # bytes that are no text, a number of thousands of digits

@@ -35,7 +35,7 @@ import common
 import data
 import settings
 from rewards import CORRECT, accuracy_reward, format_reward, length_reward, temporal_reward
-from settings import option
+from settings import UserError, option
 
 
 @dataclass
@@ -70,6 +70,10 @@ class TGRPOConfig(settings.TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_generations < 2:
+            raise UserError(f"num_generations: {self.num_generations}; a completion is compared with the others of its group, so at least 2")
+        if self.length_min > self.length_max:
+            raise UserError(f"length_min {self.length_min} is larger than length_max {self.length_max}")
         credit = self.temporal_rule == "credit"
         if self.shuffled_generations < 0:
             self.shuffled_generations = 0 if credit else self.num_generations // 2

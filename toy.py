@@ -43,7 +43,8 @@ from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLF
 
 from common import replace_folder
 from evaluate import mean_and_se
-from settings import read_jsonl, write_atomic
+from settings import print_utf8, read_jsonl, write_atomic
+from tools.plot import draw_curve, save_figure
 
 SIZE, FRAMES, FPS = 56, 8, 4                              # pixels, frames a clip, frames a second
 BACKGROUNDS = {"warm": (74, 26, 8), "cool": (8, 26, 74), "neutral": (26, 26, 26)}
@@ -325,7 +326,7 @@ class Stages:
 
     def __init__(self, out, seed, world="flawed_teacher", log=None):
         self.out, self.seed, self.world, self.log, self.file = out, seed, world, log, out / "seconds.json"
-        self.seconds = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.seconds = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         as_configured = (out, seed, world) == (Path(__file__).parent / "runs/toy", 0, "flawed_teacher")
         self.own = [] if as_configured else ["--seed", seed, "--data_root", out / "world"]
 
@@ -358,7 +359,7 @@ class Stages:
         """World, random model, SFT; before it, in the two-rationale world, SFT on the skill alone until it is there."""
         world, two, model = self.out / "world", self.world == "two_rationales", "base"
         self.stage("world", world, lambda: make_world(world, self.seed, *n, world=self.world, log=self.log))
-        self.stage("world", self.out / "base", lambda: make_model(self.out / "base", json.loads((world / "sft.json").read_text()), self.seed))
+        self.stage("world", self.out / "base", lambda: make_model(self.out / "base", json.loads((world / "sft.json").read_text(encoding="utf-8")), self.seed))
         for part in range(1, 4) if two else ():
             self.train("sft.py", f"skill{part}", model, "skill.json")
             model = f"skill{part}/final"
@@ -436,20 +437,12 @@ def plot(out, results):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def curve(axis, rows, name, label, colour, window=9):
-        points = [(r["step"] + 1, r[name]) for r in rows if name in r]
-        steps, values = np.array(points).T
-        kernel = np.ones(min(window, len(values)))
-        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-        axis.plot(steps, values, color=colour, alpha=0.2, linewidth=1)
-        axis.plot(steps, smooth, color=colour, linewidth=2, label=label)
-
     sft, rl = read_jsonl(out / "sft/metrics.jsonl"), read_jsonl(out / "tgrpo/metrics.jsonl")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1.3, 1.3))
-    curve(left, sft, "loss", "loss", "tab:gray")
+    draw_curve(left, sft, "loss", "loss", "tab:gray")
     left.set(title="1. cold start (SFT)", xlabel="step", ylabel="loss per token, nats", yscale="log")
-    curve(middle, rl, "temporal/p", "p: frames in order", "tab:blue")
-    curve(middle, rl, "temporal/p_shuffled", "p̃: frames shuffled", "tab:orange")
+    draw_curve(middle, rl, "temporal/p", "p: frames in order", "tab:blue")
+    draw_curve(middle, rl, "temporal/p_shuffled", "p̃: frames shuffled", "tab:orange")
     middle.set(title="2. T-GRPO on training videos", xlabel="step", ylabel="share of correct completions", ylim=(0, 1))
     middle.legend(loc="lower right", frameon=False)
     names = ["ordered", "shuffled", "conflict"]
@@ -465,11 +458,11 @@ def plot(out, results):
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(out / "learning_curves.png.tmp", format="png", dpi=130)
-    os.replace(out / "learning_curves.png.tmp", out / "learning_curves.png")
+    save_figure(figure, out / "learning_curves.png")
 
 
 def main():
+    print_utf8()
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for everything; default: runs/toy, runs/two_rationales, runs/ablate")
@@ -491,7 +484,7 @@ def main():
         for name in ("seconds.json", "summary.json", "learning_curves.png"):
             (out / name).unlink(missing_ok=True)
     elif (out / "world/world.json").exists():
-        made = json.loads((out / "world/world.json").read_text())
+        made = json.loads((out / "world/world.json").read_text(encoding="utf-8"))
         for name, wanted in (("seed", args.seed), ("world", args.world)):
             if made[name] != wanted:
                 sys.exit(f"toy.py: {out} holds {name} {made[name]}, not {wanted}; choose another --out, or --fresh")

@@ -40,7 +40,7 @@ def choose(rows, records, step):
 
 
 def draw(run, step, path):
-    records = {r["problem_id"]: r for r in json.loads((run / "world/rl.json").read_text())}
+    records = {r["problem_id"]: r for r in json.loads((run / "world/rl.json").read_text(encoding="utf-8"))}
     now, record, ordered, right_G, shuffled, right_S = choose(read_jsonl(run / "tgrpo/rollouts.jsonl"), records, step)
     frames, _ = data.load_media(record, SharedConfig(data_root=str(run / "world"), max_frames=8))
     p, q = np.mean(right_G), np.mean(right_S)

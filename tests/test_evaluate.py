@@ -168,7 +168,7 @@ def test_what_the_model_sees_of_clipped_frame_folder_and_question_image(six, wor
     frames, times = see({**adaptation, "image_path": "image.png"} | {"last_frame": False}, max_frames=4)
     assert len(frames) == 4 and frames[-1, 28, 28].tolist() == [250, 0, 0] and times.frames_indices == sorted(times.frames_indices)
     cfg = SharedConfig(model=str(world / "base"), data_root=str(six), max_frames=4, prompt="{problem}", min_pixels=784, max_pixels=3136)
-    orders = [data.Samples([adaptation] * 6, common.load_processor(cfg), cfg, ("shuffled",), shuffle=False)[i]["frame_order"] for i in range(6)]
+    orders = [data.Samples([{**adaptation, "id": i} for i in range(6)], common.load_processor(cfg), cfg, ("shuffled",), shuffle=False)[i]["frame_order"] for i in range(6)]
     assert all(order[-1] == 3 and order[:3] != [0, 1, 2] for order in orders)                # shuffling leaves it at the end
 
 

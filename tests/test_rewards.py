@@ -83,6 +83,10 @@ def test_format_reward(text, reward):
     *[(text, "B") for text in ("B. the cat", "B) the cat", "B: the cat", "(B) the cat", "(B)the cat", "**B.** the cat", "**B**. the cat", "B.\nthe cat")],
     *[(text, "B") for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")],   # option texts
     *[(text, "B") for text in ("Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat")],
+    # the lead-ins that Video-MME's extractor strips
+    *[(f"{lead} B", "B") for lead in ("The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is",
+                                      "The correct option is", "Best answer:", "Best option:", "Answer:", "Option:")],
+    ("best", None), ("The best of B", None),
     ("D. Both A and B", "D"), ("n", "N"), ("Z", "Z"), ("I. think", "I"),
     *[(text, None) for text in ("", " ", ".", "()", "A or B", "A and B", "A, B", "A/B", "A & B", "A; B", "A B", "AB", "A\nB", "a or b", "Options A, B")],
     *[(text, None) for text in ("A. B", "A.B", "A) or B)", "(A) and (B)", "A. cat, B. dog", "A. cat\nB. dog", "A. cat or B. dog", "A: cat / B: dog")],

@@ -1,0 +1,128 @@
+"""Training on one's own clips: the examples of the README, the test set, the clear lines for other people's formats."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+
+from rewards import ACCURACY
+from settings import UserError, read_jsonl
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = json.loads((ROOT / "examples/records.json").read_text(encoding="utf-8"))
+
+
+def run_data(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+
+
+def test_the_examples_show_every_data_type_and_problem_type():
+    """Guards: a type that no example shows, so that nobody knows how its record looks."""
+    assert {r["data_type"] for r in EXAMPLES} == set(data.DATA_TYPES)
+    assert {r["problem_type"] for r in EXAMPLES} == set(ACCURACY)
+
+
+def test_the_readme_shows_records_that_are_in_the_examples():
+    """Guards: a record in the README that was edited there and is trained by no test."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Train on your own clips")[1].split("\n## ")[0]
+    shown = json.loads(re.search(r"```json\n(.*?)```", section, re.S)[1])
+    assert shown == EXAMPLES
+
+
+def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypatch):
+    """Guards: an example in the README that training refuses, or whose media it skips without anybody noticing."""
+    small = {"config": "examples/own.yaml", "records": ROOT / "examples/records.json", "data_root": ROOT / "examples", "max_frames": 4,
+             "min_pixels": 784, "max_pixels": 3136, "gradient_checkpointing": "false"}
+    sft = run("sft", "sft", batch_size=5, micro_batch_size=5, **small)
+    tgrpo = run("tgrpo", "tgrpo", model=sft / "final", batch_size=5, micro_batch_size=5, num_generations=2, max_new_tokens=8, **small)
+    evaluation = run("evaluate", "eval", model=tgrpo / "final", max_new_tokens=8, **small)
+    for folder in (sft, tgrpo):
+        rows = read_jsonl(folder / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [0, 1] and rows[-1]["data/skipped"] == 0
+    # a batch holds all five, so the two steps have sampled for each of them
+    assert {row["problem_id"] for row in read_jsonl(tgrpo / "rollouts.jsonl")} == {r["problem_id"] for r in EXAMPLES}
+    answers = read_jsonl(evaluation / "predictions.jsonl")
+    assert len(answers) == 9 and not any("error" in row for row in answers)     # the picture has no shuffled frames
+
+
+# ------------------------------------------------------------------------------------------------------ the test set
+
+
+def rows_on(n_clips, per_clip):
+    return [{"problem_id": f"{clip}/{i}", "path": f"{'./' if i % 2 else ''}clips/{clip}.mp4", "problem": "é?"}
+            for i in range(per_clip) for clip in range(n_clips)]
+
+
+def test_no_clip_is_on_both_sides_and_no_row_is_lost():
+    """Guards: a test question on a clip that was trained on, also where its path is spelt otherwise; a row dropped."""
+    rows = rows_on(20, 3)
+    train, test = data.split(rows, 0.1, seed=0)
+    clips = [{Path(row["path"]).name for row in side} for side in (train, test)]
+    assert not clips[0] & clips[1] and len(clips[1]) == 2 and len(test) == 6
+    assert sorted(map(str, train + test)) == sorted(map(str, rows))
+    assert data.split(rows, 0.1, seed=0) == (train, test)
+    # in another order of the rows a clip stays where it was
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert {row["problem_id"] for row in data.split(shuffled, 0.1, seed=0)[1]} == {row["problem_id"] for row in test}
+    assert len({str(data.split(rows, 0.1, seed)[1]) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("share, n_test", [(0.001, 1), (0.9, 2)])
+def test_neither_side_is_empty(share, n_test):
+    """Guards: an empty test set of few clips, or nothing left to train on."""
+    train, test = data.split(rows_on(3, 1), share, seed=0)
+    assert len(test) == n_test and len(train) == 3 - n_test
+
+
+def test_a_split_is_written_whole_and_counted(tmp_path, monkeypatch, capsys):
+    """Guards: a file changed on its way through; counts of rows that pass for counts of clips."""
+    rows = rows_on(10, 2)
+    (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
+    run_data(monkeypatch, "--records", tmp_path / "mine.json", "--split", 0.2, "--out", tmp_path / "parts")
+    said = capsys.readouterr().out
+    assert "train.json: 16 rows on 8 clips" in said and "test.json: 4 rows on 2 clips" in said
+    parts = [json.loads((tmp_path / f"parts/{name}.json").read_text(encoding="utf-8")) for name in ("train", "test")]
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, rows))
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["test.json", "train.json"]
+
+
+@pytest.mark.parametrize("rows, line", [
+    ([{"path": "a.mp4"}, {"problem": "?"}], "row 2: path: missing"),
+    ([{"path": "a.mp4"}, {"path": "./a.mp4"}], "all 2 rows are on one clip: nothing to split"),
+])
+def test_what_cannot_be_split_is_one_line(rows, line):
+    """Guards: a traceback, or a test set that is the training set."""
+    with pytest.raises(UserError, match=line):
+        data.split(rows, 0.1, seed=0)
+
+
+# -------------------------------------------------------------------------------------------------- other formats
+
+
+@pytest.mark.parametrize("row", [
+    {"id": 1, "video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]},
+    {"messages": [{"role": "user", "content": "<video>What is it?"}], "videos": ["a.mp4"]},
+])
+def test_conversations_are_told_for_what_they_are(tmp_path, row):
+    """Guards: "problem_id: missing", a thousand times, for a file in LLaVA's format."""
+    (tmp_path / "llava.json").write_text(json.dumps([row] * 1000))
+    with pytest.raises(UserError, match="llava.json: row 1 is a conversation") as error:
+        data.load_records(tmp_path / "llava.json", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("process", ["It moves right.", "<think>It moves", "</think>a<think>", "<think>a</think><think>b</think>"])
+def test_a_chain_of_thought_without_its_block_is_named(process):
+    """Guards: a cold start that unlearns the tags, so that every format reward is 0 afterwards."""
+    row = EXAMPLES[0] | {"process": process}
+    with pytest.raises(ValueError, match="process: expected one think block"):
+        data.check_record(row, ROOT / "examples", need_process=True)
+    data.check_record(row, ROOT / "examples", need_process=False)
+    data.check_record(EXAMPLES[0], ROOT / "examples", need_process=True)

@@ -1,0 +1,128 @@
+"""Curves of any run: reward, temporal gap, KL and completion length of T-GRPO, the loss of SFT.
+
+    python -m tools.plot runs/toy/tgrpo/metrics.jsonl                                    # writes metrics.png beside the file
+    python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out compare.png     # several runs in one picture
+
+A faint line shows the values of the steps, a strong one their mean over about ten steps.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from settings import UserError, print_utf8, read_jsonl
+
+# metric, title of its panel, label of its axis
+PANELS = (
+    ("loss", "loss", "nats per token"),
+    ("reward/total", "reward", "mean of the completions"),
+    ("temporal/gap", "temporal gap", "p − p̃"),
+    ("policy/kl", "KL to the SFT model", "nats per token"),
+    ("completion/length", "completion length", "tokens"),
+)
+WINDOW = 9
+
+
+def smoothed(values, window=WINDOW):
+    """Mean over `window` neighbours; at the ends over those that there are.
+
+    >>> smoothed([0, 3, 6], 3).tolist()
+    [1.5, 3.0, 4.5]
+    """
+    kernel = np.ones(min(window, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def draw_curve(axis, rows, name, label=None, color=None):
+    """The metric `name` over the steps of `rows`, which need not all have it, onto a matplotlib axis."""
+    points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
+    if not points:
+        return
+    steps, values = np.array(points, dtype=float).T
+    line = axis.plot(steps, smoothed(values), color=color, linewidth=2, label=label)[0]
+    axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=1)
+
+
+def save_figure(figure, path):
+    """Write the picture whole: the file holds either its old content or all of the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=130)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read_metrics(path):
+    """Rows of a metrics.jsonl. UserError if it is missing, empty or something else."""
+    try:
+        rows = read_jsonl(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a metrics.jsonl: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: no metrics in this file" if Path(path).exists() else f"{path}: no such file")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}, line {number}: not a row of metrics: {json.dumps(row):.80}")
+    return rows
+
+
+def metrics_in(rows):
+    """Names of the metrics to draw of one run: of T-GRPO all but the loss, which says nothing there."""
+    names = set()
+    for row in rows:
+        names.update(row)
+    if "reward/total" in names:
+        names.discard("loss")
+    return names
+
+
+def plot(files, out):
+    """Draw the curves of these metrics files into the PNG `out`, a panel per metric, a colour per file."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [read_metrics(file) for file in files]
+    known = set().union(*(metrics_in(rows) for rows in runs))
+    panels = [panel for panel in PANELS if panel[0] in known]
+    if not panels:
+        raise UserError(f"{files[0]}: none of {', '.join(name for name, *_ in PANELS)} in this file")
+    n_columns = min(2, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(5.5 * n_columns, 3.4 * n_rows), squeeze=False, layout="constrained")
+    for axis, (name, title, unit) in zip(axes.flat, panels):
+        for number, (file, rows) in enumerate(zip(files, runs)):
+            if name in metrics_in(rows):
+                draw_curve(axis, rows, name, color=f"C{number % 10}")
+        axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    if len(files) > 1:
+        handles = [plt.Line2D([], [], color=f"C{number % 10}", label=str(Path(file).parent)) for number, file in enumerate(files)]
+        figure.legend(handles=handles, loc="outside lower center", frameon=False)
+    else:
+        figure.suptitle(str(Path(files[0]).parent))
+    save_figure(figure, out)
+    plt.close(figure)
+
+
+def main(argv=None):
+    print_utf8()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="metrics.jsonl")
+    parser.add_argument("--out", help="picture to write; default: metrics.png beside the first file")
+    args = parser.parse_args(argv)
+    out = args.out or Path(args.files[0]).with_suffix(".png")
+    plot(args.files, out)
+    print(f"curves: {out}")
+
+
+if __name__ == "__main__":
+    main()
