@@ -2,6 +2,7 @@
 
     accelerate launch evaluate.py --config configs/toy.yaml --report report.html
     python evaluate.py --score predictions.jsonl --report report.html --data_root DIR       # from saved answers
+    python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl          # the same gallery, of a training run's completions
 
 Everything a model or a data set wrote reaches the page as JSON and is shown by textContent: a completion that holds HTML is
 shown, not run. Each clip is one WebP strip; the shuffled strip shows pieces of the same picture in the order the model saw them.
@@ -12,6 +13,7 @@ import html
 import io
 import json
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -31,19 +33,42 @@ TERMS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "trunc
 
 
 def write_report(path, rows, summary, cfg):
-    """Write the page. Media are looked for in cfg.data_root; a question whose frames are not at hand says so."""
+    """Write the page of an evaluation. Media are looked for in cfg.data_root; a question whose frames are not there says so."""
     questions, records = gallery(judge_rows(rows))
+    n = len({(r["benchmark"], str(r["id"])) for r in rows})
+    write_page(path, title_of(rows, summary), questions, records, n, cfg, summary.get("settings", {}), scores_html(summary))
+
+
+def title_of(rows, summary):
+    """Model, benchmarks and date, for the page's title."""
+    models = sorted({str(r["settings"]["model"]) for r in rows if isinstance(r.get("settings"), dict) and r["settings"].get("model")})
+    names = [name for name, part in summary.items() if isinstance(part, dict) and "by_task" in part]
+    return f"{', '.join(models) or 'unnamed model'}: {', '.join(names)}, {time.strftime('%Y-%m-%d')}"
+
+
+def write_page(path, title, questions, rows, n, cfg, made_with, scores="", group="benchmark", kind="task", item="question"):
+    """Write a gallery of `questions`, of which there are `n` in all; rows[i] says which media question i is about.
+
+    group, kind, item: what the page calls a question's `benchmark`, its `task`, and the question itself.
+    """
     shorten(questions)
     room = 0.75 * (MAX_BYTES - len(page_json(questions))) / max(1, len(questions))        # base64 takes 4/3
-    strips = DataLoader(Strips(records, cfg, room), batch_size=None, num_workers=cfg.num_workers)
-    for question, strip in zip(questions, tqdm(strips, total=len(questions), desc="report", unit="question")):
+    strips = DataLoader(Strips(rows, cfg, room), batch_size=None, num_workers=cfg.num_workers)
+    for question, strip in zip(questions, tqdm(strips, total=len(questions), desc="report", unit=item)):
         question |= strip
-    n = len({(r["benchmark"], str(r["id"])) for r in rows})
-    parts = {"SCORES": scores_html(summary), "SETTINGS": html.escape(json.dumps(summary.get("settings", {}), indent=1)),
-             "COUNT": f"{len(questions)} of {n} questions, evenly spread" if n > len(questions) else f"{n} questions",
+    count = f"{len(questions)} of {n} {item}s, evenly spread" if n > len(questions) else f"{n} {item}s"
+    parts = {"TITLE": html.escape(title), "SCORES": scores, "SETTINGS": html.escape(json.dumps(made_with, indent=1)),
+             "COUNT": count, "GROUP": group, "KIND": kind, "ITEM": item,
              "CORRECT": str(CORRECT), "DATA": page_json(questions).decode()}
     page = re.sub(r"\{([A-Z]+)\}", lambda slot: parts[slot[1]], PAGE)       # in one go: a text may hold "{DATA}" itself
     settings.write_atomic(path, page.encode("utf-8", "replace").decode())
+
+
+def evenly(items, most=MAX_QUESTIONS):
+    """At most `most` of the items, evenly spread."""
+    if len(items) <= most:
+        return items
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, most)]
 
 
 def page_json(questions):
@@ -56,9 +81,7 @@ def gallery(rows):
     by_question = {}
     for row in rows:
         by_question.setdefault((row["benchmark"], str(row["id"])), []).append(row)
-    chosen = list(by_question.values())
-    if len(chosen) > MAX_QUESTIONS:
-        chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, MAX_QUESTIONS)]
+    chosen = evenly(list(by_question.values()))
     questions = []
     for rows in chosen:
         rows = sorted(rows, key=lambda r: r.get("frames") or "ordered")
@@ -69,9 +92,21 @@ def gallery(rows):
             "benchmark": rows[0]["benchmark"], "id": str(rows[0]["id"]), "task": rows[0].get("task") or "",
             "error": next((r["error"] for r in rows if r["place"] == "unusable"), None),
             "problem": rows[0].get("problem") or "", "options": rows[0].get("options") or [], "solution": rows[0].get("solution") or "",
-            "answers": answers,
+            "answers": answers, "result": result_of(answers),
             "helped": (score["ordered"] > score["shuffled"]) - (score["ordered"] < score["shuffled"]) if both else None})
     return questions, [rows[-1] for rows in chosen]       # the last: "shuffled", which has the frame order, if there are both
+
+
+def result_of(answers):
+    """What the page's filter calls a question, by its first answer: the one with frames in order, if there is one."""
+    if not answers:
+        return "not answered"
+    first = answers[0]
+    if first["score"] is None:
+        return "not scored"
+    if first["score"] > CORRECT:
+        return "right"
+    return "wrong" if first["read"] else "unread"
 
 
 def shown_answer(row):
@@ -151,7 +186,7 @@ def scores_html(summary):
         return f"{number(gap['gap'], '+')} <small>({between})</small>"
 
     head = "".join(f"<th scope=col>{html.escape(h)}</th>" for h in (
-        "questions", "score, %", "unread", "shuffled, %", "gap (95 %)", *(f"{m} (published)" for m in PUBLISHED)))
+        "questions", "score, %", *(f"{m} (published)" for m in PUBLISHED), "unread", "shuffled, %", "gap (95 %)"))
     figures = lambda line: (line["n"], f"{number(line['score'])} ± {number(line['se'])}")
     subrow = lambda label, *values: f"<tr class=task><th scope=row>{html.escape(label)}</th>{cells(*values)}</tr>"
     body = []
@@ -161,12 +196,12 @@ def scores_html(summary):
         shuffled, gap = part.get("shuffled") or {}, part.get("gap") or {}
         published = ["/".join(map(str, scores.get(name, ()))) or "–" for scores in PUBLISHED.values()]
         body.append(f"<tbody><tr><th scope=row>{html.escape(name)}</th>" + cells(
-            part["n"], f"{number(part['score'])} ± {number(part['se'])}", "–" if part["unparsed"] is None else f"{part['unparsed']:.1%}",
-            number(shuffled.get("score")), interval(gap), *published) + "</tr>")
+            part["n"], f"{number(part['score'])} ± {number(part['se'])}", *published,
+            "–" if part["unparsed"] is None else f"{part['unparsed']:.1%}", number(shuffled.get("score")), interval(gap)) + "</tr>")
         for task, line in part["by_task"].items():
             again = (shuffled.get("by_task") or {}).get(task) or {}
             interval_here = interval((gap.get("by_task") or {}).get(task))
-            body.append(subrow(task, *figures(line), "", number(again.get("score")), interval_here, *[""] * len(PUBLISHED)))
+            body.append(subrow(task, *figures(line), *[""] * len(PUBLISHED), "", number(again.get("score")), interval_here))
         for group in [g for g in GROUPS if f"by_{g}" in part]:
             body += [subrow(f"{group.replace('_', '-')} {label}", *figures(line), *[""] * (3 + len(PUBLISHED)))
                      for label, line in part[f"by_{group}"].items()]
@@ -185,16 +220,16 @@ def scores_html(summary):
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation</title>
+<title>{TITLE}</title>
 <style>
 :root { color-scheme: light dark; --line: #8884; --right: #2a7d46; --wrong: #b3402e; --soft: #8881 }
 @media (prefers-color-scheme: dark) { :root { --right: #5fc483; --wrong: #ef8a76 } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1270px; padding: 1rem }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th[scope=row], .note td { text-align: left } .task th { font-weight: normal; padding-left: 1.5rem } .note td { opacity: .75; white-space: normal }
+th[scope=row] { white-space: normal; min-width: 9rem; max-width: 15rem; overflow-wrap: anywhere } th[scope=row], .note td { text-align: left } .task th { font-weight: normal; padding-left: 1.5rem } .note td { opacity: .75; white-space: normal }
 thead th { vertical-align: bottom; white-space: normal; max-width: 7rem }
 .bar { position: sticky; top: 0; background: Canvas; padding: .5rem 0; border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; z-index: 1 }
 @media (max-width: 700px) { .bar { position: static } }
@@ -210,15 +245,15 @@ article header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .85
 .answer pre { white-space: pre-wrap; font: inherit; margin: .3rem 0 } summary { cursor: pointer }
 .right { color: var(--right); font-weight: 600 } .wrong { color: var(--wrong); font-weight: 600 } .terms { font-size: .8rem; opacity: .75 }
 </style></head><body>
-<h1>Evaluation</h1>
+<h1>{TITLE}</h1>
 <div class="wide">{SCORES}</div>
 <details><summary>settings</summary><pre>{SETTINGS}</pre></details>
 <h2>Gallery</h2>
-<p class="caption">{COUNT}. Keys: <kbd>j</kbd> and <kbd>k</kbd> next and previous question, <kbd>o</kbd> its reasoning, <kbd>n</kbd> and <kbd>p</kbd> next and previous page.</p>
+<p class="caption">{COUNT}. Keys: <kbd>j</kbd> and <kbd>k</kbd> next and previous {ITEM}, <kbd>o</kbd> its reasoning, <kbd>n</kbd> and <kbd>p</kbd> next and previous page.</p>
 <form class="bar" id="bar">
-<label>benchmark <select id="benchmark"></select></label>
-<label>task <select id="task"></select></label>
-<label>answer <select id="result"><option value="">all</option><option>right</option><option>wrong</option><option>unread</option><option>not scored</option><option>not answered</option></select></label>
+<label>{GROUP} <select id="benchmark"></select></label>
+<label>{KIND} <select id="task"></select></label>
+<label>answer <select id="result"></select></label>
 <label>order of frames <select id="order"><option value="">all</option><option>helped</option><option>hurt</option><option>no difference</option></select></label>
 <label>text <input id="search" type="search" placeholder="question or answer"></label>
 <span id="count" role="status"></span>
@@ -243,11 +278,6 @@ function options(select, values) {
   const chosen = select.value;
   select.replaceChildren(new Option("all", ""), ...values.map(v => new Option(v, v)));
   if (values.includes(chosen)) select.value = chosen;
-}
-
-function result(q) {
-  if (!q.answers.length) return "not answered";
-  return q.answers[0].score === null ? "not scored" : q.answers[0].score > CORRECT ? "right" : q.answers[0].read ? "wrong" : "unread";
 }
 
 function strip(q, order, label) {
@@ -295,7 +325,7 @@ function card(q) {
 function show() {
   const shown = found.slice(page * PAGE, (page + 1) * PAGE);
   at("gallery").replaceChildren(...shown.map(card));
-  at("count").textContent = found.length ? `${page * PAGE + 1} to ${page * PAGE + shown.length} of ${found.length}` : "no question";
+  at("count").textContent = found.length ? `${page * PAGE + 1} to ${page * PAGE + shown.length} of ${found.length}` : "no {ITEM}";
   at("back").disabled = page === 0;
   at("forth").disabled = (page + 1) * PAGE >= found.length;
   current = -1;
@@ -306,7 +336,7 @@ function filter() {
   options(at("task"), [...new Set(inside.map(q => q.task))].sort());
   const task = at("task").value, wanted = at("result").value, order = at("order").value, text = at("search").value.toLowerCase();
   const help = {"helped": 1, "hurt": -1, "no difference": 0}[order];
-  found = inside.filter(q => (!task || q.task === task) && (!wanted || result(q) === wanted) && (!order || q.helped === help)
+  found = inside.filter(q => (!task || q.task === task) && (!wanted || q.result === wanted) && (!order || q.helped === help)
     && (!text || (q.problem + " " + q.id + " " + q.answers.map(a => a.text).join(" ")).toLowerCase().includes(text)));
   page = 0;
   show();
@@ -343,6 +373,7 @@ at("search").addEventListener("input", filter);
 at("back").addEventListener("click", () => turn(-1));
 at("forth").addEventListener("click", () => turn(1));
 options(at("benchmark"), [...new Set(questions.map(q => q.benchmark))]);
+options(at("result"), [...new Set(questions.map(q => q.result))].sort());
 filter();
 </script></body></html>
 """

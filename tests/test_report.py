@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from fractions import Fraction
 
 import av
@@ -43,7 +44,10 @@ def row(i, frames="ordered", right=True, thought="It goes right.", **extra):
     return {"benchmark": benchmark, "id": f"q{i}", "task": task, "data_type": "video", "problem_type": "multiple choice",
             "problem": f"Which way does square {i} move?", "options": ["A. left", "B. right"], "solution": "<answer>B</answer>",
             "path": "media/clip.mp4", "frames": frames, "prediction": f"<think>{thought}</think>\n<answer>{'B' if right else 'A'}</answer>",
-            "accuracy": float(right), "format": 1.0, "n_tokens": 20 + i, "truncated": False, "settings": {"max_frames": 8, "seed": 0}, **extra}
+            "accuracy": float(right), "format": 1.0, "n_tokens": 20 + i, "truncated": False, "settings": {"model": "runs/mine/final", "max_frames": 8, "seed": 0}, **extra}
+
+
+TITLE = f"runs/mine/final: mvbench, videomme, mine, {time.strftime('%Y-%m-%d')}"
 
 
 def gap_rows(n):
@@ -107,7 +111,7 @@ def test_the_page_is_one_file_that_loads_nothing(page):
     text = page(gap_rows(6)).read_text()
     links = re.findall(r"(?:src|href)\s*=|url\((?!\$)|@import|https?://|fetch\(", text)
     assert not links and "data:image/webp;base64," in text
-    assert [line.split(">")[1] for line in re.findall(r"<h[12]>[^<]*", text)] == ["Evaluation", "Gallery"]
+    assert [line.split(">")[1] for line in re.findall(r"<h[12]>[^<]*", text)] == [TITLE, "Gallery"]
 
 
 def test_scores_stand_above_with_error_gap_and_published_numbers_marked(page):
@@ -196,7 +200,8 @@ def test_html_in_any_text_is_shown_not_run(page):
         return [cards().map(c => c.querySelector(".answer pre").textContent + c.querySelector(".problem").textContent
                                 + c.querySelector("li").textContent + c.querySelector("header").textContent),
                 document.title, document.scripts.length]""")
-    assert title == "Evaluation" and scripts == 4 and len(shown) == len(HOSTILE)          # ours: two, and the test's two
+    assert title.startswith("runs/mine/final: ") and all(text.replace("\ud800", "?").replace("\u2028", " ") in title for text in HOSTILE[:3])
+    assert scripts == 4 and len(shown) == len(HOSTILE)          # ours: two, and the test's two
     for text, card in zip(HOSTILE, shown):
         assert card.count(text.replace("\ud800", "?")) >= 4, (text, card)
 
@@ -278,3 +283,40 @@ def test_the_page_is_no_wider_than_the_window(page, width):
         document.querySelectorAll("details").forEach(d => { d.open = true; });
         return [document.documentElement.scrollWidth, innerWidth]""", width)
     assert said[0] <= said[1]
+
+
+def wide_rows():
+    """All six benchmarks, both orders of frames, with the longest names of their tasks."""
+    tasks = {"vsibench": ("object_rel_direction_medium", "object_size_estimation"), "videommmu": ("Comprehension", "Perception"),
+             "mvbench": ("counterfactual_inference", "egocentric_navigation"), "tempcompass": ("multi-choice", "caption_matching"),
+             "mmvu": ("Diagnostics_and_Laboratory_Medicine", "Electrical_Engineering"), "videomme": ("Information Synopsis", "OCR Problems")}
+    groups = {"domain": "Artistic Performance", "sub_category": "Literature & Art", "duration": "medium"}
+    rows = []
+    for benchmark, names in tasks.items():
+        for i in range(8):
+            for frames in ("ordered", "shuffled"):
+                shown = row(i, frames, right=(i + (frames == "shuffled")) % 3 > 0)
+                rows.append(shown | {"benchmark": benchmark, "task": names[i % 2], "path": f"{i}.mp4"} | (groups if benchmark == "videomme" else {}))
+                if names[i % 2] in ("object_size_estimation",):
+                    rows[-1] |= {"problem_type": "regression", "options": [], "solution": "<answer>3</answer>"}
+    return rows
+
+
+@needs_browser
+def test_published_scores_are_in_sight(page):
+    """Guards: our own score without the published ones beside it, unless one scrolls sideways, in a window of 1,300 pixels."""
+    said = in_browser(page(wide_rows()), """
+        const heads = [...document.querySelectorAll("thead th")];
+        const right = Math.min(innerWidth, document.querySelector(".wide").getBoundingClientRect().right);
+        return {order: heads.slice(1).map(h => h.textContent), over: heads.filter(h => h.getBoundingClientRect().right > right).length,
+                rows: document.querySelectorAll("tbody tr").length, width: innerWidth}""", width=1300)
+    assert said["over"] == 0 and said["rows"] > 20 and said["width"] <= 1300
+    assert said["order"][1:4] == ["score, %"] + [f"{model} (published)" for model in ("GPT-4o", "Qwen2.5-VL-7B (CoT prompt)")]
+
+
+def test_an_interval_over_one_clip_is_a_dash(page):
+    """Guards: "+100.0 to +100.0" of two questions on one clip, which reads like certainty."""
+    rows = [row(i, frames, right=frames == "ordered") for i in (0, 3) for frames in ("ordered", "shuffled")]
+    gap = summarise(rows)["mvbench"]["gap"]
+    assert (gap["gap"], gap["low"], gap["high"], gap["clips"]) == (100, None, None, 1)
+    assert "+100.0 <small>(–)</small>" in page(rows).read_text()

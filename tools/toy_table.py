@@ -1,0 +1,56 @@
+"""The toy's results over several seeds, mean and range, as the README's table.
+
+    for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done
+    python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from settings import UserError, print_utf8
+
+MODELS = {"cold_start": "cold start", "tgrpo": "T-GRPO"}
+COLUMNS = {"ordered": "frames in order", "shuffled": "frames shuffled", "gap": "gap", "conflict": "clips whose background lies"}
+
+
+def read_summaries(folders):
+    """{seed: summary} of these runs of toy.py. UserError for a folder without one, and for a seed that comes twice."""
+    summaries = {}
+    for folder in folders:
+        try:
+            summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+        except OSError:
+            raise UserError(f"no summary.json in {folder}: run python toy.py --seed N --out {folder}") from None
+        if summary["seed"] in summaries:
+            raise UserError(f"{folder}: seed {summary['seed']} twice")
+        summaries[summary["seed"]] = summary
+    return summaries
+
+
+def cell(values):
+    """Mean and range of shares, in percent."""
+    percent = [100 * value for value in values]
+    return f"{sum(percent) / len(percent):.1f} ({min(percent):.0f} to {max(percent):.0f})"
+
+
+def table(folders):
+    """Markdown: test accuracy in percent, mean (lowest to highest seed), of the SFT model and of the trained policy."""
+    summaries = read_summaries(folders)
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for model, label in MODELS.items():
+        cells = [cell([summary[model][name] for summary in summaries.values()]) for name in COLUMNS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    seeds = ", ".join(str(seed) for seed in sorted(summaries))
+    return "\n".join(lines) + f"\n\nmean and range of seeds {seeds}"
+
+
+def main(argv=None):
+    print_utf8()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="folders that toy.py --out wrote, one per seed")
+    print(table(parser.parse_args(argv).folders))
+
+
+if __name__ == "__main__":
+    main()
