@@ -546,7 +546,8 @@ def distill(rows, data_root, min_accuracy=CORRECT):
             reason = "another answer to the same question" if question in best else None
             if reason is None or accuracy > best[question][0]:
                 names = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
-                best[question] = accuracy, {**{n: row.get(n) for n in names}, "process": f"<think>{thought}</think>"}
+                shown = {n: row[n] for n in ("start", "end", "fps", "image_path", "last_frame") if n in row}
+                best[question] = accuracy, {**{n: row.get(n) for n in names}, **shown, "process": f"<think>{thought}</think>"}
         dropped[reason] += reason is not None
     return [record for _, record in best.values()], +dropped
 

@@ -46,10 +46,11 @@ def title_of(rows, summary):
     return f"{', '.join(models) or 'unnamed model'}: {', '.join(names)}, {time.strftime('%Y-%m-%d')}"
 
 
-def write_page(path, title, questions, rows, n, cfg, made_with, scores="", group="benchmark", kind="task", item="question"):
+def write_page(path, title, questions, rows, n, cfg, made_with, scores="", group="benchmark", kind="task", item="question", prefix=""):
     """Write a gallery of `questions`, of which there are `n` in all; rows[i] says which media question i is about.
 
-    group, kind, item: what the page calls a question's `benchmark`, its `task`, and the question itself.
+    group, kind, item: what the page calls a question's `benchmark`, its `task`, and the question itself. prefix: what
+    stands before its `benchmark`.
     """
     shorten(questions)
     room = 0.75 * (MAX_BYTES - len(page_json(questions))) / max(1, len(questions))        # base64 takes 4/3
@@ -58,7 +59,7 @@ def write_page(path, title, questions, rows, n, cfg, made_with, scores="", group
         question |= strip
     count = f"{len(questions)} of {n} {item}s, evenly spread" if n > len(questions) else f"{n} {item}s"
     parts = {"TITLE": html.escape(title), "SCORES": scores, "SETTINGS": html.escape(json.dumps(made_with, indent=1)),
-             "COUNT": count, "GROUP": group, "KIND": kind, "ITEM": item,
+             "COUNT": count, "GROUP": group, "KIND": kind, "ITEM": item, "PREFIX": prefix,
              "CORRECT": str(CORRECT), "DATA": page_json(questions).decode()}
     page = re.sub(r"\{([A-Z]+)\}", lambda slot: parts[slot[1]], PAGE)       # in one go: a text may hold "{DATA}" itself
     settings.write_atomic(path, page.encode("utf-8", "replace").decode())
@@ -307,7 +308,7 @@ function answer(a) {
 
 function card(q) {
   const node = element("article", {tabIndex: -1},
-    element("header", {}, element("b", {textContent: q.benchmark}), element("span", {textContent: q.task}), element("span", {textContent: q.id}),
+    element("header", {}, element("b", {textContent: "{PREFIX}" + q.benchmark}), element("span", {textContent: q.task}), element("span", {textContent: q.id}),
             element("span", {textContent: q.helped === 1 ? "order helped" : q.helped === -1 ? "order hurt" : ""})),
     element("p", {className: "problem", textContent: q.problem}),
     element("ul", {className: "options"}, ...q.options.map(o => element("li", {textContent: o}))),

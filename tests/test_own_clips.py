@@ -52,6 +52,21 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
     assert len(answers) == 9 and not any("error" in row for row in answers)     # the picture has no shuffled frames
 
 
+def test_the_examples_media_can_be_read(monkeypatch):
+    """Guards: a README whose check of the user's files fails on the files of the README."""
+    with pytest.raises(SystemExit) as done:
+        run_data(monkeypatch, "--config", "examples/own.yaml", "--check", "--num_workers", 0, "--records", ROOT / "examples/records.json",
+                 "--data_root", ROOT / "examples")
+    assert not done.value.code
+
+
+def test_a_distilled_record_shows_the_same_part_of_its_clip():
+    """Guards: a chain of thought about seconds 3 to 5 that is trained on the whole video."""
+    row = EXAMPLES[0] | {"benchmark": "mine", "id": 1, "start": 3, "end": 5, "prediction": "<think>It moves.</think><answer>B</answer>"}
+    [record], _ = data.distill([row], ROOT / "examples")
+    assert (record["start"], record["end"], record["process"]) == (3, 5, "<think>It moves.</think>") and "fps" not in record
+
+
 # ------------------------------------------------------------------------------------------------------ the test set
 
 

@@ -13,8 +13,8 @@ import toy
 from settings import read_jsonl
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SOURCE = {p.name: p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SOURCE = {p.name: p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("tools/*.py")]}
 FLAGS = set(re.findall(r"--(\w+)", " ".join(SOURCE.values()))) | {f for cls in ("SharedConfig", "TrainConfig", "DataConfig", "EvalConfig", "TGRPOConfig")
          for f in re.findall(r"^    (\w+): \w+ = option", next(t for t in SOURCE.values() if f"class {cls}(" in t or f"class {cls}:" in t), re.M)}
 ELSEWHERE = ("needs GPUs; not run", "needs the hub; not run", "needs the data; not run")
@@ -30,13 +30,21 @@ RUN_BY = {
     "python evaluate.py --score predictions.jsonl --report report.html --data_root DIR": "test_the_report_is_written_with_the_run",
     "python data.py --distill predictions.jsonl --out cot.json": "test_distilled_answers_are_a_cold_start",
     "python toy.py --ablate": "test_the_ablation_of_one_seed",
+    "for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done": "test_every_stage_of_the_toy_runs_as_its_command",
+    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4": "test_the_toys_table_is_the_mean_and_the_range_of_its_seeds",
+    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_of_each_stage_lie_beside_its_metrics",
+    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out compare.png": "test_several_runs_are_compared_in_one_picture",
+    "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
+    "python data.py --records mine.json --split 0.1 --out my_data": "test_a_split_is_written_whole_and_counted",
+    "python data.py --config examples/own.yaml --check": "test_the_examples_media_can_be_read",
+    "python data.py --distill runs/own/teacher/predictions.jsonl --out my_data/cot.json": "test_distilled_answers_are_a_cold_start",
 }
 
 
 def commands():
     """(command, comment) of every line in the README's code blocks."""
-    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
-        for line in block.strip().split("\n"):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S):
+        for line in [] if language else block.strip().split("\n"):
             command, _, comment = line.partition("  #")
             yield command.strip(), comment.strip()
 

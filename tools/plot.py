@@ -17,7 +17,7 @@ from settings import UserError, print_utf8, read_jsonl
 
 # metric, title of its panel, label of its axis
 PANELS = (
-    ("loss", "loss", "nats per token"),
+    ("loss", "SFT loss", "nats per token"),
     ("reward/total", "reward", "mean of the completions"),
     ("temporal/gap", "temporal gap", "p − p̃"),
     ("policy/kl", "KL to the SFT model", "nats per token"),
@@ -100,7 +100,7 @@ def plot(files, out):
         for number, (file, rows) in enumerate(zip(files, runs)):
             if name in metrics_in(rows):
                 draw_curve(axis, rows, name, color=f"C{number % 10}")
-        axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit)
+        axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit, yscale="log" if name == "loss" else "linear")
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)

@@ -67,7 +67,7 @@ def shown_completion(row, record):
     score = row.get("accuracy")
     if score is None:
         score = accuracy_reward(row["text"], record["solution"], record["problem_type"])
-    numbers = {name: value for name, value in row.items() if name not in TEXTS}
+    numbers = {name: round(value, 3) for name, value in row.items() if name not in TEXTS}
     return {"frames": row["frames"], "text": row["text"], "score": score, "read": extract_answer(row["text"]) is not None, "terms": numbers}
 
 
@@ -116,7 +116,7 @@ def write_rollouts(path, out, steps=(), records="", data_root=""):
         media.append(record | {"frame_order": orders[0] if orders else None})
     title = f"Rollouts of {Path(path).parent}, {time.strftime('%Y-%m-%d')}"
     made_with = {name: str(value) for name, value in vars(cfg).items()}
-    write_page(out, title, questions, media, len(prompts), cfg, made_with, group="step", kind="problem type", item="prompt")
+    write_page(out, title, questions, media, len(prompts), cfg, made_with, group="step", kind="problem type", item="prompt", prefix="step ")
 
 
 def main(argv=None):
