@@ -22,14 +22,20 @@ from test_benchmarks import VIDEOMME, write, write_parquet
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("text, line", [
-    ("tgrpo:\n  length_min: 600", "length_min 600 is larger than length_max 512"),
-    ("tgrpo:\n  num_generations: 1", "num_generations: 1; a completion is compared with the others of its group"),
-    ("a: &a\n  lr: 1\ntgrpo:\n  <<: *a", "some.yaml: not YAML: line 4: merge keys (<<) are not read"),
-    ("tgrpo:\n  log_with: mlflow", "some.yaml: tgrpo.log_with: expected one of none, tensorboard, wandb, got 'mlflow'"),
-])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("tgrpo:\n  length_min: 600", "length_min 600 is larger than length_max 512"),
+        ("tgrpo:\n  num_generations: 1", "num_generations: 1; a completion is compared with the others of its group"),
+        ("a: &a\n  lr: 1\ntgrpo:\n  <<: *a", "some.yaml: not YAML: line 4: merge keys (<<) are not read"),
+        (
+            "tgrpo:\n  log_with: mlflow",
+            "some.yaml: tgrpo.log_with: expected one of none, tensorboard, wandb, got 'mlflow'",
+        ),
+    ],
+)
 def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, line):
-    """Guards: a length reward that nothing can earn; advantages of 0 for a whole run; a constructor's traceback for <<."""
+    """Guards: a length reward that nothing can earn; advantages of 0 for a whole run; a traceback for <<."""
     (tmp_path / "some.yaml").write_text(text)
     with pytest.raises(UserError) as error:
         load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", str(tmp_path / "some.yaml")])
@@ -73,14 +79,23 @@ def test_a_missing_decord_names_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(UserError, match="its package is decord2: pip install decord2"):
         sft.SFTConfig(video_reader="decord")
-    assert sft.SFTConfig().video_reader == "exact"        # which does without
+    assert sft.SFTConfig().video_reader == "exact"  # which does without
 
 
-@pytest.mark.parametrize("error, line", [
-    (HTTPError("Name or service not known"), "the hub cannot be reached: Name or service not known; with HF_HUB_OFFLINE=1"),
-    (TimeoutError("timed out"), "the hub cannot be reached: timed out"),
-    (RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None)), "is neither a folder here nor a model on the hub"),
-])
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            HTTPError("Name or service not known"),
+            "the hub cannot be reached: Name or service not known; with HF_HUB_OFFLINE=1",
+        ),
+        (TimeoutError("timed out"), "the hub cannot be reached: timed out"),
+        (
+            RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None)),
+            "is neither a folder here nor a model on the hub",
+        ),
+    ],
+)
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch, world, error, line):
     """Guards: minutes of retries for every file, and an error that names transformers' pages."""
     asked = []
@@ -94,18 +109,32 @@ def test_a_hub_out_of_reach_is_said_at_once(monkeypatch, world, error, line):
         common.load_processor(sft.SFTConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
     assert "\n" not in str(raised.value) and asked == [("Qwen/Qwen2.5-VL-3B-Instruct", 10)]
     common.load_processor(sft.SFTConfig(model=str(world / "base")))
-    assert len(asked) == 1                                # a folder is not looked up
+    assert len(asked) == 1  # a folder is not looked up
 
 
 def test_every_locale_can_read_and_print(tmp_path):
     """Guards: a run that ends with UnicodeEncodeError at "±", or a config that is no ASCII, under LC_ALL=C."""
-    row = {"benchmark": "mine", "id": "1", "task": "Zählen", "problem": "p̃?", "problem_type": "numerical", "solution": "<answer>3</answer>"}
+    row = {
+        "benchmark": "mine",
+        "id": "1",
+        "task": "Zählen",
+        "problem": "p̃?",
+        "problem_type": "numerical",
+        "solution": "<answer>3</answer>",
+    }
     rows = [row | {"frames": frames, "prediction": "<answer>3</answer>"} for frames in ("ordered", "shuffled")]
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     (tmp_path / "predictions.jsonl").write_text(text, encoding="utf-8")
     (tmp_path / "ä.yaml").write_text("# Größe\nseed: 1", encoding="utf-8")
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "evaluate.py", "--score", tmp_path / "predictions.jsonl", "--config", tmp_path / "ä.yaml"]
+    command = [
+        sys.executable,
+        "evaluate.py",
+        "--score",
+        tmp_path / "predictions.jsonl",
+        "--config",
+        tmp_path / "ä.yaml",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr[-1500:]
     said = done.stdout.decode("utf-8")
@@ -131,17 +160,23 @@ def test_video_mme_is_read_from_json_where_there_is_no_pyarrow(tmp_path, monkeyp
 
 def test_a_question_is_shuffled_alike_whatever_is_asked_beside_it(world):
     """Guards: p̃ of a benchmark that changes because another one is asked first, or a question was left out."""
-    cfg = sft.SFTConfig(model=str(world / "base"), data_root=str(world / "world"), max_frames=8, min_pixels=784, max_pixels=3136)
+    cfg = sft.SFTConfig(
+        model=str(world / "base"), data_root=str(world / "world"), max_frames=8, min_pixels=784, max_pixels=3136
+    )
     processor = common.load_processor(cfg)
     records = [r for r in json.loads((world / "world/test.json").read_text()) if r["data_type"] == "video"]
     records = [r | {"benchmark": "mine", "id": r["problem_id"]} for r in records]
 
     def orders(records, **settings):
-        samples = data.Samples(records, processor, sft.SFTConfig(**(vars(cfg) | settings)), ("shuffled",), shuffle=False)
+        samples = data.Samples(
+            records, processor, sft.SFTConfig(**(vars(cfg) | settings)), ("shuffled",), shuffle=False
+        )
         return {(r["benchmark"], r["id"]): samples[i]["frame_order"] for i, r in enumerate(records)}
 
     alone = orders(records)
     assert len({str(order) for order in alone.values()}) == len(records)
     beside = orders([records[0] | {"benchmark": "other"}] + records[::-1])
-    assert {key: beside[key] for key in alone} == alone and beside["other", records[0]["id"]] != alone["mine", records[0]["id"]]
+    assert {key: beside[key] for key in alone} == alone and beside["other", records[0]["id"]] != alone[
+        "mine", records[0]["id"]
+    ]
     assert orders(records, seed=1) != alone

@@ -38,10 +38,26 @@ def test_the_readme_shows_records_that_are_in_the_examples():
 
 def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypatch):
     """Guards: an example in the README that training refuses, or whose media it skips without anybody noticing."""
-    small = {"config": "examples/own.yaml", "records": ROOT / "examples/records.json", "data_root": ROOT / "examples", "max_frames": 4,
-             "min_pixels": 784, "max_pixels": 3136, "gradient_checkpointing": "false"}
+    small = {
+        "config": "examples/own.yaml",
+        "records": ROOT / "examples/records.json",
+        "data_root": ROOT / "examples",
+        "max_frames": 4,
+        "min_pixels": 784,
+        "max_pixels": 3136,
+        "gradient_checkpointing": "false",
+    }
     sft = run("sft", "sft", batch_size=5, micro_batch_size=5, **small)
-    tgrpo = run("tgrpo", "tgrpo", model=sft / "final", batch_size=5, micro_batch_size=5, num_generations=2, max_new_tokens=8, **small)
+    tgrpo = run(
+        "tgrpo",
+        "tgrpo",
+        model=sft / "final",
+        batch_size=5,
+        micro_batch_size=5,
+        num_generations=2,
+        max_new_tokens=8,
+        **small,
+    )
     evaluation = run("evaluate", "eval", model=tgrpo / "final", max_new_tokens=8, **small)
     for folder in (sft, tgrpo):
         rows = read_jsonl(folder / "metrics.jsonl")
@@ -49,30 +65,53 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
     # a batch holds all five, so the two steps have sampled for each of them
     assert {row["problem_id"] for row in read_jsonl(tgrpo / "rollouts.jsonl")} == {r["problem_id"] for r in EXAMPLES}
     answers = read_jsonl(evaluation / "predictions.jsonl")
-    assert len(answers) == 9 and not any("error" in row for row in answers)     # the picture has no shuffled frames
+    assert len(answers) == 9 and not any("error" in row for row in answers)  # the picture has no shuffled frames
 
 
 def test_the_examples_media_can_be_read(monkeypatch):
     """Guards: a README whose check of the user's files fails on the files of the README."""
     with pytest.raises(SystemExit) as done:
-        run_data(monkeypatch, "--config", "examples/own.yaml", "--check", "--num_workers", 0, "--records", ROOT / "examples/records.json",
-                 "--data_root", ROOT / "examples")
+        run_data(
+            monkeypatch,
+            "--config",
+            "examples/own.yaml",
+            "--check",
+            "--num_workers",
+            0,
+            "--records",
+            ROOT / "examples/records.json",
+            "--data_root",
+            ROOT / "examples",
+        )
     assert not done.value.code
 
 
 def test_a_distilled_record_shows_the_same_part_of_its_clip():
     """Guards: a chain of thought about seconds 3 to 5 that is trained on the whole video."""
-    row = EXAMPLES[0] | {"benchmark": "mine", "id": 1, "start": 3, "end": 5, "prediction": "<think>It moves.</think><answer>B</answer>"}
+    row = EXAMPLES[0] | {
+        "benchmark": "mine",
+        "id": 1,
+        "start": 3,
+        "end": 5,
+        "prediction": "<think>It moves.</think><answer>B</answer>",
+    }
     [record], _ = data.distill([row], ROOT / "examples")
-    assert (record["start"], record["end"], record["process"]) == (3, 5, "<think>It moves.</think>") and "fps" not in record
+    assert (record["start"], record["end"], record["process"]) == (
+        3,
+        5,
+        "<think>It moves.</think>",
+    ) and "fps" not in record
 
 
 # ------------------------------------------------------------------------------------------------------ the test set
 
 
 def rows_on(n_clips, per_clip):
-    return [{"problem_id": f"{clip}/{i}", "path": f"{'./' if i % 2 else ''}clips/{clip}.mp4", "problem": "é?"}
-            for i in range(per_clip) for clip in range(n_clips)]
+    return [
+        {"problem_id": f"{clip}/{i}", "path": f"{'./' if i % 2 else ''}clips/{clip}.mp4", "problem": "é?"}
+        for i in range(per_clip)
+        for clip in range(n_clips)
+    ]
 
 
 def test_no_clip_is_on_both_sides_and_no_row_is_lost():
@@ -108,10 +147,13 @@ def test_a_split_is_written_whole_and_counted(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["test.json", "train.json"]
 
 
-@pytest.mark.parametrize("rows, line", [
-    ([{"path": "a.mp4"}, {"problem": "?"}], "row 2: path: missing"),
-    ([{"path": "a.mp4"}, {"path": "./a.mp4"}], "all 2 rows are on one clip: nothing to split"),
-])
+@pytest.mark.parametrize(
+    "rows, line",
+    [
+        ([{"path": "a.mp4"}, {"problem": "?"}], "row 2: path: missing"),
+        ([{"path": "a.mp4"}, {"path": "./a.mp4"}], "all 2 rows are on one clip: nothing to split"),
+    ],
+)
 def test_what_cannot_be_split_is_one_line(rows, line):
     """Guards: a traceback, or a test set that is the training set."""
     with pytest.raises(UserError, match=line):
@@ -121,10 +163,17 @@ def test_what_cannot_be_split_is_one_line(rows, line):
 # -------------------------------------------------------------------------------------------------- other formats
 
 
-@pytest.mark.parametrize("row", [
-    {"id": 1, "video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]},
-    {"messages": [{"role": "user", "content": "<video>What is it?"}], "videos": ["a.mp4"]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "id": 1,
+            "video": "a.mp4",
+            "conversations": [{"from": "human", "value": "<video>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}],
+        },
+        {"messages": [{"role": "user", "content": "<video>What is it?"}], "videos": ["a.mp4"]},
+    ],
+)
 def test_conversations_are_told_for_what_they_are(tmp_path, row):
     """Guards: "problem_id: missing", a thousand times, for a file in LLaVA's format."""
     (tmp_path / "llava.json").write_text(json.dumps([row] * 1000))
@@ -133,7 +182,9 @@ def test_conversations_are_told_for_what_they_are(tmp_path, row):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("process", ["It moves right.", "<think>It moves", "</think>a<think>", "<think>a</think><think>b</think>"])
+@pytest.mark.parametrize(
+    "process", ["It moves right.", "<think>It moves", "</think>a<think>", "<think>a</think><think>b</think>"]
+)
 def test_a_chain_of_thought_without_its_block_is_named(process):
     """Guards: a cold start that unlearns the tags, so that every format reward is 0 afterwards."""
     row = EXAMPLES[0] | {"process": process}

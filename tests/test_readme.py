@@ -33,7 +33,7 @@ RUN_BY = {
     "for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done": "test_every_stage_of_the_toy_runs_as_its_command",
     "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4": "test_the_toys_table_is_the_mean_and_the_range_of_its_seeds",
     "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_of_each_stage_lie_beside_its_metrics",
-    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out compare.png": "test_several_runs_are_compared_in_one_picture",
+    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_several_runs_are_compared_in_one_picture",
     "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
     "python data.py --records mine.json --split 0.1 --out my_data": "test_a_split_is_written_whole_and_counted",
     "python data.py --config examples/own.yaml --check": "test_the_examples_media_can_be_read",

@@ -18,7 +18,14 @@ def write_rows(path, rows):
 
 
 def rl_row(step, reward=1.0):
-    return {"step": step, "reward/total": reward, "policy/kl": 0.01 * step, "completion/length": 20 + step, "loss": -0.1, "temporal/gap": 0.2}
+    return {
+        "step": step,
+        "reward/total": reward,
+        "policy/kl": 0.01 * step,
+        "completion/length": 20 + step,
+        "loss": -0.1,
+        "temporal/gap": 0.2,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def test_curves_of_each_stage_lie_beside_its_metrics(tmp_path, colours, capsys):
 
 
 def test_what_is_drawn_of_a_run():
-    """Guards: the loss of T-GRPO, which says nothing, or a panel without a curve where a run has no shuffled completions."""
+    """Guards: the loss of T-GRPO, which says nothing, or a panel without a curve where nothing was shuffled."""
     drawn = [name for name, *_ in plot.PANELS if name in plot.metrics_in([rl_row(0)])]
     assert drawn == ["reward/total", "temporal/gap", "policy/kl", "completion/length"]
     plain = {name: value for name, value in rl_row(0).items() if name != "temporal/gap"}
@@ -55,19 +62,27 @@ def test_what_is_drawn_of_a_run():
 
 
 def test_several_runs_are_compared_in_one_picture(tmp_path, colours):
-    """Guards: a second file that is ignored, or drawn in the first one's colour; a gap in a run's metrics that ends the picture."""
+    """Guards: a second file ignored, or drawn in the first one's colour; a missing metric that ends the picture."""
     first = write_rows(tmp_path / "a/metrics.jsonl", [rl_row(i) for i in range(20)])
     rows = [rl_row(i, reward=2.0) for i in range(30)]
     del rows[3]["temporal/gap"], rows[4]["reward/total"]
     second = write_rows(tmp_path / "b/metrics.jsonl", rows)
     plot.main([str(first), str(second), "--out", str(tmp_path / "both.png")])
-    assert count(tmp_path / "both.png", colours["first"]) > 500 and count(tmp_path / "both.png", colours["second"]) > 500
+    assert (
+        count(tmp_path / "both.png", colours["first"]) > 500 and count(tmp_path / "both.png", colours["second"]) > 500
+    )
 
 
-@pytest.mark.parametrize("text, line", [
-    (None, "metrics.jsonl: no such file"), ("", "metrics.jsonl: no metrics in this file"), ("{\n{\n", "not a metrics.jsonl"),
-    ('{"loss": 1}\n', "line 1: not a row of metrics"), ('{"step": 1, "lr": 1}\n', "none of loss, reward/total"),
-])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (None, "metrics.jsonl: no such file"),
+        ("", "metrics.jsonl: no metrics in this file"),
+        ("{\n{\n", "not a metrics.jsonl"),
+        ('{"loss": 1}\n', "line 1: not a row of metrics"),
+        ('{"step": 1, "lr": 1}\n', "none of loss, reward/total"),
+    ],
+)
 def test_a_file_that_is_no_metrics_is_one_line(tmp_path, text, line):
     """Guards: a traceback, or an empty picture, for a mistyped path or another file."""
     if text is not None:
@@ -94,26 +109,55 @@ def rl_run(world, tmp_path_factory):
             right, wrong = f"<think>t</think>\n{record['solution']}", "<think>t</think>\n<answer>Z</answer>"
             for i in range(3):
                 is_right = i < (step, 3)[number]
-                rows.append(said | {"frames": "ordered", "text": right if is_right else wrong, "accuracy": float(is_right), "format": 1.0,
-                                    "length": 0.0, "temporal": 0.15, "advantage": 0.5 - i})
+                rows.append(
+                    said
+                    | {
+                        "frames": "ordered",
+                        "text": right if is_right else wrong,
+                        "accuracy": float(is_right),
+                        "format": 1.0,
+                        "length": 0.0,
+                        "temporal": 0.15,
+                        "advantage": 0.5 - i,
+                    }
+                )
             for i in range(2):
                 rows.append(said | {"frames": "shuffled", "text": wrong if i else right, "frame_order": order})
     write_rows(folder / "rollouts.jsonl", rows)
-    config = {"records": str(world / "world/rl.json"), "data_root": str(world / "world"), "max_frames": 8, "num_workers": 0, "alpha": 0.3}
+    config = {
+        "records": str(world / "world/rl.json"),
+        "data_root": str(world / "world"),
+        "max_frames": 8,
+        "num_workers": 0,
+        "alpha": 0.3,
+    }
     (folder / "config.yaml").write_text(json.dumps({"tgrpo": config}))
     return folder
 
 
 def test_a_page_of_rollouts_needs_only_the_run(rl_run):
-    """Guards: completions of two steps in one group; shuffled ones without their order; rewards or advantages left out."""
+    """Guards: completions of two steps in one group; shuffled ones without their order; rewards left out."""
     rollouts.main([str(rl_run / "rollouts.jsonl")])
     questions = questions_in(rl_run / "rollouts.html")
     assert [q["benchmark"] for q in questions] == ["0", "0", "1", "1", "12", "12"]
-    assert [q["result"] for q in questions] == ["none correct", "all correct", "some correct", "all correct", "all correct", "all correct"]
+    assert [q["result"] for q in questions] == [
+        "none correct",
+        "all correct",
+        "some correct",
+        "all correct",
+        "all correct",
+        "all correct",
+    ]
     assert [q["helped"] for q in questions] == [-1, 1, -1, 1, 1, 1]
     first = questions[0]
     assert [a["frames"] for a in first["answers"]] == ["ordered"] * 3 + ["shuffled"] * 2
-    assert first["answers"][1]["terms"] == {"accuracy": 0.0, "format": 1.0, "length": 0.0, "temporal": 0.15, "advantage": -0.5}
+    assert first["answers"][1]["terms"] == {
+        "accuracy": 0.0,
+        "format": 1.0,
+        "length": 0.0,
+        "temporal": 0.15,
+        "advantage": -0.5,
+    }
     assert [a["score"] for a in first["answers"]] == [0, 0, 0, 1, 0] and first["answers"][3]["terms"] == {}
     assert first["frames"] == 8 and first["order"] == [7, 6, 5, 4, 3, 2, 1, 0] and first["problem"]
 
@@ -126,12 +170,21 @@ def test_steps_can_be_chosen_and_wrong_ones_are_said(rl_run, tmp_path):
         rollouts.main([str(rl_run / "rollouts.jsonl"), "--step", "5"])
 
 
-@pytest.mark.parametrize("break_it, line", [
-    (lambda folder: (folder / "rollouts.jsonl").unlink(), "no such file; a run writes it with save_rollouts: true"),
-    (lambda folder: (folder / "rollouts.jsonl").write_text('{"step": 1}\n'), "line 1: no rollout: problem_id, path, frames, text missing"),
-    (lambda folder: (folder / "config.yaml").unlink(), "--records and --data_root must say"),
-    (lambda folder: (folder / "config.yaml").write_text('tgrpo: {records: "examples/records.json"}'), "--records names the run's records"),
-])
+@pytest.mark.parametrize(
+    "break_it, line",
+    [
+        (lambda folder: (folder / "rollouts.jsonl").unlink(), "no such file; a run writes it with save_rollouts: true"),
+        (
+            lambda folder: (folder / "rollouts.jsonl").write_text('{"step": 1}\n'),
+            "line 1: no rollout: problem_id, path, frames, text missing",
+        ),
+        (lambda folder: (folder / "config.yaml").unlink(), "--records and --data_root must say"),
+        (
+            lambda folder: (folder / "config.yaml").write_text('tgrpo: {records: "examples/records.json"}'),
+            "--records names the run's records",
+        ),
+    ],
+)
 def test_what_no_page_can_be_made_of_is_one_line(rl_run, tmp_path, break_it, line):
     """Guards: a traceback, or a page without questions, where a run's file is missing or belongs to another run."""
     for name in ("rollouts.jsonl", "config.yaml"):
@@ -146,20 +199,32 @@ def test_what_no_page_can_be_made_of_is_one_line(rl_run, tmp_path, break_it, lin
 def test_the_page_of_rollouts_in_a_browser(rl_run):
     """Guards: a step filter that shows the other steps; an advantage that is not on the page; strips in one order."""
     rollouts.main([str(rl_run / "rollouts.jsonl")])
-    said = in_browser(rl_run / "rollouts.html", """
+    said = in_browser(
+        rl_run / "rollouts.html",
+        """
         const out = {title: document.title, cards: cards().length};
         out.steps = [...document.getElementById("benchmark").options].map(o => o.textContent);
-        set("benchmark", "1"); out.ids = cards().length; out.kinds = [...document.getElementById("result").options].map(o => o.value);
+        out.kinds = [...document.getElementById("result").options].map(o => o.value);
+        set("benchmark", "1"); out.ids = cards().length;
         const card = cards()[0];
         out.marks = [...card.querySelectorAll(".answer span")].map(s => s.textContent);
         out.terms = card.querySelector(".terms").textContent;
-        out.places = [...card.querySelectorAll(".strip")].map(s => [...s.children].map(f => Math.round(-parseFloat(f.style.backgroundPositionX) / f.offsetWidth)));
+        const place = frame => Math.round(-parseFloat(frame.style.backgroundPositionX) / frame.offsetWidth);
+        out.places = [...card.querySelectorAll(".strip")].map(strip => [...strip.children].map(place));
+        out.head = card.querySelector("header b").textContent;
         out.label = document.getElementById("benchmark").parentNode.textContent.slice(0, 4);
         set("benchmark", ""); set("result", "none correct"); out.none = cards().length;
-        return out;""")
+        return out;""",
+    )
     assert said["title"].startswith("Rollouts of ") and said["cards"] == 6 and said["ids"] == 2 and said["none"] == 1
-    assert said["steps"] == ["all", "0", "1", "12"] and said["label"] == "step"
-    assert said["kinds"] == ["", "all correct", "none correct", "some correct"] and said["marks"] == ["right", "wrong", "wrong", "right", "wrong"]
+    assert said["steps"] == ["all", "0", "1", "12"] and said["label"] == "step" and said["head"] == "step 1"
+    assert said["kinds"] == ["", "all correct", "none correct", "some correct"] and said["marks"] == [
+        "right",
+        "wrong",
+        "wrong",
+        "right",
+        "wrong",
+    ]
     assert said["terms"] == "accuracy 1 · format 1 · length 0 · temporal 0.15 · advantage 0.5"
     assert said["places"] == [list(range(8)), list(range(7, -1, -1))]
 
@@ -172,9 +237,14 @@ def test_the_toys_table_is_the_mean_and_the_range_of_its_seeds(tmp_path):
     for seed, shift in ((0, 0.0), (1, 0.06)):
         scores = {"ordered": 0.6 + shift, "shuffled": 0.5, "gap": 0.1 + shift, "conflict": 0.2}
         (tmp_path / f"{seed}").mkdir()
-        (tmp_path / f"{seed}/summary.json").write_text(json.dumps({"cold_start": scores, "tgrpo": scores, "seed": seed, "seconds": {}}))
+        (tmp_path / f"{seed}/summary.json").write_text(
+            json.dumps({"cold_start": scores, "tgrpo": scores, "seed": seed, "seconds": {}})
+        )
     table = toy_table.table([tmp_path / "0", tmp_path / "1"])
-    assert "| T-GRPO | 63.0 (60 to 66) | 50.0 (50 to 50) | 13.0 (10 to 16) | 20.0 (20 to 20) |" in table and "seeds 0, 1" in table
+    assert (
+        "| T-GRPO | 63.0 (60 to 66) | 50.0 (50 to 50) | 13.0 (10 to 16) | 20.0 (20 to 20) |" in table
+        and "seeds 0, 1" in table
+    )
     with pytest.raises(UserError, match="seed 0 twice"):
         toy_table.table([tmp_path / "0", tmp_path / "0"])
     with pytest.raises(UserError, match="no summary.json in"):

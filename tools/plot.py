@@ -1,7 +1,7 @@
 """Curves of any run: reward, temporal gap, KL and completion length of T-GRPO, the loss of SFT.
 
-    python -m tools.plot runs/toy/tgrpo/metrics.jsonl                                    # writes metrics.png beside the file
-    python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out compare.png     # several runs in one picture
+    python -m tools.plot runs/toy/tgrpo/metrics.jsonl                              # writes metrics.png beside the file
+    python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png  # several runs in one picture
 
 A faint line shows the values of the steps, a strong one their mean over about ten steps.
 """
@@ -55,7 +55,7 @@ def save_figure(figure, path):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read_metrics(path):
@@ -85,6 +85,7 @@ def metrics_in(rows):
 def plot(files, out):
     """Draw the curves of these metrics files into the PNG `out`, a panel per metric, a colour per file."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -95,17 +96,22 @@ def plot(files, out):
         raise UserError(f"{files[0]}: none of {', '.join(name for name, *_ in PANELS)} in this file")
     n_columns = min(2, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(5.5 * n_columns, 3.4 * n_rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(5.5 * n_columns, 3.4 * n_rows), squeeze=False, layout="constrained"
+    )
     for axis, (name, title, unit) in zip(axes.flat, panels):
         for number, (file, rows) in enumerate(zip(files, runs)):
             if name in metrics_in(rows):
                 draw_curve(axis, rows, name, color=f"C{number % 10}")
         axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit, yscale="log" if name == "loss" else "linear")
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     if len(files) > 1:
-        handles = [plt.Line2D([], [], color=f"C{number % 10}", label=str(Path(file).parent)) for number, file in enumerate(files)]
+        handles = [
+            plt.Line2D([], [], color=f"C{number % 10}", label=str(Path(file).parent))
+            for number, file in enumerate(files)
+        ]
         figure.legend(handles=handles, loc="outside lower center", frameon=False)
     else:
         figure.suptitle(str(Path(files[0]).parent))

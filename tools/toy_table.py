@@ -1,7 +1,7 @@
 """The toy's results over several seeds, mean and range, as the README's table.
 
-    for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done
-    python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4
+for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done
+python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4
 """
 
 import argparse
@@ -11,7 +11,12 @@ from pathlib import Path
 from settings import UserError, print_utf8
 
 MODELS = {"cold_start": "cold start", "tgrpo": "T-GRPO"}
-COLUMNS = {"ordered": "frames in order", "shuffled": "frames shuffled", "gap": "gap", "conflict": "clips whose background lies"}
+COLUMNS = {
+    "ordered": "frames in order",
+    "shuffled": "frames shuffled",
+    "gap": "gap",
+    "conflict": "clips whose background lies",
+}
 
 
 def read_summaries(folders):
