@@ -552,6 +552,11 @@ def distill(rows, data_root, min_accuracy=CORRECT):
     return [record for _, record in best.values()], +dropped
 
 
+def clips_of(rows):
+    """The clips that these rows are on; "./a.mp4" and "a.mp4" are one."""
+    return {os.path.normpath(row["path"]) for row in rows}
+
+
 def split(rows, share, seed):
     """(training rows, test rows), in their order. All rows on one clip are on the same side; `share` counts clips.
 
@@ -561,8 +566,7 @@ def split(rows, share, seed):
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
             raise UserError(f"row {number}: path: missing")
-    # "./a.mp4" and "a.mp4" are one clip
-    clips = sorted({os.path.normpath(row["path"]) for row in rows})
+    clips = sorted(clips_of(rows))
     if len(clips) < 2:
         raise UserError(f"all {len(rows)} rows are on one clip: nothing to split")
     random.Random(seed).shuffle(clips)
@@ -576,11 +580,11 @@ def split(rows, share, seed):
 def write_split(cfg):
     """Write cfg.records as train.json and test.json into the folder cfg.out, and say how many rows and clips each has."""
     train, test = split(read_rows(cfg.records), cfg.split, cfg.seed)
+    n_all = len(clips_of(train + test))
     for name, rows in (("train", train), ("test", test)):
         path = os.path.join(cfg.out, f"{name}.json")
         settings.write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False))
-        n_clips = len({os.path.normpath(row["path"]) for row in rows})
-        print(f"{path}: {len(rows)} rows on {n_clips} clips")
+        print(f"{path}: {len(rows)} of {len(train + test)} rows, on {len(clips_of(rows))} of {n_all} clips")
 
 
 def main():

@@ -141,7 +141,7 @@ def test_a_split_is_written_whole_and_counted(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
     run_data(monkeypatch, "--records", tmp_path / "mine.json", "--split", 0.2, "--out", tmp_path / "parts")
     said = capsys.readouterr().out
-    assert "train.json: 16 rows on 8 clips" in said and "test.json: 4 rows on 2 clips" in said
+    assert "train.json: 16 of 20 rows, on 8 of 10 clips" in said and "test.json: 4 of 20 rows, on 2 of 10 clips" in said
     parts = [json.loads((tmp_path / f"parts/{name}.json").read_text(encoding="utf-8")) for name in ("train", "test")]
     assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, rows))
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["test.json", "train.json"]
