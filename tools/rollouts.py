@@ -4,9 +4,9 @@
     python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl --step 0 99       # these steps only
 
 A run writes the file if it is started with `save_rollouts: true`. Records, media and the number of frames are those of
-the run's config.yaml, beside the file; --records and --data_root name other places. The page is report.py's gallery. Its
-filters: the step, the problem type, whether all, some or none of a prompt's completions in order are correct, whether
-the order of frames helped.
+the run's config.yaml, beside the file; --records and --data_root name other places. The page is report.py's gallery.
+Its filters are the step, the problem type, whether all, some or none of a prompt's completions in order are correct,
+and whether the order of frames helped.
 """
 
 import argparse
