@@ -958,7 +958,7 @@ def check_resumable(accelerator, cfg, checkpoint, now):
 def launcher():
     """The process that launched this one, if it is accelerate's or torch's launcher; else None."""
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     return os.getppid() if re.search(r"accelerate|torchrun|torch\.distributed", command) else None

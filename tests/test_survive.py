@@ -23,7 +23,7 @@ def command(world, output, *more):
     return [str(x) for x in (
         sys.executable, "tgrpo.py", "--config", "configs/toy.yaml", "--model", world / "base", "--records", world / "world/rl.json",
         "--data_root", world / "world", "--output_dir", output, "--steps", 12, "--batch_size", 4, "--micro_batch_size", 4, "--save_every", 2,
-        "--num_workers", 1, "--max_new_tokens", 12, *more)]
+        "--num_workers", 1, "--max_new_tokens", 12, "--lr_schedule", "constant", *more)]
 
 
 def start(arguments, **kwargs):
