@@ -1,10 +1,15 @@
 """A small toy world and its model, made once for all tests, and a way to run a stage in this process."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
+# Two workers share the cores; more threads would only wait for each other, and would round differently from run to run.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 import evaluate
@@ -12,10 +17,11 @@ import sft
 import tgrpo
 import toy
 
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_checkpoint import write_hub_checkpoint
 
-collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py", "hub_checkpoint.py", "gpu.py", "real_width.py"]         # programs, not tests
+collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py", "hub_checkpoint.py", "gpu.py", "real_width.py"]  # programs
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 
