@@ -1,6 +1,6 @@
 """The real widths of Qwen2.5-VL-7B, on a CPU: 2 of its 28 text layers, 8 of its 32 vision blocks, the whole vocabulary.
 
-    python tests/real_width.py               # 10 minutes, 16 GB of memory, 20 GB of disk for a while
+    python tests/real_width.py               # 20 minutes, 16 GB of memory, 20 GB of disk for a while
     python tests/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
 
 A random checkpoint in the hub's layout answers questions on a picture, a clip of 10 seconds and one of a minute:
