@@ -885,7 +885,7 @@ def newest_whole_checkpoint(accelerator, folder):
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
-        accelerator.print(f"{checkpoint} is damaged: {wrong}; it is renamed {aside.name}, the checkpoint before it is used")
+        accelerator.print(f"{checkpoint} is damaged: {wrong}; it is renamed to {aside.name} and not used")
     if found:
         raise UserError(f"{folder}: none of its checkpoints is whole; start anew with --resume false (they are moved aside)")
     return None

@@ -28,7 +28,6 @@ Axes: F frames · H height · W width · C channels · P tokens of a prompt
 
 import atexit
 import json
-import math
 import multiprocessing
 import os
 import random

@@ -11,7 +11,6 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import common
 import data
-import evaluate
 import sft
 import tgrpo
 from naive import without_times
