@@ -826,7 +826,9 @@ HARMLESS = (
     "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
     "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile plan gpus log_with"
 ).split()
-RUN_FILES = "checkpoint-* damaged-checkpoint-* final metrics.jsonl rollouts.jsonl config.yaml run.json".split()
+RUN_FILES = (
+    "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
+).split()
 held_locks = {}
 
 
@@ -847,6 +849,7 @@ def claim_folder(accelerator, cfg, stage):
         now = identity(cfg, stage)
         if chosen[0] is not None:
             check_resumable(accelerator, cfg, chosen[0], now)
+        keep_finished(accelerator, cfg, folder, chosen[0])
         write_atomic(folder / "run.json", json.dumps(now, indent=1))
     return broadcast_object_list(chosen)[0]
 
@@ -904,6 +907,28 @@ def move_aside(accelerator, folder):
     for path in there:
         os.replace(path, aside / path.name)
     accelerator.print(f"resume is false: the earlier run in {folder} is now in {aside}")
+
+
+def keep_finished(accelerator, cfg, folder, checkpoint):
+    """UserError if `folder` holds a finished run, which starting again would overwrite.
+
+    A run that goes on from a checkpoint to more steps is allowed; the model of the fewer steps is kept under another name.
+    """
+    if not (folder / "final").is_dir():
+        return
+    try:
+        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
+    except OSError:
+        steps = len(read_jsonl(folder / "metrics.jsonl"))
+    if checkpoint is None or cfg.steps <= steps:
+        more = "" if checkpoint is None else ", or go on with more --steps"
+        raise UserError(
+            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; start anew with --resume "
+            f"false (the finished run is moved aside), choose another --output_dir{more}"
+        )
+    kept = folder / f"final-of-{steps}-steps"
+    replace_folder(folder / "final", kept)
+    accelerator.print(f"going on from {steps} to {cfg.steps} steps; the model of {steps} steps is now {kept}")
 
 
 def identity(cfg, stage):
@@ -996,7 +1021,8 @@ def after_step(accelerator, cfg, step, stop, state):
     if asked or due:
         save_checkpoint(accelerator, cfg, step + 1, state)
     if asked:
-        accelerator.print(f"stopped after step {step}; the same command goes on from {cfg.output_dir}/checkpoint-{step + 1}")
+        accelerator.print(f"stopped after {step + 1} of {cfg.steps} steps; the same command goes on from "
+                          f"{cfg.output_dir}/checkpoint-{step + 1}")
     return asked
 
 

@@ -57,6 +57,7 @@ def test_every_stage_runs_on_the_hubs_layout(hub, run, monkeypatch, capsys, tmp_
         """One step, saved; then the same command for two: it goes on, and ends in a `final`."""
         run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
         whole = weights(tmp_path / f"{stage}/{layout}/final")
+        shutil.rmtree(tmp_path / f"{stage}/{layout}/final")
         run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
         assert "resumed from" in capsys.readouterr().out
         again = checked_final(tmp_path / f"{stage}/{layout}/final", hub / layout, torch.float32)

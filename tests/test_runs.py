@@ -24,11 +24,13 @@ SETTINGS = dict(steps=2, save_every=1, keep_checkpoints=9, max_new_tokens=8)
 
 @pytest.fixture
 def started(run, world, tmp_path):
-    """(folder of a run of two steps with checkpoint-1, its settings, on records and weights of its own)."""
+    """(folder of a run of two steps, stopped after checkpoint-1, its settings), on records and weights of its own."""
     shutil.copytree(world / "base", tmp_path / "base")
     shutil.copy(world / "world/rl.json", tmp_path / "rl.json")
     settings = {**SETTINGS, "model": tmp_path / "base", "records": tmp_path / "rl.json"}
-    return run("tgrpo", **settings), settings
+    folder = run("tgrpo", **settings)
+    shutil.rmtree(folder / "final")
+    return folder, settings
 
 
 # ------------------------------------------------------------------------------------------------- what is resumed
@@ -76,7 +78,6 @@ def test_settings_that_change_no_result_may_change(run, started, world, tmp_path
     os.rename(tmp_path / "base", tmp_path / "moved")
     os.rename(tmp_path / "rl.json", tmp_path / "moved.json")
     whole = without_times(folder)
-    shutil.rmtree(folder / "final")
     run("tgrpo", **settings | {"model": tmp_path / "moved", "records": tmp_path / "moved.json", "micro_batch_size": 2, "print_every": 0})
     assert "resumed from" in capsys.readouterr().out and (folder / "final").is_dir()
     again = without_times(folder)
@@ -99,6 +100,28 @@ def test_fewer_steps_than_done_is_an_error(run, started):
         run("tgrpo", **settings | {"steps": 1})
 
 
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_a_finished_run_is_not_trained_again_over_its_model(run, started, save_every, capsys):
+    """Guards: a `final` overwritten by another run where there is no checkpoint to compare with; hours spent again."""
+    folder, settings = started
+    shutil.rmtree(folder)
+    settings = settings | {"save_every": save_every, "lr_schedule": "constant"}
+    run("tgrpo", **settings)
+    weights = (folder / "final/model.safetensors").read_bytes()
+    for change in ({}, {"lr": 1e-3, "resume_changed": "true"}):
+        with pytest.raises(UserError, match="a run of 2 steps is finished here, its model is .*final; start anew with --resume false"):
+            run("tgrpo", **settings | change)
+    if save_every:
+        run("tgrpo", **settings | {"steps": 3})
+        assert (folder / "final-of-2-steps/model.safetensors").read_bytes() == weights
+    else:
+        with pytest.raises(UserError, match="a run of 2 steps is finished here"):
+            run("tgrpo", **settings | {"steps": 3})
+        run("tgrpo", **settings | {"resume": "false", "lr": 1e-3})
+        assert (folder / "earlier-1/final/model.safetensors").read_bytes() == weights
+    assert (folder / "final/model.safetensors").read_bytes() != weights
+
+
 def test_resume_false_moves_the_old_run_aside(run, started, capsys):
     """Guards: new checkpoints deleted as older ones are kept; after a kill, the old run resumed in place of the new one."""
     folder, settings = started
@@ -109,6 +132,7 @@ def test_resume_false_moves_the_old_run_aside(run, started, capsys):
     assert f"is now in {folder / 'earlier-1'}" in capsys.readouterr().out
     assert read_jsonl(folder / "earlier-1/metrics.jsonl") == first != read_jsonl(folder / "metrics.jsonl")
     assert [p.name for p in common.checkpoints(folder)] == ["checkpoint-1"]
+    shutil.rmtree(folder / "final")
     run("tgrpo", **settings | {"seed": 5})                # the new one is resumed
     assert "resumed from" in capsys.readouterr().out
     run("tgrpo", **settings | {"resume": "false"})
