@@ -111,6 +111,8 @@ def load_records(path, data_root, max_unreadable=0.0, need_process=False):
         raise UserError(
             f"{path}: {len(bad_rows)} of {len(rows)} rows are bad, more than max_unreadable {max_unreadable} allows:\n"
             + "\n".join(lines)
+            + "\nRaise max_unreadable to train without them, or write the usable rows into a file of their own: "
+            "python data.py --config CONFIG --stage STAGE --check --out FILE"
         )
     return list(usable.values()), bad_rows
 
@@ -507,8 +509,10 @@ def check(cfg, need_process):
     reasons = reasons | check_media(records, cfg)
     usable = [row for number, row in enumerate(rows, 1) if number not in reasons]
     for number in sorted(reasons):
-        print(f"row {number}: {reasons[number]}")
-    print(f"{len(usable)} of {len(rows)} rows can be used")
+        row = rows[number - 1]
+        name = f" (problem_id {row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
+        print(f"row {number}{name}: {reasons[number]}")
+    print(f"{len(usable)} of {len(rows)} rows of {cfg.records} can be used by {cfg.stage}")
     if cfg.out:
         if not usable:
             raise UserError(f"{cfg.records}: no row can be used, {cfg.out} is not written")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import settings
 from benchmarks import GROUPS, PUBLISHED, judge_rows
 from data import DATA_TYPES, Unusable, load_media
-from rewards import CORRECT
+from rewards import CORRECT, lettered
 
 MAX_QUESTIONS, MAX_FRAMES = 1000, 16                      # in the gallery; in a strip
 MAX_BYTES, MAX_TEXT = 28e6, 14e6                          # of the page; of the questions and completions in it
@@ -92,7 +92,7 @@ def gallery(rows):
         questions.append({
             "benchmark": rows[0]["benchmark"], "id": str(rows[0]["id"]), "task": rows[0].get("task") or "",
             "error": next((r["error"] for r in rows if r["place"] == "unusable"), None),
-            "problem": rows[0].get("problem") or "", "options": rows[0].get("options") or [], "solution": rows[0].get("solution") or "",
+            "problem": rows[0].get("problem") or "", "options": lettered(rows[0].get("options") or []), "solution": rows[0].get("solution") or "",
             "answers": answers, "result": result_of(answers),
             "helped": (score["ordered"] > score["shuffled"]) - (score["ordered"] < score["shuffled"]) if both else None})
     return questions, [rows[-1] for rows in chosen]       # the last: "shuffled", which has the frame order, if there are both

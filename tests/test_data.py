@@ -150,7 +150,9 @@ def test_check_writes_the_rows_that_can_be_used(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         data.main()
     said = capsys.readouterr().out
-    assert exit.value.code == 0 and "2 of 4 rows can be used" in said and "row 2: gone.mp4: no such file" in said and "row 3: solution:" in said
+    assert exit.value.code == 0 and f"2 of 4 rows of {tmp_path / 'a.json'} can be used by tgrpo" in said
+    name = f"(problem_id {GOOD['problem_id']})"
+    assert f"row 2 {name}: gone.mp4: no such file" in said and f"row 3 {name}: solution:" in said
     assert json.loads(out.read_text()) == [rows[0], rows[3]]
 
 

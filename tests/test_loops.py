@@ -182,7 +182,7 @@ def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         data.main()
     said = capsys.readouterr().out
-    assert exit.value.code == 1 and "empty file" in said and "11 of 12 rows can be used" in said
+    assert exit.value.code == 1 and "empty file" in said and "11 of 12 rows of " in said
 
 
 # ----------------------------------------------------------------------------------------------- samples and labels

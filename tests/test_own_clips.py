@@ -68,13 +68,16 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
     assert len(answers) == 9 and not any("error" in row for row in answers)  # the picture has no shuffled frames
 
 
-def test_the_examples_media_can_be_read(monkeypatch):
+@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
+def test_the_examples_media_can_be_read(monkeypatch, stage):
     """Guards: a README whose check of the user's files fails on the files of the README."""
     with pytest.raises(SystemExit) as done:
         run_data(
             monkeypatch,
             "--config",
             "examples/own.yaml",
+            "--stage",
+            stage,
             "--check",
             "--num_workers",
             0,

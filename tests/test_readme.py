@@ -36,9 +36,11 @@ RUN_BY = {
     "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_several_runs_are_compared_in_one_picture",
     "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
     "python data.py --records mine.json --split 0.1 --out my_data": "test_a_split_is_written_whole_and_counted",
-    "accelerate launch sft.py --config examples/own.yaml --model runs/toy/base --output_dir runs/try/sft --steps 2": "test_the_examples_train_in_both_stages_and_are_answered",
-    "accelerate launch tgrpo.py --config examples/own.yaml --model runs/try/sft/final --output_dir runs/try/tgrpo --steps 2 --max_new_tokens 40": "test_the_examples_train_in_both_stages_and_are_answered",
+    "python sft.py --config examples/own.yaml --model runs/toy/base --output_dir runs/try/sft --steps 2": "test_the_examples_train_in_both_stages_and_are_answered",
+    "python evaluate.py --config examples/own.yaml --model runs/try/tgrpo/final --output_dir runs/try/eval --max_new_tokens 40": "test_the_examples_train_in_both_stages_and_are_answered",
+    "python tgrpo.py --config examples/own.yaml --model runs/try/sft/final --output_dir runs/try/tgrpo --steps 2 --max_new_tokens 40": "test_the_examples_train_in_both_stages_and_are_answered",
     "python -m tools.rollouts runs/try/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
+    "python data.py --config examples/own.yaml --stage sft --check": "test_the_examples_media_can_be_read",
     "python data.py --config examples/own.yaml --check": "test_the_examples_media_can_be_read",
     "python data.py --distill runs/own/teacher/predictions.jsonl --out my_data/cot.json": "test_distilled_answers_are_a_cold_start",
 }

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from report import evenly, write_page
-from rewards import CORRECT, accuracy_reward, extract_answer
+from rewards import CORRECT, accuracy_reward, extract_answer, lettered
 from settings import SharedConfig, UserError, print_utf8, read_jsonl, read_rows, read_yaml
 
 # what every row of rollouts.jsonl has
@@ -101,7 +101,7 @@ def shown_prompt(rows, record):
         "id": str(record["problem_id"]),
         "task": record["problem_type"],
         "problem": record["problem"],
-        "options": record.get("options") or [],
+        "options": lettered(record.get("options") or []),
         "solution": str(record["solution"]),
         "error": None,
         "answers": completions,
@@ -112,7 +112,12 @@ def shown_prompt(rows, record):
 
 def write_rollouts(path, out, steps=(), records="", data_root=""):
     """Write the page `out` of the rollouts in `path`. UserError if they are not of the run's records."""
-    cfg = run_config(Path(path).parent, records, data_root)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "rollouts.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; training writes it with --save_rollouts true")
+    cfg = run_config(path.parent, records, data_root)
     groups = group_by_prompt(read_rollouts(path, steps))
     by_prompt = {(str(record["problem_id"]), record["path"]): record for record in read_rows(cfg.records)}
     questions = []
