@@ -143,8 +143,7 @@ def main():
     on_gpu = device.type == "cuda"
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks, "
           f"P = {P}, C = {C}, {cfg.num_generations} + {cfg.shuffled_generations} completions")
-    if on_gpu:
-        print(f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
+    print(f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
 
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
     common.load_model = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)

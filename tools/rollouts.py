@@ -115,10 +115,8 @@ def write_rollouts(path, out, steps=(), records="", data_root=""):
     path = Path(path)
     if path.is_dir():
         path = path / "rollouts.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; training writes it with --save_rollouts true")
-    cfg = run_config(path.parent, records, data_root)
     groups = group_by_prompt(read_rollouts(path, steps))
+    cfg = run_config(path.parent, records, data_root)
     by_prompt = {(str(record["problem_id"]), record["path"]): record for record in read_rows(cfg.records)}
     questions = []
     media = []
