@@ -72,7 +72,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2                              # values of mm_token_t
 
 
 def check_model(cfg, stage, made_by=None):
-    """UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: the command that makes one."""
+    """UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: a command that makes one."""
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
     is_local = Path(cfg.model).exists() or "/" in cfg.model and Path(cfg.model).parent.is_dir()
     if is_hub_name and not is_local:
@@ -91,7 +91,7 @@ def check_model(cfg, stage, made_by=None):
 
 
 def check_hub(model):
-    """UserError if `model` is a hub name and the hub cannot be reached: transformers would try for minutes, then say less."""
+    """UserError if `model` is a hub name and the hub is out of reach; transformers would try for minutes."""
     if Path(model).exists() or is_offline_mode():
         return
     try:
@@ -128,10 +128,10 @@ def load_processor(cfg):
 
 @dataclass
 class Packed:
-    """Says which tokens of packed rows [prompt, completion 1 … completion G] belong to the prompt and which to each completion.
+    """Says which tokens of packed rows [prompt, completion 1 … completion G] belong to which of these.
 
-    It is passed to the model in place of an attention mask. All of it is computed once, on the CPU: reading a length or an
-    index from the GPU inside a layer would make the host wait.
+    It is passed to the model in place of an attention mask. All of it is computed once, on the CPU: reading a length
+    or an index from the GPU inside a layer would make the host wait.
     """
 
     longest_prompt: int
@@ -241,7 +241,8 @@ def mrope_positions(prompt, config):
     grids = {IMAGE: iter(prompt.get("image_grid_thw", ())), VIDEO: iter(prompt.get("video_grid_thw", ()))}
     seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
     kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
-    parts, start = [], 0
+    parts = []
+    start = 0
     for kind, length in zip(kinds.tolist(), lengths.tolist()):
         if kind == TEXT:
             part = torch.arange(length).expand(3, -1)
@@ -250,7 +251,8 @@ def mrope_positions(prompt, config):
             time_T = torch.arange(T)
             if kind == VIDEO:
                 time_T = (time_T * next(seconds_per_patch) * config.tokens_per_second).long()
-            rows, columns = torch.arange(H // config.spatial_merge_size), torch.arange(W // config.spatial_merge_size)
+            rows = torch.arange(H // config.spatial_merge_size)
+            columns = torch.arange(W // config.spatial_merge_size)
             part = torch.stack(torch.meshgrid(time_T, rows, columns, indexing="ij")).flatten(1)
         parts.append(start + part)
         start += int(part.max()) + 1
@@ -260,8 +262,8 @@ def mrope_positions(prompt, config):
 class Policy(Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose forward can return log-probs of chosen tokens. Its weights are those of the base class.
 
-    forward(**inputs, position_ids=, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points into
-    the flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
+    forward(**inputs, position_ids=, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points
+    into the flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
     forward, because under FSDP its weight exists only there. Without `targets` it is the plain model.
     """
 
@@ -269,8 +271,8 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
     def of(cls, model):
         """The loaded base model, turned into a Policy in place (transformers knows only the base class's file layout).
 
-        Of the checkpoint's generation settings only the end of a turn is kept: with a penalty or a top-k, rollouts would
-        be sampled from another distribution than the one whose log-probs are trained.
+        Of the checkpoint's generation settings only the end of a turn is kept: with a penalty or a top-k, rollouts
+        would be sampled from another distribution than the one whose log-probs are trained.
         """
         model.__class__ = cls
         model.lm_head.__class__ = LogpHead
@@ -291,10 +293,11 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
         return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
 
     def pictures_as_videos(self, input_ids, **inputs):
-        """The same inputs with pictures as videos of one moment, so that the vision tower runs once, whatever the batch holds.
+        """The same inputs with pictures as videos of one moment, so that the vision tower runs once, whatever the
+        batch holds.
 
-        The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together, so a
-        rank with both kinds would wait for ever for a rank with videos alone. One picture or video per row.
+        The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together,
+        so a rank with both kinds would wait for ever for a rank with videos alone. One picture or video per row.
         """
         media = {}
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
@@ -311,7 +314,7 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
 def vision_lengths(inputs, config):
     """The lengths of the windows in which the vision blocks attend, on the CPU, as arguments of the model's forward.
 
-    Every vision block reads them as numbers. That is free on the CPU; on the GPU the host would wait three times per block.
+    Every vision block reads them as numbers. That is free on the CPU; on the GPU the host would wait in every block.
     """
     lengths = {}
     for kind in ("image", "video"):
@@ -328,9 +331,9 @@ def vision_lengths(inputs, config):
 def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
     """Policy, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
 
-    The model is loaded on the CPU; accelerate then moves or shards it. With `device`, the weights are read straight onto
-    that device, for inference. When the model will be sharded, only rank 0 reads the weights and sends them to the others,
-    so a machine holds one copy. Raises UserError if the checkpoint's tensors are not the model's.
+    The model is loaded on the CPU; accelerate then moves or shards it. With `device`, the weights are read straight
+    onto that device, for inference. When the model will be sharded, only rank 0 reads the weights and sends them to
+    the others, so a machine holds one copy. Raises UserError if the checkpoint's tensors are not the model's.
     """
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
@@ -358,7 +361,7 @@ def generation_config(model, config):
 
 
 def refuse_other_tensors(model, report):
-    """UserError that names tensors which the checkpoint lacks or should not have: training would start from random numbers."""
+    """UserError that names tensors which the checkpoint lacks or should not have. Missing ones would be random."""
     problems = []
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
@@ -440,8 +443,8 @@ UNSUPPORTED = {
 OVERRULED = re.compile(
     r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)"
 )
-# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still notices
-# a rank that died at once.
+# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still
+# notices a rank that died at once.
 PATIENCE = timedelta(hours=6)
 
 
@@ -637,7 +640,7 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
         parts["gathered layers"] = (2 * layer + heads * embedding) * size
     rollout = {"KV cache (rollout)": cache_token * rows * ((G + S) * (P + T) + (1 + (S > 0)) * P)}
     if cfg.rollout_compile:
-        # compiled decoding keeps its caches, all of the same number of rows: one for long prompts and one for short ones
+        # compiled decoding keeps its caches: one for long prompts and one for short ones, with the same rows
         parts["KV caches (compiled)"] = 2 * cache_token * rows * (G + S) * compiled_room(P + T)
         rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
     training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
@@ -679,7 +682,7 @@ def starting_files(model):
 
 
 def with_dtype(config, dtype):
-    """A copy of a config.json's dict in which every dtype entry is `dtype`. It is torch_dtype until transformers 4.55."""
+    """A copy of a config.json's dict in which every dtype entry (torch_dtype until transformers 4.55) is `dtype`."""
     name = str(dtype).removeprefix("torch.")
     named = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return named | {key: name for key in ("dtype", "torch_dtype") if key in config}
@@ -810,7 +813,10 @@ def damage(checkpoint):
 
 
 def resume(accelerator, checkpoint):
-    """Load `checkpoint` (of claim_folder) into what was prepared. Returns its state; {"step": 0} for None. Collective."""
+    """Load `checkpoint` (of claim_folder) into what was prepared. Returns its state, {"step": 0} for None.
+
+    Collective: every rank must call it.
+    """
     if checkpoint is None:
         return {"step": 0}
     accelerator.load_state(str(checkpoint))
@@ -835,8 +841,9 @@ held_locks = {}
 def claim_folder(accelerator, cfg, stage):
     """Make cfg.output_dir this run's own, before anything slow happens. Returns the checkpoint to go on from, or None.
 
-    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be written, if
-    another run works in it, or if its newest checkpoint is of a run that would learn something else. Collective.
+    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be
+    written, if another run works in it, or if its newest checkpoint is of a run that would learn something else.
+    Collective.
     """
     chosen = [None]
     if accelerator.is_main_process:
@@ -855,7 +862,10 @@ def claim_folder(accelerator, cfg, stage):
 
 
 def lock_folder(folder):
-    """Lock `folder` until this process ends, however it ends. UserError if it cannot be written or another run has it."""
+    """Lock `folder` until this process ends, however it ends.
+
+    Raises UserError if the folder cannot be written or another run has it.
+    """
     folder = Path(folder)
     path = folder / ".lock"
     try:
@@ -879,7 +889,10 @@ def lock_folder(folder):
 
 
 def newest_whole_checkpoint(accelerator, folder):
-    """The newest checkpoint whose files are what was written, or None. Newer ones are damaged: they are named and renamed."""
+    """The newest checkpoint whose files are what was written, or None if there is no checkpoint.
+
+    Newer ones are damaged: they are named and renamed. Raises UserError if all are.
+    """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
         wrong = damage(checkpoint)
@@ -912,7 +925,7 @@ def move_aside(accelerator, folder):
 def keep_finished(accelerator, cfg, folder, checkpoint):
     """UserError if `folder` holds a finished run, which starting again would overwrite.
 
-    A run that goes on from a checkpoint to more steps is allowed; the model of the fewer steps is kept under another name.
+    A run may go on from a checkpoint to more steps; the model of the fewer steps is kept under another name.
     """
     if not (folder / "final").is_dir():
         return
@@ -1005,6 +1018,8 @@ class StopSignal:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
+        # print() must not be called here: the signal may have come in the middle of one
+        os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving\n")
 
     @property
     def asked(self):
@@ -1128,7 +1143,7 @@ class Timer:
 
 
 class Log:
-    """metrics.jsonl, one dict a step, and rollouts.jsonl; `log_with` sends the metrics elsewhere too. Only rank 0 writes.
+    """metrics.jsonl, one dict per step, and rollouts.jsonl; `log_with` sends the metrics elsewhere too. Rank 0 writes.
 
     A resumed run begins by dropping the rows of the steps that it will do again.
     """

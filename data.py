@@ -12,8 +12,9 @@ the answer is `process`, a newline, `solution`.
     python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
     python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
     python data.py --config configs/toy.yaml --stage tgrpo --check --out readable.json    # write the usable rows too
-    python data.py --records mine.json --split 0.1 --out my_data      # 10 % of the clips into test.json, the rest into train.json
-    python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as chains of thought for sft.py
+    python data.py --records mine.json --split 0.1 --out my_data      # 10 % of the clips into test.json, the rest
+    into train.json python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as
+    chains of thought for sft.py
 
 A solution may also be a number or lack its tags ("3", 3, "B"), options may lack their letters (the prompt gives
 them), and `<video>` or `<image>` in a problem, which other formats have, is taken out. `start` and `end` in seconds
@@ -332,8 +333,8 @@ class Samples(Dataset):
 
     An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips) with their
     `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. `shuffles`, for credit, is a
-    list of inputs in `n_shuffles` more orders (empty for images and one-frame clips). Frames are shuffled by the seed and
-    the position; in evaluation by the seed and the question, so that they do not depend on what else is asked.
+    list of inputs in `n_shuffles` more orders (empty for images and one-frame clips). Frames are shuffled by the
+    seed and the position; in evaluation by the seed and the question, so that they do not depend on what else is asked.
     """
 
     def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, n_shuffles=0):
@@ -401,12 +402,16 @@ def loader(samples, batches, cfg):
 
     They travel as numpy arrays: handing over hundreds of small tensors by shared memory takes longer than copying them.
     """
-    travel = DataLoader(samples, batch_sampler=batches, num_workers=cfg.num_workers, worker_init_fn=start_worker,
-                        prefetch_factor=4 if cfg.num_workers else None, collate_fn=as_numpy)
-    # workers do not react to signals, so nothing else would end them if this process fails
-    atexit.register(kill_workers)
-    for batch in travel:
+    prefetch = 4 if cfg.num_workers else None
+    for batch in with_workers(samples, cfg, batch_sampler=batches, prefetch_factor=prefetch, collate_fn=as_numpy):
         yield tree_map_only(np.ndarray, torch.from_numpy, batch)
+
+
+def with_workers(dataset, cfg, **settings):
+    """A DataLoader whose worker processes ignore signals, and end with this process, however it ends."""
+    # nothing else would end them if this process fails
+    atexit.register(kill_workers)
+    return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=start_worker, **settings)
 
 
 def as_numpy(batch):
@@ -415,7 +420,7 @@ def as_numpy(batch):
 
 
 def start_worker(_):
-    """Leave signals to the training process. A scheduler sends them to all, and the step at hand still needs its clips."""
+    """Leave signals to the main process. A scheduler sends them to all, and the step at hand still needs its clips."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
@@ -496,7 +501,7 @@ class ReadMedia(Dataset):
 
 def check_media(records, cfg):
     """Reads the media of {row number: record} in worker processes. Returns {row number: why they cannot be read}."""
-    results = DataLoader(ReadMedia(list(records.values()), cfg), batch_size=None, num_workers=cfg.num_workers)
+    results = with_workers(ReadMedia(list(records.values()), cfg), cfg, batch_size=None)
     results = tqdm(results, total=len(records), desc="reading media", unit="file")
     return {number: reason for number, reason in zip(records, results) if reason}
 
@@ -563,8 +568,8 @@ def clips_of(rows):
 def split(rows, share, seed):
     """(training rows, test rows), in their order. All rows on one clip are on the same side; `share` counts clips.
 
-    rows: dicts with a `path`. Each side has at least one clip. UserError for a row without a path, or for fewer than two
-    clips.
+    rows: dicts with a `path`. Each side has at least one clip. UserError for a row without a path, or for fewer than
+    two clips.
     """
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
@@ -581,7 +586,9 @@ def split(rows, share, seed):
 
 
 def write_split(cfg):
-    """Write cfg.records as train.json and test.json into the folder cfg.out, and say how many rows and clips each has."""
+    """Write cfg.records as train.json and test.json into the folder cfg.out, and say how many rows and clips each
+    has.
+    """
     train, test = split(read_rows(cfg.records), cfg.split, cfg.seed)
     n_all = len(clips_of(train + test))
     for name, rows in (("train", train), ("test", test)):

@@ -40,7 +40,8 @@ FOLDER_FPS = 3.0
 # A clip is taken for half a download if it is shorter than this share of what its header promises.
 LEAST_SHARE = 0.9
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Larger frames are shrunk to this as they are decoded: 64 frames of 8K would take 6 GB. The model sees far fewer pixels.
+# Larger frames are shrunk to this as they are decoded: 64 frames of 8K would take 6 GB. The model sees far fewer
+# pixels.
 MOST_PIXELS = 1920 * 1080
 # How files begin that only name other files. libav waits for ever for the end of a live stream.
 PLAYLISTS = (b"#EXTM3U", b"ffconcat version")

@@ -18,12 +18,12 @@ from dataclasses import replace
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import settings
 from benchmarks import GROUPS, PUBLISHED, judge_rows
-from data import DATA_TYPES, Unusable, load_media
+from data import DATA_TYPES, Unusable, load_media, with_workers
 from rewards import CORRECT, lettered
 
 MAX_QUESTIONS, MAX_FRAMES = 1000, 16                      # in the gallery; in a strip
@@ -54,7 +54,7 @@ def write_page(path, title, questions, rows, n, cfg, made_with, scores="", group
     """
     shorten(questions)
     room = 0.75 * (MAX_BYTES - len(page_json(questions))) / max(1, len(questions))        # base64 takes 4/3
-    strips = DataLoader(Strips(rows, cfg, room), batch_size=None, num_workers=cfg.num_workers)
+    strips = with_workers(Strips(rows, cfg, room), cfg, batch_size=None)
     for question, strip in zip(questions, tqdm(strips, total=len(questions), desc="report", unit=item)):
         question |= strip
     count = f"{len(questions)} of {n} {item}s, evenly spread" if n > len(questions) else f"{n} {item}s"

@@ -29,7 +29,9 @@ class UserError(SystemExit):
 
 
 def print_utf8():
-    """What is printed is UTF-8, whatever the locale: in Latin-1 or ASCII, "p̃" would end a run with a UnicodeEncodeError."""
+    """What is printed is UTF-8, whatever the locale: in Latin-1 or ASCII, "p̃" would end a run with a
+    UnicodeEncodeError.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -63,7 +63,8 @@ def main():
     checkpoint = common.claim_folder(accelerator, cfg, "sft")
     common.seed_everything(cfg.seed)
 
-    processor, files = common.load_processor(cfg), common.starting_files(cfg.model)
+    processor = common.load_processor(cfg)
+    files = common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
     vision_config = model.config.vision_config
     model, optimizer = common.prepare(accelerator, model, cfg)

@@ -162,8 +162,8 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
 
     The vision tower and the prompt run once per prompt; the cache is then repeated and HF generate goes on from there.
     Positions are handed over, so the model's own `rope_deltas` (state of whatever ran last) are never used.
-    `compiled_rows` > 0 compiles decoding, for batches filled up to this many rows: a shape is compiled once, and a row more
-    costs almost no time on a GPU.
+    `compiled_rows` > 0 compiles decoding, for batches filled up to this many rows: a shape is compiled once, and a
+    row more costs almost no time on a GPU.
     Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
     """
     was_training = model.training
@@ -425,7 +425,8 @@ def main():
     common.check_batches(cfg, accelerator)
     checkpoint = common.claim_folder(accelerator, cfg, "tgrpo")
 
-    processor, files = common.load_processor(cfg), common.starting_files(cfg.model)
+    processor = common.load_processor(cfg)
+    files = common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
     model, optimizer = common.prepare(accelerator, model, cfg)
     reference = common.load_frozen(accelerator, cfg) if cfg.beta else None           # after the policy has left the CPU

@@ -87,11 +87,12 @@ def random_model(config, cfg, dtype):
 
 def timed(device, function):
     """Seconds that `function` takes, the GPU's work included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     function()
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 

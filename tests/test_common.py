@@ -198,7 +198,9 @@ def test_what_workers_get_can_be_pickled(monkeypatch, tmp_path):
     """Guards: a lambda or a local class handed to a DataLoader, which Python 3.14 pickles for its workers."""
     pickled = []
 
-    def loader(dataset, collate_fn=None, **settings):
+    def loader(dataset, collate_fn=None, worker_init_fn=None, **settings):
+        # ignoring signals and ending with its parent is every worker's rule, in --check too
+        assert worker_init_fn is data.start_worker
         pickled.append(pickle.loads(pickle.dumps((dataset, collate_fn))))
         return []
 

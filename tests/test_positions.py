@@ -45,7 +45,10 @@ def test_frames_of_a_short_clip_share_time_positions(policy):
 def test_positions_equal_transformers_where_the_two_agree(policy):
     """Guards: rows and columns confused, a wrong start, frame times of another clip, a picture that has a time axis."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
     agree = 0
     for seed in range(60):
         T, H, W = draw(1, 9), 2 * draw(1, 9), 2 * draw(1, 9)
