@@ -21,7 +21,7 @@ from settings import read_jsonl, write_atomic
 from toy import Stages, check_skill, is_static
 
 CREDIT = ("--temporal_rule", "credit")
-ARMS = {                                                  # name: (label, settings of tgrpo.py, colour)
+ARMS = {  # name: (label, settings of tgrpo.py, colour)
     "grpo": ("GRPO, group std", ("--temporal_rule", "none"), "tab:gray"),
     "grpo_no_std": ("GRPO, no std", ("--temporal_rule", "none", "--advantage_std", "none"), "black"),
     "margin_reward": ("T-GRPO, in the reward (published)", ("--temporal_target", "reward"), "tab:orange"),
@@ -30,8 +30,14 @@ ARMS = {                                                  # name: (label, settin
     "credit_dealt": ("credit, dealt at random", (*CREDIT, "--credit_control", "dealt"), "tab:cyan"),
     "credit_noise": ("noise of equal spread", (*CREDIT, "--credit_control", "noise"), "tab:green"),
 }
-MEASURES = {"ordered": "in order", "conflict": "background lies", "gap": "gap", "conflict_sampled": "background lies, sampled",
-            "static": "static reasons", "seconds": "seconds a step"}
+MEASURES = {
+    "ordered": "in order",
+    "conflict": "background lies",
+    "gap": "gap",
+    "conflict_sampled": "background lies, sampled",
+    "static": "static reasons",
+    "seconds": "seconds a step",
+}
 
 
 def run_seed(out, seed):
@@ -62,9 +68,13 @@ def scores_of(folder, name):
     share = lambda rows, value: float(np.mean([value(r) for r in rows]))
     ordered, shuffled = ([r for r in greedy if r["frames"] == order] for order in ("ordered", "shuffled"))
     accuracy, lies = lambda r: r["accuracy"], lambda rows: [r for r in rows if r["cue"] == "lies"]
-    return {"ordered": share(ordered, accuracy), "conflict": share(lies(ordered), accuracy),
-            "gap": share(ordered, accuracy) - share(shuffled, accuracy), "conflict_sampled": share(lies(sampled), accuracy),
-            "static": share(ordered, lambda r: is_static(r["prediction"]))}
+    return {
+        "ordered": share(ordered, accuracy),
+        "conflict": share(lies(ordered), accuracy),
+        "gap": share(ordered, accuracy) - share(shuffled, accuracy),
+        "conflict_sampled": share(lies(sampled), accuracy),
+        "static": share(ordered, lambda r: is_static(r["prediction"])),
+    }
 
 
 def curves_of(folder, name):
@@ -76,10 +86,14 @@ def curves_of(folder, name):
             steps.setdefault(row["step"], []).append(row)
     mean = lambda values: round(float(np.mean(values)), 4) if values else None
     log = read_jsonl(folder / name / "metrics.jsonl")
-    return {"seconds": statistics.median(r["time/rollout"] + r["time/update"] for r in log),
-            "static_steps": [mean([is_static(r["text"]) for r in steps[s]]) for s in sorted(steps)],
-            "accuracy_steps": [mean([r["accuracy"] for r in steps[s]]) for s in sorted(steps)],
-            "conflict_steps": [mean([r["accuracy"] for r in steps[s] if cue[r["problem_id"]] == "lies"]) for s in sorted(steps)]}
+    return {
+        "seconds": statistics.median(r["time/rollout"] + r["time/update"] for r in log),
+        "static_steps": [mean([is_static(r["text"]) for r in steps[s]]) for s in sorted(steps)],
+        "accuracy_steps": [mean([r["accuracy"] for r in steps[s]]) for s in sorted(steps)],
+        "conflict_steps": [
+            mean([r["accuracy"] for r in steps[s] if cue[r["problem_id"]] == "lies"]) for s in sorted(steps)
+        ],
+    }
 
 
 def mean_interval(values):
@@ -91,28 +105,50 @@ def mean_interval(values):
     n = len(values)
     if n < 2:
         return statistics.fmean(values), math.nan
-    z, df = 1.959964, n - 1                               # Cornish and Fisher's expansion of t's quantile about the normal one
-    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    z, df = 1.959964, n - 1  # Cornish and Fisher's expansion of t's quantile about the normal one
+    t = (
+        z
+        + (z**3 + z) / (4 * df)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    )
     return statistics.fmean(values), round(t * statistics.stdev(values) / math.sqrt(n), 3)
 
 
 def tables(results):
     """The results as Markdown: means with intervals, paired differences to credit, seeds that were left out."""
     valid = [r for r in results if not r["wrong"]]
-    show = lambda values, key: (lambda m, h: f"{m:.2f} ± {h:.2f}" if key == "seconds" else f"{100 * m:.0f} ± {100 * h:.0f}")(*mean_interval(values))
-    lines = [f"{len(valid)} seeds; test clips, percent (the last column in seconds), mean ± half of its 95 % interval over seeds (Student's t). "
-             "Escaped: seeds with more than half right where the background lies.", "",
-             f"| | {' | '.join(MEASURES.values())} | escaped |", "|" + "---|" * (len(MEASURES) + 2)]
-    cold = [show([r["cold_start"][key] for r in valid], key) if key in valid[0]["cold_start"] else "" for key in MEASURES]
+    show = lambda values, key: (
+        lambda m, h: f"{m:.2f} ± {h:.2f}" if key == "seconds" else f"{100 * m:.0f} ± {100 * h:.0f}"
+    )(*mean_interval(values))
+    lines = [
+        f"{len(valid)} seeds; test clips, percent (the last column in seconds), mean ± half of its 95 % interval over seeds (Student's t). "
+        "Escaped: seeds with more than half right where the background lies.",
+        "",
+        f"| | {' | '.join(MEASURES.values())} | escaped |",
+        "|" + "---|" * (len(MEASURES) + 2),
+    ]
+    cold = [
+        show([r["cold_start"][key] for r in valid], key) if key in valid[0]["cold_start"] else "" for key in MEASURES
+    ]
     lines.append(f"| cold start | {' | '.join(cold)} | |")
     for name, (label, *_) in ARMS.items():
         cells = [show([r["arms"][name][key] for r in valid], key) for key in MEASURES]
         escaped = sum(r["arms"][name]["conflict"] > 0.5 for r in valid)
         lines.append(f"| {label} | {' | '.join(cells)} | {escaped} of {len(valid)} |")
-    lines += ["", "Paired differences, credit less the other, points:", "", "| | in order | background lies | background lies, sampled |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "Paired differences, credit less the other, points:",
+        "",
+        "| | in order | background lies | background lies, sampled |",
+        "|---|---|---|---|",
+    ]
     for name, (label, *_) in ARMS.items():
         if name != "credit":
-            cells = [show([r["arms"]["credit"][key] - r["arms"][name][key] for r in valid], key) for key in ("ordered", "conflict", "conflict_sampled")]
+            cells = [
+                show([r["arms"]["credit"][key] - r["arms"][name][key] for r in valid], key)
+                for key in ("ordered", "conflict", "conflict_sampled")
+            ]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     for r in results:
         if r["wrong"]:
@@ -123,6 +159,7 @@ def tables(results):
 def plot(results, path):
     """Share of static reasons over the steps of RL; accuracies on the test clips and seconds a step, a dot a seed and a bar their mean."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -132,18 +169,37 @@ def plot(results, path):
         shares = np.array([r["arms"][name]["static_steps"] for r in valid])
         curves.plot(shares.T, color=colour, alpha=0.12, linewidth=0.8)
         curves.plot(shares.mean(0), color=colour, linewidth=2.5)
-    curves.set(title="reasons with the background\n(sampled completions)", xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
-    for axis, key, title in zip(dots, ("ordered", "conflict", "gap", "seconds"),
-                                ("accuracy in order", "accuracy where\nthe background lies", "accuracy in order\nless shuffled", "seconds a step")):
+    curves.set(
+        title="reasons with the background\n(sampled completions)",
+        xlabel="step of RL",
+        ylabel="share",
+        ylim=(-0.02, 1.02),
+    )
+    for axis, key, title in zip(
+        dots,
+        ("ordered", "conflict", "gap", "seconds"),
+        (
+            "accuracy in order",
+            "accuracy where\nthe background lies",
+            "accuracy in order\nless shuffled",
+            "seconds a step",
+        ),
+    ):
         for y, (name, (_, _, colour)) in enumerate(reversed(ARMS.items())):
             values = [r["arms"][name][key] for r in valid]
             axis.plot(values, y + np.linspace(-0.25, 0.25, len(values)), "o", color=colour, alpha=0.5, markersize=4)
             axis.plot(np.mean(values), y, "|", color=colour, markersize=24, markeredgewidth=3)
-        axis.set(title=title, yticks=range(len(ARMS)), yticklabels=[label for label, *_ in reversed(ARMS.values())] if key == "ordered" else [])
+        axis.set(
+            title=title,
+            yticks=range(len(ARMS)),
+            yticklabels=[label for label, *_ in reversed(ARMS.values())] if key == "ordered" else [],
+        )
         axis.set_xlim(*((0, None) if key == "seconds" else (-0.07, 1.03)))
     for axis in (curves, *dots):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{len(valid)} seeds; test clips, greedy; thin lines and dots: seeds, thick: their mean", fontsize=10)
+    figure.suptitle(
+        f"{len(valid)} seeds; test clips, greedy; thin lines and dots: seeds, thick: their mean", fontsize=10
+    )
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
@@ -152,7 +208,9 @@ def ablate(out, seeds, jobs):
     """Run what is missing of all seeds, `jobs` at a time, and write the results of those that are done."""
     pool, results = ThreadPoolExecutor(jobs), []
     try:
-        for result in tqdm(pool.map(lambda seed: run_seed(out, seed), range(seeds)), total=seeds, desc="ablation", unit="seed"):
+        for result in tqdm(
+            pool.map(lambda seed: run_seed(out, seed), range(seeds)), total=seeds, desc="ablation", unit="seed"
+        ):
             results.append(result)
             if not result["wrong"] and (valid := [r for r in results if not r["wrong"]]):
                 write_atomic(out / "ablation.json", json.dumps(results))

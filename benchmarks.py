@@ -26,15 +26,33 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from rewards import (ACCURACY, extract_answer, lettered, mean_relative_accuracy, number_or_nan, parse_letter, parse_solution,
-                     tags_in)
+from rewards import (
+    ACCURACY,
+    extract_answer,
+    lettered,
+    mean_relative_accuracy,
+    number_or_nan,
+    parse_letter,
+    parse_solution,
+    tags_in,
+)
 from settings import UserError, read_rows
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")  # TempCompass; its captioning needs a judge model: left out
-TRACKS = ("Perception", "Comprehension", "Adaptation")    # VideoMMMU
-GROUPS = ("dim", "duration", "domain", "sub_category")    # beside the task: TempCompass's, then Video-MME's
-TEXTS = ("benchmark", "prediction", "solution", "problem_type", "problem", "task", "path", "error", *GROUPS)      # of a prediction row
-FILES = {                                                 # alternatives; of the first that finds a file, all patterns are read
+TRACKS = ("Perception", "Comprehension", "Adaptation")  # VideoMMMU
+GROUPS = ("dim", "duration", "domain", "sub_category")  # beside the task: TempCompass's, then Video-MME's
+TEXTS = (
+    "benchmark",
+    "prediction",
+    "solution",
+    "problem_type",
+    "problem",
+    "task",
+    "path",
+    "error",
+    *GROUPS,
+)  # of a prediction row
+FILES = {  # alternatives; of the first that finds a file, all patterns are read
     "vsibench": [["test.jsonl"], ["test.parquet"], ["test-*.parquet"]],
     "videommmu": [[f"data/{t.lower()}_video.json" for t in TRACKS], [f"{t}/test-*.parquet" for t in TRACKS]],
     "mvbench": [["json/*.json"]],
@@ -50,30 +68,50 @@ VSI_TASKS = (*VSI_NUMBERS, "object_rel_distance", DIRECTION, "route_planning", "
 VSI_TYPES = VSI_TASKS + tuple(f"{DIRECTION}_{level}" for level in ("easy", "medium", "hard"))
 
 MVBENCH_FOLDERS = {
-    "star/Charades_v1_480": "action_sequence action_prediction object_interaction", "sta/sta_video": "action_localization",
+    "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+    "sta/sta_video": "action_localization",
     "clevrer/video_validation": "moving_direction moving_count moving_attribute object_existence counterfactual_inference",
-    "perception/videos": "object_shuffle action_count state_change character_order", "ssv2_video": "action_antonym",
-    "Moments_in_Time_Raw/videos": "fine_grained_action", "FunQA_test/test": "unexpected_action", "nturgbd": "fine_grained_pose",
-    "scene_qa/video": "scene_transition", "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning"}
+    "perception/videos": "object_shuffle action_count state_change character_order",
+    "ssv2_video": "action_antonym",
+    "Moments_in_Time_Raw/videos": "fine_grained_action",
+    "FunQA_test/test": "unexpected_action",
+    "nturgbd": "fine_grained_pose",
+    "scene_qa/video": "scene_transition",
+    "vlnqa": "egocentric_navigation",
+    "tvqa/frames_fps3_hq": "episodic_reasoning",
+}
 MVBENCH_FOLDER = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks.split()}
 
-DISCIPLINES = {                                           # VideoMMMU: folder of a subject's videos
-    "Art": "Art Art_Theory Design Music", "Business": "Accounting Economics Finance Manage Marketing",
-    "Science": "Biology Chemistry Geography Math Physics", "Humanities": "History Literature Sociology Psychology",
+DISCIPLINES = {  # VideoMMMU: folder of a subject's videos
+    "Art": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Humanities": "History Literature Sociology Psychology",
     "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
     "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
-                   "Mechanical_Engineering"}
+    "Mechanical_Engineering",
+}
 DISCIPLINE = {subject: folder for folder, subjects in DISCIPLINES.items() for subject in subjects.split()}
 
 # Accuracy in percent, as published in the Video-R1 paper: {model: {benchmark: scores}}; three stand for 16, 32 and 64 frames.
 PUBLISHED = {
     "GPT-4o": {"vsibench": (34.0,), "videommmu": (61.2,), "mmvu": (75.4,), "videomme": (71.9,)},
     "Qwen2.5-VL-7B (CoT prompt)": {
-        "vsibench": (27.7, 30.1, 31.4), "videommmu": (47.8, 48.1, 50.4), "mmvu": (59.2, 60.0, 60.0),
-        "mvbench": (57.4, 59.0, 59.2), "tempcompass": (72.2, 72.6, 72.9), "videomme": (53.1, 56.6, 59.6)},
+        "vsibench": (27.7, 30.1, 31.4),
+        "videommmu": (47.8, 48.1, 50.4),
+        "mmvu": (59.2, 60.0, 60.0),
+        "mvbench": (57.4, 59.0, 59.2),
+        "tempcompass": (72.2, 72.6, 72.9),
+        "videomme": (53.1, 56.6, 59.6),
+    },
     "Video-R1-7B": {
-        "vsibench": (34.6, 35.8, 37.1), "videommmu": (49.8, 52.3, 52.4), "mmvu": (64.2, 63.8, 63.8),
-        "mvbench": (62.7, 63.9, 64.8), "tempcompass": (72.6, 73.2, 73.2), "videomme": (57.4, 59.3, 61.4)},
+        "vsibench": (34.6, 35.8, 37.1),
+        "videommmu": (49.8, 52.3, 52.4),
+        "mmvu": (64.2, 63.8, 63.8),
+        "mvbench": (62.7, 63.9, 64.8),
+        "tempcompass": (72.6, 73.2, 73.2),
+        "videomme": (57.4, 59.3, 61.4),
+    },
 }
 
 
@@ -86,7 +124,7 @@ def load_benchmark(name, root, clip_segments=True):
     clip_segments: MVBench's five tasks on a part of a video keep its `start` and `end` in seconds (official; Video-R1 shows
     the whole video). VideoMMMU's question-only run is there if its folder is.
     """
-    from data import media_path                           # not above: scoring needs no torch
+    from data import media_path  # not above: scoring needs no torch
 
     records = read_benchmark(name, root)
     if not clip_segments:
@@ -108,8 +146,11 @@ def read_benchmark(name, root):
                     raise ValueError(f"expected an object, got {row!r:.80}")
                 for record in convert(row, number, file, base):
                     record |= {"benchmark": name, "problem_id": record["id"]}
-                    record |= {key: os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
-                               for key in ("path", "image_path") if key in record}
+                    record |= {
+                        key: os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
+                        for key in ("path", "image_path")
+                        if key in record
+                    }
                     check_record(record, root, need_process=False)
                     if record["id"] in first_seen:
                         raise ValueError(f"id {record['id']!r} again; it stood in {first_seen[record['id']]}")
@@ -142,10 +183,14 @@ def rows_of(path, nested=True):
         return read_rows(path)
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        if path.parent.name == "data":                    # {"Adaptation": {"0": row}}
+        if path.parent.name == "data":  # {"Adaptation": {"0": row}}
             return [{**row, "track": track} for track, rows in table.items() for row in rows.values()]
-        return [{**row, "video_id": video, "dim": dim, "index": index}            # {video_id: {dim: [row]}}
-                for video, dims in table.items() for dim, rows in dims.items() for index, row in enumerate(rows)]
+        return [
+            {**row, "video_id": video, "dim": dim, "index": index}  # {video_id: {dim: [row]}}
+            for video, dims in table.items()
+            for dim, rows in dims.items()
+            for index, row in enumerate(rows)
+        ]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not in this benchmark's format: {error}") from None
 
@@ -160,7 +205,7 @@ def read_parquet(path):
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot read this parquet file: {error}") from None
     seen = Counter()
-    for row in rows:                                      # the place that TempCompass's JSON lists give a question
+    for row in rows:  # the place that TempCompass's JSON lists give a question
         key = row.get("video_id"), row.get("dim")
         row["index"], seen[key] = seen[key], seen[key] + 1
     return rows
@@ -185,16 +230,35 @@ def one_of(row, name, values):
 def make(row_id, task, problem, answer, path, options=(), problem_type="", **extra):
     """A record; without a problem type it is multiple choice if there are options, else numerical or free-form."""
     if not problem_type:
-        problem_type = "multiple choice" if options else "numerical" if math.isfinite(number_or_nan(answer)) else "free-form"
-    return {"id": row_id, "task": task, "problem": problem, "data_type": "video", "problem_type": problem_type,
-            "options": lettered(options), "solution": f"<answer>{answer}</answer>", "path": path, "data_source": "", **extra}
+        problem_type = (
+            "multiple choice" if options else "numerical" if math.isfinite(number_or_nan(answer)) else "free-form"
+        )
+    return {
+        "id": row_id,
+        "task": task,
+        "problem": problem,
+        "data_type": "video",
+        "problem_type": problem_type,
+        "options": lettered(options),
+        "solution": f"<answer>{answer}</answer>",
+        "path": path,
+        "data_source": "",
+        **extra,
+    }
 
 
 def vsibench(row, number, file, base):
     task = one_of(row, "question_type", VSI_TYPES)
-    yield make(need(row, "id"), task, need(row, "question"), need(row, "ground_truth"),
-               f"{need(row, 'dataset')}/{need(row, 'scene_name')}.mp4", row.get("options") or (),
-               "regression" if task in VSI_NUMBERS else "multiple choice", data_source=row["dataset"])
+    yield make(
+        need(row, "id"),
+        task,
+        need(row, "question"),
+        need(row, "ground_truth"),
+        f"{need(row, 'dataset')}/{need(row, 'scene_name')}.mp4",
+        row.get("options") or (),
+        "regression" if task in VSI_NUMBERS else "multiple choice",
+        data_source=row["dataset"],
+    )
 
 
 def videommmu(row, number, file, base):
@@ -217,7 +281,9 @@ def videommmu(row, number, file, base):
     question, answer = need(row, "question"), need(row, "answer")
     yield make(f"{track}/{name}", track, question, answer, f"{folder}/{name}.mp4", options, **extra)
     if track == "Adaptation":
-        yield make(f"question_only/{name}", "question_only", question, answer, f"question_only/{name}_image.mp4", options)
+        yield make(
+            f"question_only/{name}", "question_only", question, answer, f"question_only/{name}_image.mp4", options
+        )
 
 
 def mvbench(row, number, file, base):
@@ -232,8 +298,14 @@ def mvbench(row, number, file, base):
     extra = {key: float(row[key]) for key in ("start", "end") if row.get(key) is not None}
     if task == "episodic_reasoning":
         extra |= {"data_type": "frame"}
-    record = make(f"{task}/{number - 1}", task, need(row, "question"), chr(ord("A") + options.index(answer)),
-                  f"video/{folder}/{video}", options)
+    record = make(
+        f"{task}/{number - 1}",
+        task,
+        need(row, "question"),
+        chr(ord("A") + options.index(answer)),
+        f"video/{folder}/{video}",
+        options,
+    )
     yield record | extra
 
 
@@ -253,8 +325,16 @@ def tempcompass(row, number, file, base):
         raise ValueError(f"answer: {answer!r:.80} is not a line of the question")
     else:
         question += "\nAnswer with the label of the one that matches."
-    yield make(f"{form}/{video}/{dim}/{row['index']}", form, question, answer, f"videos/{video}.mp4", options,
-               "multiple choice" if form == "multi-choice" else "free-form", dim=dim)
+    yield make(
+        f"{form}/{video}/{dim}/{row['index']}",
+        form,
+        question,
+        answer,
+        f"videos/{video}.mp4",
+        options,
+        "multiple choice" if form == "multi-choice" else "free-form",
+        dim=dim,
+    )
 
 
 def mmvu(row, number, file, base):
@@ -263,18 +343,29 @@ def mmvu(row, number, file, base):
     subject = need(row["metadata"] if isinstance(row.get("metadata"), dict) else {}, "subject")
     path = "videos/" + need(row, "video").split("videos/")[-1]
     if kind == "open-ended":
-        yield make(need(row, "id"), subject, need(row, "question"), need(row, "answer"), path, (), "free-form", unscored=True)
+        yield make(
+            need(row, "id"), subject, need(row, "question"), need(row, "answer"), path, (), "free-form", unscored=True
+        )
     else:
         options = [f"{letter}. {choice}" for letter, choice in (row.get("choices") or {}).items() if choice]
-        yield make(need(row, "id"), subject, need(row, "question"), need(row, "answer"), path, options, "multiple choice")
+        yield make(
+            need(row, "id"), subject, need(row, "question"), need(row, "answer"), path, options, "multiple choice"
+        )
 
 
 def videomme(row, number, file, base):
     video = need(row, "videoID")
     ending = next((e for e in (".mp4", ".MP4", ".mkv") if Path(base, "data", video + e).is_file()), ".mp4")
-    yield make(need(row, "question_id"), need(row, "task_type"), need(row, "question"), need(row, "answer"),
-               f"data/{video}{ending}", row.get("options") or (), "multiple choice",
-               **{key: need(row, key) for key in ("duration", "domain", "sub_category")})
+    yield make(
+        need(row, "question_id"),
+        need(row, "task_type"),
+        need(row, "question"),
+        need(row, "answer"),
+        f"data/{video}{ending}",
+        row.get("options") or (),
+        "multiple choice",
+        **{key: need(row, key) for key in ("duration", "domain", "sub_category")},
+    )
 
 
 def video_r1(row, number, file, base):
@@ -282,8 +373,14 @@ def video_r1(row, number, file, base):
     kind = need(row, "problem_type")
     task = row.get("original_question_type") or kind
     if file.stem == "eval_mmvu":
-        task = Path(need(row, "path")).parent.name        # the subject stands only here
-    yield {**row, "id": need(row, "problem_id"), "task": task, "options": row.get("options") or [], "path": need(row, "path")}
+        task = Path(need(row, "path")).parent.name  # the subject stands only here
+    yield {
+        **row,
+        "id": need(row, "problem_id"),
+        "task": task,
+        "options": row.get("options") or [],
+        "path": need(row, "path"),
+    }
 
 
 READERS = {reader.__name__: reader for reader in (vsibench, videommmu, mvbench, tempcompass, mmvu, videomme)}
@@ -328,15 +425,24 @@ def names_caption(answer, line):
     """TempCompass without a judge: is the answer this line "Option 2: text", its text, its label, or its bare index?"""
     label, _, sentence = line.partition(": ")
     labels = (label, label.split()[-1])
-    return answer in (line, sentence, *labels) or answer.replace(".", "") in labels or answer.split(") ")[1:2] == [sentence]
+    return (
+        answer in (line, sentence, *labels)
+        or answer.replace(".", "") in labels
+        or answer.split(") ")[1:2] == [sentence]
+    )
 
 
 # The phrases after which VideoMMMU's evaluation (MMMU's, with more of them) looks for an open answer.
-LEADS = ("could be ,so ,is ,thus ,therefore ,final ,answer ,result ,are ,in total ,total ,identify ,recognize ,calculated as ,"
-         "counted as ,measured as ,observed as ,concluded as ,found to be ,equals ,determined to be ,number of ,value is ,"
-         "adds up to ,have ,has ").split(",")
-NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",      # 1,000 · 1e3 · 12.5; MMMU's three patterns
-           r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+LEADS = (
+    "could be ,so ,is ,thus ,therefore ,final ,answer ,result ,are ,in total ,total ,identify ,recognize ,calculated as ,"
+    "counted as ,measured as ,observed as ,concluded as ,found to be ,equals ,determined to be ,number of ,value is ,"
+    "adds up to ,have ,has "
+).split(",")
+NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # 1,000 · 1e3 · 12.5; MMMU's three patterns
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
 
 
 def mmmu_form(text):
@@ -360,7 +466,7 @@ def mmmu_open(answer, truth):
     for i, sentence in enumerate(sentences):
         leads = LEADS + ["="] if i == len(sentences) - 1 else LEADS
         tail = ""
-        for lead in leads:                                # the shortest; an empty one gives way to the next, as in the original
+        for lead in leads:  # the shortest; an empty one gives way to the next, as in the original
             if lead in sentence:
                 found = sentence.split(lead)[-1].strip()
                 tail = found if not tail or len(found) < len(tail) else tail
@@ -388,7 +494,9 @@ def judge(row):
     if benchmark == "videommmu":
         return mmmu_open(answer, extract_answer(row["solution"])), True
     if benchmark == "tempcompass" and task == "yes_no":
-        word = next((w for w in ("yes", "no") if answer.lower().startswith(w)), None)       # official: "Not sure" begins with no
+        word = next(
+            (w for w in ("yes", "no") if answer.lower().startswith(w)), None
+        )  # official: "Not sure" begins with no
         return float(word == truth), word is not None
     if benchmark == "tempcompass" and task == "caption_matching":
         lines = [line for line in (row.get("problem") or truth).split("\n") if ": " in line]
@@ -438,8 +546,12 @@ def place_of(row):
         one_of(row, "frames", ("ordered", "shuffled"))
     if row.get("error") and "prediction" not in row:
         return "unusable"
-    if row["benchmark"] == "mmvu" and row.get("problem_type") not in (None, "multiple choice") or \
-            row["benchmark"] == "tempcompass" and row.get("task") == "captioning":
+    if (
+        row["benchmark"] == "mmvu"
+        and row.get("problem_type") not in (None, "multiple choice")
+        or row["benchmark"] == "tempcompass"
+        and row.get("task") == "captioning"
+    ):
         return "unscored"
     if not row.get("solution"):
         raise ValueError("solution: missing; join the official files with --annotations DIR")
@@ -459,7 +571,9 @@ def score_benchmark(name, rows):
 
     Not in n, but listed: `unscored` (they need a judge model) and `unusable` (rows with an `error`: no answer was made).
     """
-    scored, unscored, unusable = ([r for r in rows if r["place"] == place] for place in ("scored", "unscored", "unusable"))
+    scored, unscored, unusable = (
+        [r for r in rows if r["place"] == place] for place in ("scored", "unscored", "unusable")
+    )
     tasks = by(scored, "task")
     overall = {"vsibench": vsi_score, "videommmu": videommmu_score}.get(name, lambda rows, tasks: describe(rows))
     described = {**describe(scored), **overall(scored, tasks)}
@@ -467,21 +581,33 @@ def score_benchmark(name, rows):
     if name == "tempcompass":
         for task, part in tasks.items():
             part["by_dim"] = by([r for r in scored if r["task"] == task], "dim")
-        described["note"] = "pooled over multi-choice, yes_no and caption_matching; captioning, which needs a judge, is left out"
+        described["note"] = (
+            "pooled over multi-choice, yes_no and caption_matching; captioning, which needs a judge, is left out"
+        )
     if name == "mmvu":
         described["note"] = "multiple choice only; open-ended questions need a judge and are listed as unscored"
     if name == "mvbench":
-        described["clipped"] = sum("start" in r for r in scored)              # questions on a part of their video
-    return {**described, "answered": sum(answer_of(r["prediction"]) != "" for r in scored),
-            "unparsed": sum(not r["judged"][1] for r in scored) / len(scored) if scored else None, "by_task": tasks, **groups,
-            "unscored": [str(r["id"]) for r in unscored], "unusable": [str(r["id"]) for r in unusable]}
+        described["clipped"] = sum("start" in r for r in scored)  # questions on a part of their video
+    return {
+        **described,
+        "answered": sum(answer_of(r["prediction"]) != "" for r in scored),
+        "unparsed": sum(not r["judged"][1] for r in scored) / len(scored) if scored else None,
+        "by_task": tasks,
+        **groups,
+        "unscored": [str(r["id"]) for r in unscored],
+        "unusable": [str(r["id"]) for r in unusable],
+    }
 
 
 def describe(rows):
     """Mean score in percent, its standard error (None for fewer than two), and the number of questions."""
     values, n = [100 * r["judged"][0] for r in rows], len(rows)
     mean = sum(values) / n if n else None
-    return {"score": mean, "n": n, "se": math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None}
+    return {
+        "score": mean,
+        "n": n,
+        "se": math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None,
+    }
 
 
 def by(rows, key):
@@ -501,7 +627,9 @@ def vsi_score(rows, tasks):
 
     Video-R1 instead reports the mean of two: accuracy of all letters, mean relative accuracy of all numbers.
     """
-    groups = {task: [t for t in tasks if t == task or task == DIRECTION and t.startswith(DIRECTION)] for task in VSI_TASKS}
+    groups = {
+        task: [t for t in tasks if t == task or task == DIRECTION and t.startswith(DIRECTION)] for task in VSI_TASKS
+    }
     eight = [mean_of([tasks[t] for t in names]) for names in groups.values() if names]
     halves = [describe([r for r in rows if (r["task"] in VSI_NUMBERS) == numeric]) for numeric in (False, True)]
     both = mean_of(halves) if all(h["n"] for h in halves) else mean_of([])
@@ -522,7 +650,7 @@ def videommmu_score(rows, tasks):
 def knowledge_gain(after, before):
     """100 (after − before) / (100 − before), percent, and its standard error (first order, the two runs taken as independent)."""
     left = 100 - before["score"]
-    if left == 0:                                         # nothing was left to learn
+    if left == 0:  # nothing was left to learn
         return {"delta_knowledge": None, "se_delta_knowledge": None}
     se = None
     if after["se"] is not None and before["se"] is not None:
@@ -537,20 +665,27 @@ def print_table(summary):
     """Our scores with their standard errors, by task below; published ones beside them, marked so."""
     number = lambda x, width: f"{'-' if x is None else format(x, '.1f'):>{width}}"
     cell = lambda scores: "/".join(f"{s:.1f}" for s in scores or ()) or "-"
-    print(f"{'':<34} {'n':>6} {'score':>6}   {'se':>4} {'unread':>7}   "
-          + "".join(f"{model:<28}" for model in PUBLISHED) + "(published; three: 16/32/64 frames)")
+    print(
+        f"{'':<34} {'n':>6} {'score':>6}   {'se':>4} {'unread':>7}   "
+        + "".join(f"{model:<28}" for model in PUBLISHED)
+        + "(published; three: 16/32/64 frames)"
+    )
     for name in [n for n, part in summary.items() if isinstance(part, dict) and "by_task" in part]:
         part = summary[name]
-        print(f"{name:<34} {part['n']:>6} {number(part['score'], 6)} ± {number(part['se'], 4)} "
-              f"{'-' if part['unparsed'] is None else format(part['unparsed'], '.1%'):>7}   "
-              + "".join(f"{cell(scores.get(name)):<28}" for scores in PUBLISHED.values()).rstrip())
+        print(
+            f"{name:<34} {part['n']:>6} {number(part['score'], 6)} ± {number(part['se'], 4)} "
+            f"{'-' if part['unparsed'] is None else format(part['unparsed'], '.1%'):>7}   "
+            + "".join(f"{cell(scores.get(name)):<28}" for scores in PUBLISHED.values()).rstrip()
+        )
         for key in [k for k in ("by_task", *(f"by_{g}" for g in GROUPS)) if k in part]:
             for label, line in part[key].items():
                 label = label if key == "by_task" else f"{key[3:].replace('_', '-')} {label}"
                 print(f"  {label:<32.32} {line['n']:>6} {number(line['score'], 6)} ± {number(line['se'], 4)}")
         if name == "vsibench":
-            print(f"  mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {number(part['score_video_r1'], 1)} "
-                  f"± {number(part['se_video_r1'], 1)}")
+            print(
+                f"  mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {number(part['score_video_r1'], 1)} "
+                f"± {number(part['se_video_r1'], 1)}"
+            )
         if "delta_knowledge" in part:
             print(f"  knowledge gain: {number(part['delta_knowledge'], 1)} ± {number(part['se_delta_knowledge'], 1)}")
         for key in [k for k in ("note", "clipped") if k in part]:
@@ -568,9 +703,16 @@ def join_annotations(rows, root):
     bare = [row for row in rows if is_bare(row)]
     if strange := sorted({str(row.get("benchmark")) for row in bare} - set(NAMES)):
         raise UserError(f"no benchmark {', '.join(strange)}: {', '.join(NAMES)}")
-    known = {(name, r["id"]): r for name in NAMES if any(row["benchmark"] == name for row in bare) for r in read_benchmark(name, root)}
-    find = lambda row: (known.get((row["benchmark"], str(row.get("id"))))
-                        or known.get((row["benchmark"], f"{row.get('task')}/{row.get('id')}")))
+    known = {
+        (name, r["id"]): r
+        for name in NAMES
+        if any(row["benchmark"] == name for row in bare)
+        for r in read_benchmark(name, root)
+    }
+    find = lambda row: (
+        known.get((row["benchmark"], str(row.get("id"))))
+        or known.get((row["benchmark"], f"{row.get('task')}/{row.get('id')}"))
+    )
     if unknown := [f"{row['benchmark']} {row.get('id')!r}" for row in bare if find(row) is None]:
         raise UserError(f"{len(unknown)} predictions are of no question in {root}: {', '.join(unknown)}")
     return [{**row, **find(row), **{k: v for k, v in row.items() if v}} if is_bare(row) else row for row in rows]

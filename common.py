@@ -38,8 +38,13 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list,
-                              gather_object)
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
@@ -50,22 +55,38 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoProcessor, GenerationConfig, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, StaticCache)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoProcessor,
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    StaticCache,
+)
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-from settings import (SharedConfig, UserError, append_rows, file_hash, fingerprint, read_jsonl, read_yaml, sampled_hash,
-                      write_atomic)
+from settings import (
+    SharedConfig,
+    UserError,
+    append_rows,
+    file_hash,
+    fingerprint,
+    read_jsonl,
+    read_yaml,
+    sampled_hash,
+    write_atomic,
+)
 
 # The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-TEXT, IMAGE, VIDEO = 0, 1, 2                              # values of mm_token_type_ids
+TEXT, IMAGE, VIDEO = 0, 1, 2  # values of mm_token_type_ids
 
 
 # ------------------------------------------------------------------------------------- processor and model
@@ -122,7 +143,9 @@ def load_processor(cfg):
     # older folders have the template in the tokenizer's config only
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
-        raise UserError(f"{cfg.model}: no chat template, neither in a file chat_template.* nor in tokenizer_config.json")
+        raise UserError(
+            f"{cfg.model}: no chat template, neither in a file chat_template.* nor in tokenizer_config.json"
+        )
     return processor
 
 
@@ -176,7 +199,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     (B, H, L, D), (N, T), P = query.shape, mask.index_NT.shape, mask.longest_prompt
-    prompts = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, scale=scaling)
+    prompts = F.scaled_dot_product_attention(
+        query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, scale=scaling
+    )
 
     def own(x):
         """The completions' own tokens (N, H, T, D)."""
@@ -208,13 +233,13 @@ class LogpHead(nn.Linear):
         if targets_N is None:
             return super().forward(hidden_ND)
         step = lambda h, t: self._logps(h, t, temperature, banned)
-        if torch.is_grad_enabled():                       # keep the (chunk, V) logits of one chunk only
+        if torch.is_grad_enabled():  # keep the (chunk, V) logits of one chunk only
             step = lambda h, t: checkpoint(self._logps, h, t, temperature, banned, use_reentrant=False)
         parts = [step(h, t) for h, t in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def _logps(self, hidden_ND, targets_N, temperature, banned):
-        logits_NV = F.linear(hidden_ND, self.weight).float() / temperature      # log-softmax is always float32
+        logits_NV = F.linear(hidden_ND, self.weight).float() / temperature  # log-softmax is always float32
         # never sampled, so they have no probability here either
         for token in banned:
             logits_NV[:, token] = torch.finfo(torch.float32).min
@@ -279,12 +304,14 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         return model
 
-    @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)       # generate() looks at the signature
+    @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)  # generate() looks at the signature
     def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
         if targets is None:
             return super().forward(*args, **inputs, **vision_lengths(inputs, self.config.vision_config))
         if inputs.get("position_ids") is None:
-            raise TypeError("position_ids are missing; make them with common.mrope_positions (transformers 5.24 has other ones)")
+            raise TypeError(
+                "position_ids are missing; make them with common.mrope_positions (transformers 5.24 has other ones)"
+            )
         inputs.pop("second_per_grid_ts", None)
         if "pixel_values" in inputs:
             inputs = self.pictures_as_videos(**inputs)
@@ -307,8 +334,12 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
         is_picture_BL = input_ids == self.config.image_token_id
         kinds = ["image" if row else "video" for row in is_picture_BL.any(1).tolist()]
         pixels, grids = zip(*(next(media[kind]) for kind in kinds))
-        return {"input_ids": input_ids.masked_fill(is_picture_BL, self.config.video_token_id), **inputs,
-                "pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.stack(grids)}
+        return {
+            "input_ids": input_ids.masked_fill(is_picture_BL, self.config.video_token_id),
+            **inputs,
+            "pixel_values_videos": torch.cat(pixels),
+            "video_grid_thw": torch.stack(grids),
+        }
 
 
 def vision_lengths(inputs, config):
@@ -321,7 +352,9 @@ def vision_lengths(inputs, config):
         grid = inputs.get(f"{kind}_grid_thw")
         if grid is not None:
             grid = grid.cpu()
-            index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+            index, windows = get_vision_window_index(
+                grid, config.spatial_merge_size, config.window_size, config.patch_size
+            )
             lengths[f"{kind}_cu_seqlens"] = get_vision_cu_seqlens(grid)
             lengths[f"{kind}_window_index"] = index
             lengths[f"{kind}_cu_window_seqlens"] = windows
@@ -338,12 +371,16 @@ def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
             model = empty_model(Qwen2_5_VLConfig.from_pretrained(cfg.model), dtype)
-        model.tie_weights()                               # the context above has parted them
+        model.tie_weights()  # the context above has parted them
         model.generation_config = generation_config(cfg.model, model.config)
     else:
         device_map = None if device is None else {"": device}
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model, dtype=dtype, attn_implementation="packed", device_map=device_map, output_loading_info=True,
+            cfg.model,
+            dtype=dtype,
+            attn_implementation="packed",
+            device_map=device_map,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
         refuse_other_tensors(cfg.model, report)
@@ -411,7 +448,7 @@ def rollout_copy(accelerator, model, cfg):
         return policy
     with torch.device(accelerator.device), no_init_weights():
         copy = Policy.of(empty_model(policy.config, compute_dtype(cfg)))
-    copy.tie_weights()                                     # skipped with the initial weights
+    copy.tie_weights()  # skipped with the initial weights
     copy.generation_config = policy.generation_config
     return copy.eval().requires_grad_(False)
 
@@ -440,9 +477,7 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 # What an accelerate config may say about training. Here the stage's own config says it, so these are dropped.
-OVERRULED = re.compile(
-    r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)"
-)
+OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
 # Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still
 # notices a rank that died at once.
 PATIENCE = timedelta(hours=6)
@@ -470,8 +505,13 @@ def make_accelerator(cfg, shard=True, **kwargs):
     on_cpu = not torch.cuda.is_available()
     # under FSDP the plugin's policy casts
     autocast = "bf16" if cfg.bf16 and plugin is None else "no"
-    accelerator = Accelerator(cpu=on_cpu, fsdp_plugin=plugin, mixed_precision=autocast,
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **kwargs)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        fsdp_plugin=plugin,
+        mixed_precision=autocast,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        **kwargs,
+    )
     if accelerator.num_processes != processes:
         raise RuntimeError("accelerate did not join the launched processes")
     if plugin and on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -538,8 +578,9 @@ def prepare(accelerator, model, cfg):
         model = fsdp2_prepare_model(accelerator, model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # foreach: the default updates sharded tensors one by one, six times slower
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
-                                  weight_decay=cfg.weight_decay, foreach=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay, foreach=True
+    )
     return accelerator.prepare(model, optimizer)
 
 
@@ -559,7 +600,9 @@ def update(accelerator, model, optimizer, step, cfg):
         update.skipped_in_a_row += 1
         accelerator.print(f"step {step}: the gradient norm is {norm}; this step is skipped")
         if update.skipped_in_a_row == 3:
-            raise RuntimeError(f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or look at the data")
+            raise RuntimeError(
+                f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or look at the data"
+            )
     optimizer.zero_grad()
     return norm
 
@@ -578,10 +621,30 @@ def all_sum(accelerator, values):
 # The published shapes, for --plan where the checkpoint is not at hand yet.
 PUBLISHED_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
 SHAPES = {
-    "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                vocab_size=152064), dict(out_hidden_size=3584), False),
-    "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                vocab_size=151936), dict(out_hidden_size=2048), True),
+    "7b": (
+        dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+        ),
+        dict(out_hidden_size=3584),
+        False,
+    ),
+    "3b": (
+        dict(
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            vocab_size=151936,
+        ),
+        dict(out_hidden_size=2048),
+        True,
+    ),
 }
 
 
@@ -591,7 +654,9 @@ def model_shape(name):
         return Qwen2_5_VLConfig.from_pretrained(name)
     size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
     if not size:
-        raise UserError(f"tgrpo.model: no checkpoint at {name}, and its name says neither 3B nor 7B: nothing to plan with")
+        raise UserError(
+            f"tgrpo.model: no checkpoint at {name}, and its name says neither 3B nor 7B: nothing to plan with"
+        )
     text, vision, tied = SHAPES[size.group()]
     text = {**text, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
     return Qwen2_5_VLConfig(text_config=text, vision_config=PUBLISHED_VISION | vision, tie_word_embeddings=tied)
@@ -615,15 +680,17 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     D, G, S, T = text.hidden_size, cfg.num_generations, cfg.shuffled_generations, cfg.max_new_tokens
     rows = max(1, cfg.batch_size // gpus)
     B = min(cfg.micro_batch_size, rows)
-    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // 196       # of one clip: 14 x 14 pixels of a pair of frames
+    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // 196  # of one clip: 14 x 14 pixels of a pair of frames
     P = prompt_tokens or patches // 4 + 200
 
     norms = 2 if cfg.bf16 else 0
-    L = P + G * T                                                          # one packed row
+    L = P + G * T  # one packed row
     text_layer = size * B * (L * ((11 + norms) * D + 4 * text.intermediate_size) + G * T * D + 2 * G * (P + T) * D)
     vision_layer = size * B * patches * ((13 + norms) * vision.hidden_size + 4 * vision.intermediate_size)
-    if cfg.gradient_checkpointing:                                         # the inputs of all layers, and one layer in full
-        activations = size * B * (text.num_hidden_layers * L * D + vision.depth * patches * vision.hidden_size) + max(text_layer, vision_layer)
+    if cfg.gradient_checkpointing:  # the inputs of all layers, and one layer in full
+        activations = size * B * (text.num_hidden_layers * L * D + vision.depth * patches * vision.hidden_size) + max(
+            text_layer, vision_layer
+        )
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
     cache_token = 2 * text.num_hidden_layers * text.num_key_value_heads * D // text.num_attention_heads * size
@@ -653,8 +720,10 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
 def print_plan(cfg, gpus, card=80e9):
     """The plan as a table, and whether it fits on cards of `card` bytes (a tenth is left to CUDA and fragments)."""
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
-    print(f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes). The KV cache, the activations with logits, and the optimizer step\n"
-          "never exist together; the peak counts only the largest of the three.")
+    print(
+        f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes). The KV cache, the activations with logits, and the optimizer step\n"
+        "never exist together; the peak counts only the largest of the three."
+    )
     print("\n".join(f"  {name:<24}{size / 1e9:>8.1f}" for name, size in parts.items()))
     verdict = "fits" if peak < 0.9 * card else "does not fit: more GPUs, fewer max_frames, max_pixels or max_new_tokens"
     print(f"  {'peak':<24}{peak / 1e9:>8.1f}   {verdict} in {card / 1e9:.0f} GB (with a tenth to spare)")
@@ -693,7 +762,7 @@ def save_model(accelerator, model, files, folder, dtype=None):
 
     Collective: every rank must call it. Written whole or not at all.
     """
-    state = accelerator.get_state_dict(model)             # gathers the shards; full on rank 0
+    state = accelerator.get_state_dict(model)  # gathers the shards; full on rank 0
     if accelerator.is_main_process:
         write_model(state, accelerator.unwrap_model(model).config, files, folder, dtype)
     accelerator.wait_for_everyone()
@@ -704,7 +773,7 @@ def write_model(state, config, files, folder, dtype=None):
     # the base class, empty: it knows the names of the weights in files
     with torch.device("meta"):
         shell = Qwen2_5_VLForConditionalGeneration(config)
-    for name in shell.all_tied_weights_keys:              # the embedding once more; gathered shards hide that
+    for name in shell.all_tied_weights_keys:  # the embedding once more; gathered shards hide that
         state.pop(name, None)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
@@ -730,7 +799,7 @@ def room_on_disk(path):
     """Turns a failed write to `path` into one line that says what to do; what was there before stays as it was."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:          # torch and safetensors have their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         if isinstance(error, RuntimeError) and "writ" not in str(error):
             raise
         there = checkpoints(Path(path).parent)
@@ -748,7 +817,9 @@ def export(checkpoint, folder):
         if (checkpoint / "pytorch_model_fsdp_0").is_dir():
             merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), merged)
         source = Path(merged) if any(Path(merged).iterdir()) else checkpoint
-        state = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+        state = {
+            name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()
+        }
     cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
     check_model(cfg, f"{checkpoint}, whose run started from: export")
     config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
@@ -788,7 +859,7 @@ def save_checkpoint(accelerator, cfg, step, state):
             write_atomic(temporary / "state.json", json.dumps({"step": step, "files": contents(temporary), **state}))
             replace_folder(temporary, folder)
     if accelerator.is_main_process:
-        for old in checkpoints(cfg.output_dir)[:-cfg.keep_checkpoints]:
+        for old in checkpoints(cfg.output_dir)[: -cfg.keep_checkpoints]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -903,7 +974,9 @@ def newest_whole_checkpoint(accelerator, folder):
         os.replace(checkpoint, aside)
         accelerator.print(f"{checkpoint} is damaged: {wrong}; it is renamed to {aside.name} and not used")
     if found:
-        raise UserError(f"{folder}: none of its checkpoints is whole; start anew with --resume false (they are moved aside)")
+        raise UserError(
+            f"{folder}: none of its checkpoints is whole; start anew with --resume false (they are moved aside)"
+        )
     return None
 
 
@@ -947,8 +1020,13 @@ def keep_finished(accelerator, cfg, folder, checkpoint):
 def identity(cfg, stage):
     """What the result of a run depends on: its settings, the content of its records, the starting weights."""
     settings = {name: value for name, value in asdict(cfg).items() if name not in HARMLESS}
-    return {"stage": stage, "settings": settings, "schedule_steps": cfg.steps, "records": file_hash(cfg.records),
-            "weights": fingerprint(cfg.model) or cfg.model}
+    return {
+        "stage": stage,
+        "settings": settings,
+        "schedule_steps": cfg.steps,
+        "records": file_hash(cfg.records),
+        "weights": fingerprint(cfg.model) or cfg.model,
+    }
 
 
 def check_resumable(accelerator, cfg, checkpoint, now):
@@ -969,7 +1047,9 @@ def check_resumable(accelerator, cfg, checkpoint, now):
     try:
         before = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except OSError:
-        accelerator.print(f"{path} does not say how it was made; settings, records and starting weights are not compared")
+        accelerator.print(
+            f"{path} does not say how it was made; settings, records and starting weights are not compared"
+        )
         return
     changed = []
     for name, value in now["settings"].items():
@@ -1036,8 +1116,10 @@ def after_step(accelerator, cfg, step, stop, state):
     if asked or due:
         save_checkpoint(accelerator, cfg, step + 1, state)
     if asked:
-        accelerator.print(f"stopped after {step + 1} of {cfg.steps} steps; the same command goes on from "
-                          f"{cfg.output_dir}/checkpoint-{step + 1}")
+        accelerator.print(
+            f"stopped after {step + 1} of {cfg.steps} steps; the same command goes on from "
+            f"{cfg.output_dir}/checkpoint-{step + 1}"
+        )
     return asked
 
 
@@ -1050,7 +1132,9 @@ def check_batches(cfg, accelerator):
     if cfg.batch_size % ranks:
         raise UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
     if share % min(cfg.micro_batch_size, share):
-        raise UserError(f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}")
+        raise UserError(
+            f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}"
+        )
 
 
 def micro_batches(items, cfg, accelerator, blank):
@@ -1060,7 +1144,7 @@ def micro_batches(items, cfg, accelerator, blank):
     unusable record left a rank short, it runs `blank` with weight 0 instead; nothing is learned from it.
     """
     for first in range(0, cfg.batch_size // accelerator.num_processes, cfg.micro_batch_size):
-        chunk = items[first:first + cfg.micro_batch_size]
+        chunk = items[first : first + cfg.micro_batch_size]
         if chunk or accelerator.num_processes > 1:
             yield (chunk, 1.0) if chunk else ([blank], 0.0)
 
@@ -1083,14 +1167,18 @@ class Skipped:
 
     def drop(self, accelerator, batch):
         """The readable samples of this rank's batch. Collective: all ranks learn of every unusable record."""
-        found = gather_object([(f"{s['record']['problem_id']} ({s['record']['path']})", s["error"]) for s in batch if "error" in s])
+        found = gather_object(
+            [(f"{s['record']['problem_id']} ({s['record']['path']})", s["error"]) for s in batch if "error" in s]
+        )
         for name, reason in found:
             if name not in self.seen:
                 accelerator.print(f"skipped {name}: {reason}")
                 self.seen[name] = reason
         if len(self.seen) > self.limit * self.n_records:
-            raise UserError(f"{len(self.seen)} of {self.n_records} records are unusable, more than max_unreadable "
-                            f"{self.limit} allows; `python data.py --check` lists them. The last: {found[-1][1]}")
+            raise UserError(
+                f"{len(self.seen)} of {self.n_records} records are unusable, more than max_unreadable "
+                f"{self.limit} allows; `python data.py --check` lists them. The last: {found[-1][1]}"
+            )
         return [s for s in batch if "error" not in s]
 
     def report(self, accelerator):
@@ -1187,7 +1275,9 @@ def trackers(cfg):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make a training run's checkpoint a plain model that from_pretrained loads.")
+    parser = argparse.ArgumentParser(
+        description="Make a training run's checkpoint a plain model that from_pretrained loads."
+    )
     parser.add_argument("--export", required=True, metavar="CHECKPOINT", help="for example runs/7b/tgrpo/checkpoint-50")
     parser.add_argument("--out", required=True, help="folder to write")
     arguments = parser.parse_args()

@@ -51,7 +51,16 @@ from transformers.video_utils import VideoMetadata
 
 import settings
 from frames import read_clip, read_folder, read_picture
-from rewards import ACCURACY, CORRECT, accuracy_reward, format_reward, lettered, parse_solution, tagged_solution, tags_in
+from rewards import (
+    ACCURACY,
+    CORRECT,
+    accuracy_reward,
+    format_reward,
+    lettered,
+    parse_solution,
+    tagged_solution,
+    tags_in,
+)
 from settings import UserError, option, read_rows
 
 PROMPT = """{problem}
@@ -269,7 +278,7 @@ def shuffled_order(n_frames, rng, unit="frame", patch=2):
     if len(units) < 2:
         return None
     order = list(range(len(units)))
-    while order == list(range(len(units))):               # never the identity: it would be the ordered group again
+    while order == list(range(len(units))):  # never the identity: it would be the ordered group again
         rng.shuffle(order)
     return [frame for u in order for frame in units[u]]
 
@@ -303,12 +312,21 @@ def encode(processor, record, media, metadata, cfg):
     Raises Unusable if the prompt is longer than max_prompt_tokens: cutting it would part pixels from their tokens.
     """
     text = processor.apply_chat_template(messages(record, cfg), tokenize=False, add_generation_prompt=True)
-    size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}      # pixels a frame, despite the names
+    size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}  # pixels a frame, despite the names
     if record["data_type"] == "image":
         inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
     else:
-        inputs = processor(text=[text], videos=[media], return_tensors="pt", videos_kwargs={
-            "size": size, "cap_pixels_per_frame": False, "video_metadata": [metadata], "do_sample_frames": False})
+        inputs = processor(
+            text=[text],
+            videos=[media],
+            return_tensors="pt",
+            videos_kwargs={
+                "size": size,
+                "cap_pixels_per_frame": False,
+                "video_metadata": [metadata],
+                "do_sample_frames": False,
+            },
+        )
     inputs = dict(inputs)
     length = inputs["input_ids"].shape[1]
     if length > cfg.max_prompt_tokens:
@@ -361,7 +379,9 @@ class Samples(Dataset):
                 sample["ordered"] = encode(self.processor, record, media, metadata, self.cfg)
             if "shuffled" in self.orders:
                 sample["frame_order"] = permutation = draw()
-                sample["shuffled"] = permutation and encode(self.processor, record, media[permutation], metadata, self.cfg)
+                sample["shuffled"] = permutation and encode(
+                    self.processor, record, media[permutation], metadata, self.cfg
+                )
             if self.n_shuffles:
                 drawn = [p for p in (draw() for _ in range(self.n_shuffles)) if p]
                 sample["shuffles"] = [encode(self.processor, record, media[p], metadata, self.cfg) for p in drawn]
@@ -380,11 +400,21 @@ class Samples(Dataset):
 
 def blank_sample(processor, cfg):
     """Two black frames and nothing said: what a rank runs, with weight 0, to keep step with the others."""
-    record = {"problem": "", "problem_type": "free-form", "data_type": "video", "path": "", "process": "", "solution": ""}
+    record = {
+        "problem": "",
+        "problem_type": "free-form",
+        "data_type": "video",
+        "path": "",
+        "process": "",
+        "solution": "",
+    }
     frames_FHWC = np.zeros((2, 28, 28, 3), dtype=np.uint8)
     metadata = VideoMetadata(total_num_frames=2, fps=1.0, frames_indices=[0, 1])
-    return {"record": record, "ordered": encode(processor, record, frames_FHWC, metadata, cfg),
-            "target": torch.tensor([processor.tokenizer.eos_token_id])}
+    return {
+        "record": record,
+        "ordered": encode(processor, record, frames_FHWC, metadata, cfg),
+        "target": torch.tensor([processor.tokenizer.eos_token_id]),
+    }
 
 
 def data_index(position, n, seed):
@@ -476,11 +506,15 @@ class DataConfig(settings.SharedConfig):
     stage: str = option("tgrpo", "whose records", choices=settings.STAGES)
     check: bool = option(False, "decode every file once and list what cannot be read")
     distill: str = option("", "predictions of evaluate.py: keep the good chains of thought as records for sft.py")
-    split: float = option(0.0, "share of the clips to set aside: `records` as train.json and test.json in --out", low=0, high=0.9)
+    split: float = option(
+        0.0, "share of the clips to set aside: `records` as train.json and test.json in --out", low=0, high=0.9
+    )
     out: str = option(
         "", "file to write: with --check the usable rows, with --distill the records for sft.py; with --split a folder"
     )
-    min_accuracy: float = option(CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1)
+    min_accuracy: float = option(
+        CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1
+    )
 
 
 class ReadMedia(Dataset):
@@ -546,16 +580,28 @@ def distill(rows, data_root, min_accuracy=CORRECT):
             reason = "frames were shuffled"
         elif not format_reward(text):
             reason = "not one think block and one answer"
-        elif not (thought := text[text.index("<think>") + 7:text.index("</think>")].strip()):
+        elif not (thought := text[text.index("<think>") + 7 : text.index("</think>")].strip()):
             reason = "nothing thought"
         elif (accuracy := accuracy_reward(text, row["solution"], row["problem_type"])) <= min_accuracy:
             reason = "answer not accurate enough"
         else:
             reason = "another answer to the same question" if question in best else None
             if reason is None or accuracy > best[question][0]:
-                names = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
+                names = (
+                    "problem_id",
+                    "problem",
+                    "data_type",
+                    "problem_type",
+                    "options",
+                    "solution",
+                    "path",
+                    "data_source",
+                )
                 shown = {n: row[n] for n in ("start", "end", "fps", "image_path", "last_frame") if n in row}
-                best[question] = accuracy, {**{n: row.get(n) for n in names}, **shown, "process": f"<think>{thought}</think>"}
+                best[question] = (
+                    accuracy,
+                    {**{n: row.get(n) for n in names}, **shown, "process": f"<think>{thought}</think>"},
+                )
         dropped[reason] += reason is not None
     return [record for _, record in best.values()], +dropped
 
@@ -598,7 +644,7 @@ def write_split(cfg):
 
 
 def main():
-    stage = settings.given("stage", "tgrpo")              # it says which section of the config to read
+    stage = settings.given("stage", "tgrpo")  # it says which section of the config to read
     cfg = settings.load_config(DataConfig, stage, doc=__doc__, partial=True)
     if cfg.distill:
         settings.require(cfg, "data", "out")

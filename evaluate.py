@@ -26,11 +26,20 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
-from benchmarks import NAMES, benchmarks_in, join_annotations, judge_rows, load_benchmark, missing_media, print_table, score_benchmark
+from benchmarks import (
+    NAMES,
+    benchmarks_in,
+    join_annotations,
+    judge_rows,
+    load_benchmark,
+    missing_media,
+    print_table,
+    score_benchmark,
+)
 from rewards import accuracy_reward, extract_answer, format_reward
 from settings import UserError, option
 
-RESAMPLES = 2000                                          # of the bootstrap
+RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass
@@ -39,7 +48,9 @@ class EvalConfig(settings.SharedConfig):
 
     benchmarks: list = option([], "benchmarks to answer in place of `records`", choices=NAMES)
     root: str = option("", "folder that holds the benchmarks' folders (layout: see benchmarks.py)")
-    clip_segments: bool = option(True, "show only the part that MVBench's five clipped tasks ask about; false: the whole video")
+    clip_segments: bool = option(
+        True, "show only the part that MVBench's five clipped tasks ask about; false: the whole video"
+    )
     batch_size: int = option(32, "questions decoded together on one GPU; one question alone takes about as long", low=1)
     max_new_tokens: int = option(1024, "longest completion", low=1)
     temperature: float = option(0.0, "sampling temperature; 0: greedy", low=0)
@@ -57,15 +68,35 @@ class EvalConfig(settings.SharedConfig):
         if self.annotations and not self.score:
             raise UserError("evaluate.annotations: only goes with --score predictions.jsonl")
         if self.shuffle_frames and self.temporal_gap:
-            raise UserError("evaluate.shuffle_frames: temporal_gap shows both orders; for shuffled frames alone add --temporal_gap false")
+            raise UserError(
+                "evaluate.shuffle_frames: temporal_gap shows both orders; for shuffled frames alone add --temporal_gap false"
+            )
         self.data_root = self.root or self.data_root
 
 
 def settings_of(cfg):
     """What the numbers depend on; it stands in every row and in the summary."""
-    names = ("model", "max_frames", "video_reader", "min_pixels", "max_pixels", "max_prompt_tokens", "prompt",
-             "shuffle_unit", "temperature", "top_p", "max_new_tokens", "batch_size", "seed", "bf16", "records",
-             "benchmarks", "clip_segments", "shuffle_frames", "temporal_gap")
+    names = (
+        "model",
+        "max_frames",
+        "video_reader",
+        "min_pixels",
+        "max_pixels",
+        "max_prompt_tokens",
+        "prompt",
+        "shuffle_unit",
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        "batch_size",
+        "seed",
+        "bf16",
+        "records",
+        "benchmarks",
+        "clip_segments",
+        "shuffle_frames",
+        "temporal_gap",
+    )
     found = {name: getattr(cfg, name) for name in names} | {"weights": settings.fingerprint(cfg.model)}
     return found | ({"records": ""} if cfg.benchmarks else {})
 
@@ -80,22 +111,32 @@ def load_questions(cfg):
     import data
 
     if cfg.benchmarks:
-        records = [r for name in dict.fromkeys(cfg.benchmarks) for r in load_benchmark(name, cfg.root, cfg.clip_segments)]
+        records = [
+            r for name in dict.fromkeys(cfg.benchmarks) for r in load_benchmark(name, cfg.root, cfg.clip_segments)
+        ]
     else:
         records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
-        times = Counter(r["problem_id"] for r in records)                   # an id that comes twice gets its row's number
-        records = [{**r, "benchmark": Path(cfg.records).stem, "task": r.get("task") or r.get("data_source") or r["problem_type"],
-                    "id": r["problem_id"] if times[r["problem_id"]] == 1 else f"{r['problem_id']} (row {i})"}
-                   for i, r in enumerate(records, 1)]
-    judge_rows([{**r, "prediction": ""} for r in records])                  # what could not be scored is said before hours of answering
+        times = Counter(r["problem_id"] for r in records)  # an id that comes twice gets its row's number
+        records = [
+            {
+                **r,
+                "benchmark": Path(cfg.records).stem,
+                "task": r.get("task") or r.get("data_source") or r["problem_type"],
+                "id": r["problem_id"] if times[r["problem_id"]] == 1 else f"{r['problem_id']} (row {i})",
+            }
+            for i, r in enumerate(records, 1)
+        ]
+    judge_rows([{**r, "prediction": ""} for r in records])  # what could not be scored is said before hours of answering
     if not cfg.benchmarks:
         # bad rows are not asked, but counted with the unusable ones
         records += [unusable_question(cfg, name, reason) for name, reason in bad_rows.items()]
     missing = set(missing_media(records, cfg.data_root))
     n_missing = sum(r["path"] in missing or r.get("image_path") in missing for r in records)
     if n_missing == len(records):
-        raise UserError(f"evaluate.{'root' if cfg.benchmarks else 'data_root'}: none of the media is in {cfg.data_root}, "
-                        f"where {records[0]['path']} was looked for")
+        raise UserError(
+            f"evaluate.{'root' if cfg.benchmarks else 'data_root'}: none of the media is in {cfg.data_root}, "
+            f"where {records[0]['path']} was looked for"
+        )
     return records, sorted(missing), n_missing
 
 
@@ -117,17 +158,36 @@ def answer_batch(model, samples, order, processor, cfg):
     from tgrpo import eos_ids, rollout
 
     samples = [s for s in samples if s.get(order) is not None]
-    completions = rollout(model, [s[order] for s in samples], [1] * len(samples), processor.tokenizer, cfg.temperature,
-                          cfg.max_new_tokens, cfg.top_p) if samples else []
+    completions = (
+        rollout(
+            model,
+            [s[order] for s in samples],
+            [1] * len(samples),
+            processor.tokenizer,
+            cfg.temperature,
+            cfg.max_new_tokens,
+            cfg.top_p,
+        )
+        if samples
+        else []
+    )
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
     ends = eos_ids(model, processor.tokenizer)
     rows = []
     for sample, ids, text in zip(samples, completions, texts):
         record = sample["record"]
-        row = {**asked(record), "index": sample["position"], "frames": order, "prediction": text,
-               "accuracy": accuracy_reward(text, record["solution"], record["problem_type"]), "format": format_reward(text),
-               "answered": extract_answer(text) is not None, "n_tokens": len(ids), "truncated": int(ids[-1]) not in ends,
-               "settings": settings_of(cfg)}
+        row = {
+            **asked(record),
+            "index": sample["position"],
+            "frames": order,
+            "prediction": text,
+            "accuracy": accuracy_reward(text, record["solution"], record["problem_type"]),
+            "format": format_reward(text),
+            "answered": extract_answer(text) is not None,
+            "n_tokens": len(ids),
+            "truncated": int(ids[-1]) not in ends,
+            "settings": settings_of(cfg),
+        }
         rows.append(row | ({"frame_order": sample["frame_order"]} if order == "shuffled" else {}))
     return rows
 
@@ -140,15 +200,20 @@ def finished_batches(folder, records, cfg):
             for row in settings.read_jsonl(file):
                 changed = [f"{k} {v!r}" for k, v in row["settings"].items() if settings_of(cfg).get(k) != v]
                 if changed:
-                    raise UserError(f"{folder}: holds answers made with {', '.join(changed)}; choose another --output_dir")
+                    raise UserError(
+                        f"{folder}: holds answers made with {', '.join(changed)}; choose another --output_dir"
+                    )
                 record = records[row["index"]]
-                if any(row.get(key) != record.get(key) for key in ("benchmark", "id", "problem", "options", "solution", "path")):
+                if any(
+                    row.get(key) != record.get(key)
+                    for key in ("benchmark", "id", "problem", "options", "solution", "path")
+                ):
                     raise UserError(f"{folder}: holds answers to other questions; choose another --output_dir")
                 by_batch.setdefault(row["batch"], {})[row["index"], row.get("frames")] = row
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise UserError(f"{file}: holds no answers of this evaluation; choose another --output_dir") from None
     parts = [(b, list(rows.values())) for b, rows in by_batch.items()]
-    return {b: rows for b, rows in parts if len(rows) == rows[0]["batch_rows"]}               # all of a batch, not a part
+    return {b: rows for b, rows in parts if len(rows) == rows[0]["batch_rows"]}  # all of a batch, not a part
 
 
 def answer(cfg):
@@ -156,9 +221,11 @@ def answer(cfg):
     import common
     import data
 
-    common.check_model(cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.given("config", "CONFIG"))
+    common.check_model(
+        cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.given("config", "CONFIG")
+    )
     records, missing, n_missing = load_questions(cfg)
-    accelerator = common.make_accelerator(cfg, shard=False)                 # every process answers with a whole model
+    accelerator = common.make_accelerator(cfg, shard=False)  # every process answers with a whole model
     folder = Path(cfg.output_dir)
     if accelerator.is_main_process:
         common.lock_folder(folder)
@@ -166,7 +233,9 @@ def answer(cfg):
         if "error" in r:
             accelerator.print(f"skipped {r['id']}: {r['error']}")
     if missing:
-        accelerator.print("\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing]))
+        accelerator.print(
+            "\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing])
+        )
     processor = common.load_processor(cfg)
     model = common.load_model(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
 
@@ -174,26 +243,40 @@ def answer(cfg):
     if cfg.shuffle_frames and (stills := sum(r["data_type"] == "image" for r in records)):
         accelerator.print(f"{stills} of {len(records)} questions are on pictures: nothing to shuffle, not asked")
     batches = [list(range(i, min(i + cfg.batch_size, len(records)))) for i in range(0, len(records), cfg.batch_size)]
-    done = {b: rows for b, rows in finished_batches(folder, records, cfg).items() if not any("error" in r for r in rows)}
+    done = {
+        b: rows for b, rows in finished_batches(folder, records, cfg).items() if not any("error" in r for r in rows)
+    }
     if done:
-        accelerator.print(f"{sum(len(batches[b]) for b in done)} of {len(records)} questions were answered before, by the same weights")
-    accelerator.wait_for_everyone()                       # all have read before anyone writes
-    if accelerator.is_main_process:                       # from here on every batch is in one file, whole or not at all
+        accelerator.print(
+            f"{sum(len(batches[b]) for b in done)} of {len(records)} questions were answered before, by the same weights"
+        )
+    accelerator.wait_for_everyone()  # all have read before anyone writes
+    if accelerator.is_main_process:  # from here on every batch is in one file, whole or not at all
         kept = folder / "predictions.0.jsonl"
         settings.write_atomic(kept, "".join(json.dumps(row) + "\n" for rows in done.values() for row in rows))
         for file in set(folder.glob("predictions*.jsonl")) - {kept}:
             os.remove(file)
     accelerator.wait_for_everyone()
-    mine = [b for b in range(len(batches)) if b not in done][accelerator.process_index::accelerator.num_processes]
+    mine = [b for b in range(len(batches)) if b not in done][accelerator.process_index :: accelerator.num_processes]
     samples = data.Samples(records, processor, cfg, orders, shuffle=False)
     part = folder / f"predictions.{accelerator.process_index}.jsonl"
-    with tqdm(total=sum(len(batches[b]) for b in mine), desc="evaluate", unit="question",
-              unit_scale=accelerator.num_processes, disable=not accelerator.is_main_process) as bar:
+    with tqdm(
+        total=sum(len(batches[b]) for b in mine),
+        desc="evaluate",
+        unit="question",
+        unit_scale=accelerator.num_processes,
+        disable=not accelerator.is_main_process,
+    ) as bar:
         for b, batch in zip(mine, data.loader(samples, [batches[b] for b in mine], cfg)):
-            rows = [{**asked(s["record"]), "index": s["position"], "error": s["error"], "settings": settings_of(cfg)}
-                    for s in batch if "error" in s]
+            rows = [
+                {**asked(s["record"]), "index": s["position"], "error": s["error"], "settings": settings_of(cfg)}
+                for s in batch
+                if "error" in s
+            ]
             for order in orders:
-                common.seed_everything(cfg.seed, b)       # sampled answers do not depend on what ran before, nor on the order
+                common.seed_everything(
+                    cfg.seed, b
+                )  # sampled answers do not depend on what ran before, nor on the order
                 rows += answer_batch(model, [s for s in batch if "error" not in s], order, processor, cfg)
             settings.append_rows(part, [{**row, "batch": b, "batch_rows": len(rows)} for row in rows])
             bar.update(len(batch))
@@ -202,9 +285,13 @@ def answer(cfg):
     rows = None
     if accelerator.is_main_process:
         done = finished_batches(folder, records, cfg)
-        if len(done) < len(batches):                      # say, a process of a run believed dead that still works here
-            raise UserError(f"{folder}: {len(batches) - len(done)} of {len(batches)} batches are not there; start this command again")
-        rows = sorted((row for rows in done.values() for row in rows), key=lambda r: (r["index"], r.get("frames") or ""))
+        if len(done) < len(batches):  # say, a process of a run believed dead that still works here
+            raise UserError(
+                f"{folder}: {len(batches) - len(done)} of {len(batches)} batches are not there; start this command again"
+            )
+        rows = sorted(
+            (row for rows in done.values() for row in rows), key=lambda r: (r["index"], r.get("frames") or "")
+        )
         settings.write_atomic(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         for file in folder.glob("predictions.*.jsonl"):
             os.remove(file)
@@ -230,8 +317,10 @@ def summarise(rows):
     judged, summary = judge_rows(rows), {}
     for name in benchmarks_in(judged):
         mine = [r for r in judged if r["benchmark"] == name]
-        ordered, shuffled = ([r for r in mine if (r.get("frames") or "ordered") == order] for order in ("ordered", "shuffled"))
-        if all(r["place"] == "unusable" for r in ordered):                  # frames were only shown shuffled
+        ordered, shuffled = (
+            [r for r in mine if (r.get("frames") or "ordered") == order] for order in ("ordered", "shuffled")
+        )
+        if all(r["place"] == "unusable" for r in ordered):  # frames were only shown shuffled
             ordered, shuffled = mine, []
         part = summary[name] = score_benchmark(name, ordered)
         part["frames"] = sorted({r.get("frames") or "ordered" for r in ordered})[-1]
@@ -248,14 +337,26 @@ def temporal_gap(ordered, shuffled):
 
     Judged rows in; questions on a still (VideoMMMU's question_only) and unscored ones are left out. None if no question is left.
     """
-    scores = lambda rows: {str(r["id"]): (r, 100 * r["judged"][0]) for r in rows
-                           if r["place"] == "scored" and r.get("task") != "question_only"}
+    scores = lambda rows: {
+        str(r["id"]): (r, 100 * r["judged"][0])
+        for r in rows
+        if r["place"] == "scored" and r.get("task") != "question_only"
+    }
     again = scores(shuffled)
-    pairs = [(str(r.get("task")), r.get("path") or id, p, again[id][1]) for id, (r, p) in scores(ordered).items() if id in again]
-    describe = lambda part: {"p": float(np.mean([p for *_, p, _ in part])), "p_shuffled": float(np.mean([q for *_, q in part])),
-                             **bootstrap([p - q for *_, p, q in part], [clip for _, clip, *_ in part])}
+    pairs = [
+        (str(r.get("task")), r.get("path") or id, p, again[id][1])
+        for id, (r, p) in scores(ordered).items()
+        if id in again
+    ]
+    describe = lambda part: {
+        "p": float(np.mean([p for *_, p, _ in part])),
+        "p_shuffled": float(np.mean([q for *_, q in part])),
+        **bootstrap([p - q for *_, p, q in part], [clip for _, clip, *_ in part]),
+    }
     tasks = sorted({task for task, *_ in pairs})
-    return {**describe(pairs), "by_task": {t: describe([x for x in pairs if x[0] == t]) for t in tasks}} if pairs else None
+    return (
+        {**describe(pairs), "by_task": {t: describe([x for x in pairs if x[0] == t]) for t in tasks}} if pairs else None
+    )
 
 
 def bootstrap(differences, clips, seed=0):
@@ -268,7 +369,13 @@ def bootstrap(differences, clips, seed=0):
     """
     names, place = np.unique([str(c) for c in clips], return_inverse=True)
     sums, counts = np.bincount(place, differences), np.bincount(place)
-    result = {"gap": float(sums.sum() / counts.sum()), "low": None, "high": None, "n": len(differences), "clips": len(names)}
+    result = {
+        "gap": float(sums.sum() / counts.sum()),
+        "low": None,
+        "high": None,
+        "n": len(differences),
+        "clips": len(names),
+    }
     if len(names) == 1:
         return result
     rng = np.random.default_rng(seed)
@@ -284,11 +391,15 @@ def print_gaps(summary):
     """Which benchmarks and tasks need the order of frames: p, p̃, and the gap with its interval."""
     parts = {name: part["gap"] for name, part in summary.items() if isinstance(part, dict) and part.get("gap")}
     if parts:
-        print(f"\n{'videos, percent':<34} {'n':>6} {'in order':>9} {'shuffled':>9} {'gap':>6}   95 % interval (bootstrap over clips)")
+        print(
+            f"\n{'videos, percent':<34} {'n':>6} {'in order':>9} {'shuffled':>9} {'gap':>6}   95 % interval (bootstrap over clips)"
+        )
     for name, gap in parts.items():
         for label, line in {name: gap, **{f"  {t}": g for t, g in gap["by_task"].items()}}.items():
             interval = "–" if line["low"] is None else f"{line['low']:+.1f} to {line['high']:+.1f}"
-            print(f"{label:<34.34} {line['n']:>6} {line['p']:>9.1f} {line['p_shuffled']:>9.1f} {line['gap']:>+6.1f}   {interval}")
+            print(
+                f"{label:<34.34} {line['n']:>6} {line['p']:>9.1f} {line['p_shuffled']:>9.1f} {line['gap']:>+6.1f}   {interval}"
+            )
 
 
 def main():
@@ -299,7 +410,7 @@ def main():
     else:
         settings.require(cfg, "evaluate", "model", "output_dir", *([] if cfg.benchmarks else ["records"]))
         rows, folder = answer(cfg), Path(cfg.output_dir)
-        if rows is None:                                  # not the main process
+        if rows is None:  # not the main process
             return
     summary = summarise(rows)
     settings.write_atomic(folder / "summary.json", json.dumps(summary, indent=2))
@@ -308,6 +419,7 @@ def main():
     print(f"every answer: {cfg.score or folder / 'predictions.jsonl'}\nall numbers:  {folder / 'summary.json'}")
     if cfg.report:
         from report import write_report
+
         write_report(cfg.report, rows, summary, cfg)
         print(f"page:         {cfg.report}")
 

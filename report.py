@@ -26,42 +26,80 @@ from benchmarks import GROUPS, PUBLISHED, judge_rows
 from data import DATA_TYPES, Unusable, load_media, with_workers
 from rewards import CORRECT, lettered
 
-MAX_QUESTIONS, MAX_FRAMES = 1000, 16                      # in the gallery; in a strip
-MAX_BYTES, MAX_TEXT = 28e6, 14e6                          # of the page; of the questions and completions in it
-SIZES = ((72, 75), (72, 45), (56, 40), (40, 30), (24, 20))                   # of a frame: height in pixels, quality
-TERMS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "truncated")       # of a prediction row, for the page
+MAX_QUESTIONS, MAX_FRAMES = 1000, 16  # in the gallery; in a strip
+MAX_BYTES, MAX_TEXT = 28e6, 14e6  # of the page; of the questions and completions in it
+SIZES = ((72, 75), (72, 45), (56, 40), (40, 30), (24, 20))  # of a frame: height in pixels, quality
+TERMS = (
+    "accuracy",
+    "format",
+    "length",
+    "temporal",
+    "total",
+    "n_tokens",
+    "truncated",
+)  # of a prediction row, for the page
 
 
 def write_report(path, rows, summary, cfg):
     """Write the page of an evaluation. Media are looked for in cfg.data_root; a question whose frames are not there says so."""
     questions, records = gallery(judge_rows(rows))
     n = len({(r["benchmark"], str(r["id"])) for r in rows})
-    write_page(path, title_of(rows, summary), questions, records, n, cfg, summary.get("settings", {}), scores_html(summary))
+    write_page(
+        path, title_of(rows, summary), questions, records, n, cfg, summary.get("settings", {}), scores_html(summary)
+    )
 
 
 def title_of(rows, summary):
     """Model, benchmarks and date, for the page's title."""
-    models = sorted({str(r["settings"]["model"]) for r in rows if isinstance(r.get("settings"), dict) and r["settings"].get("model")})
+    models = sorted(
+        {
+            str(r["settings"]["model"])
+            for r in rows
+            if isinstance(r.get("settings"), dict) and r["settings"].get("model")
+        }
+    )
     names = [name for name, part in summary.items() if isinstance(part, dict) and "by_task" in part]
     return f"{', '.join(models) or 'unnamed model'}: {', '.join(names)}, {time.strftime('%Y-%m-%d')}"
 
 
-def write_page(path, title, questions, rows, n, cfg, made_with, scores="", group="benchmark", kind="task", item="question", prefix=""):
+def write_page(
+    path,
+    title,
+    questions,
+    rows,
+    n,
+    cfg,
+    made_with,
+    scores="",
+    group="benchmark",
+    kind="task",
+    item="question",
+    prefix="",
+):
     """Write a gallery of `questions`, of which there are `n` in all; rows[i] says which media question i is about.
 
     group, kind, item: what the page calls a question's `benchmark`, its `task`, and the question itself. prefix: what
     stands before its `benchmark`.
     """
     shorten(questions)
-    room = 0.75 * (MAX_BYTES - len(page_json(questions))) / max(1, len(questions))        # base64 takes 4/3
+    room = 0.75 * (MAX_BYTES - len(page_json(questions))) / max(1, len(questions))  # base64 takes 4/3
     strips = with_workers(Strips(rows, cfg, room), cfg, batch_size=None)
     for question, strip in zip(questions, tqdm(strips, total=len(questions), desc="report", unit=item)):
         question |= strip
     count = f"{len(questions)} of {n} {item}s, evenly spread" if n > len(questions) else f"{n} {item}s"
-    parts = {"TITLE": html.escape(title), "SCORES": scores, "SETTINGS": html.escape(json.dumps(made_with, indent=1)),
-             "COUNT": count, "GROUP": group, "KIND": kind, "ITEM": item, "PREFIX": prefix,
-             "CORRECT": str(CORRECT), "DATA": page_json(questions).decode()}
-    page = re.sub(r"\{([A-Z]+)\}", lambda slot: parts[slot[1]], PAGE)       # in one go: a text may hold "{DATA}" itself
+    parts = {
+        "TITLE": html.escape(title),
+        "SCORES": scores,
+        "SETTINGS": html.escape(json.dumps(made_with, indent=1)),
+        "COUNT": count,
+        "GROUP": group,
+        "KIND": kind,
+        "ITEM": item,
+        "PREFIX": prefix,
+        "CORRECT": str(CORRECT),
+        "DATA": page_json(questions).decode(),
+    }
+    page = re.sub(r"\{([A-Z]+)\}", lambda slot: parts[slot[1]], PAGE)  # in one go: a text may hold "{DATA}" itself
     settings.write_atomic(path, page.encode("utf-8", "replace").decode())
 
 
@@ -89,13 +127,25 @@ def gallery(rows):
         answers = [shown_answer(r) for r in rows if r["place"] != "unusable"]
         score = {a["frames"]: a["score"] for a in answers}
         both = len(score) == 2 and None not in score.values()
-        questions.append({
-            "benchmark": rows[0]["benchmark"], "id": str(rows[0]["id"]), "task": rows[0].get("task") or "",
-            "error": next((r["error"] for r in rows if r["place"] == "unusable"), None),
-            "problem": rows[0].get("problem") or "", "options": lettered(rows[0].get("options") or []), "solution": rows[0].get("solution") or "",
-            "answers": answers, "result": result_of(answers),
-            "helped": (score["ordered"] > score["shuffled"]) - (score["ordered"] < score["shuffled"]) if both else None})
-    return questions, [rows[-1] for rows in chosen]       # the last: "shuffled", which has the frame order, if there are both
+        questions.append(
+            {
+                "benchmark": rows[0]["benchmark"],
+                "id": str(rows[0]["id"]),
+                "task": rows[0].get("task") or "",
+                "error": next((r["error"] for r in rows if r["place"] == "unusable"), None),
+                "problem": rows[0].get("problem") or "",
+                "options": lettered(rows[0].get("options") or []),
+                "solution": rows[0].get("solution") or "",
+                "answers": answers,
+                "result": result_of(answers),
+                "helped": (score["ordered"] > score["shuffled"]) - (score["ordered"] < score["shuffled"])
+                if both
+                else None,
+            }
+        )
+    return questions, [
+        rows[-1] for rows in chosen
+    ]  # the last: "shuffled", which has the frame order, if there are both
 
 
 def result_of(answers):
@@ -114,18 +164,31 @@ def shown_answer(row):
     """A completion, its score (None if the benchmark has no rule for it), whether it could be read, and the reward terms it came with."""
     score, read = row["judged"] or (None, None)
     terms = {k: round(float(row[k]), 3) for k in TERMS if isinstance(row.get(k), int | float)}
-    return {"frames": row.get("frames") or "ordered", "text": row.get("prediction") or "", "score": score, "read": read, "terms": terms}
+    return {
+        "frames": row.get("frames") or "ordered",
+        "text": row.get("prediction") or "",
+        "score": score,
+        "read": read,
+        "terms": terms,
+    }
 
 
 def shorten(questions):
     """Cut the middle out of long texts, in place, until all questions take at most MAX_TEXT bytes of the page."""
-    cut = lambda text, limit: text if len(text) <= limit else (
-        f"{text[:limit * 2 // 3]}\n[{len(text) - limit} characters left out]\n{text[len(text) - limit // 3:]}")
+    cut = lambda text, limit: (
+        text
+        if len(text) <= limit
+        else (f"{text[: limit * 2 // 3]}\n[{len(text) - limit} characters left out]\n{text[len(text) - limit // 3 :]}")
+    )
     limit = 50_000
     while len(page_json(questions)) > MAX_TEXT and limit > 100:
         for question in questions:
             question["options"] = [cut(option, limit) for option in question["options"][:30]]
-            for part, name in [(question, "problem"), (question, "solution"), *((answer, "text") for answer in question["answers"])]:
+            for part, name in [
+                (question, "problem"),
+                (question, "solution"),
+                *((answer, "text") for answer in question["answers"]),
+            ]:
                 part[name] = cut(part[name], limit)
         limit = limit * 2 // 3
 
@@ -149,7 +212,7 @@ class Strips(Dataset):
         try:
             shown = {name: made_with[name] for name in ("max_frames", "video_reader") if name in made_with}
             media, _ = load_media(row, replace(self.cfg, **shown))
-        except (Unusable, ValueError) as error:           # ValueError: the path leaves the data root
+        except (Unusable, ValueError) as error:  # ValueError: the path leaves the data root
             return {"why": f"frames not at hand: {error}"}
         frames = [media] if row["data_type"] == "image" else [Image.fromarray(f) for f in media]
         shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), MAX_FRAMES)).astype(int)).tolist()
@@ -157,8 +220,14 @@ class Strips(Dataset):
         if strip is None:
             return {"why": "frames left out: the page would be too large"}
         order = row.get("frame_order") if isinstance(row.get("frame_order"), list) else None
-        return {"strip": strip, "width": width, "height": height, "frames": len(shown), "of": len(frames),
-                "order": order and [shown.index(f) for f in order if f in shown]}
+        return {
+            "strip": strip,
+            "width": width,
+            "height": height,
+            "frames": len(shown),
+            "of": len(frames),
+            "order": order and [shown.index(f) for f in order if f in shown],
+        }
 
 
 def picture(frames, room):
@@ -186,8 +255,17 @@ def scores_html(summary):
         between = "–" if gap["low"] is None else f"{number(gap['low'], '+')} to {number(gap['high'], '+')}"
         return f"{number(gap['gap'], '+')} <small>({between})</small>"
 
-    head = "".join(f"<th scope=col>{html.escape(h)}</th>" for h in (
-        "questions", "score, %", *(f"{m} (published)" for m in PUBLISHED), "unread", "shuffled, %", "gap (95 %)"))
+    head = "".join(
+        f"<th scope=col>{html.escape(h)}</th>"
+        for h in (
+            "questions",
+            "score, %",
+            *(f"{m} (published)" for m in PUBLISHED),
+            "unread",
+            "shuffled, %",
+            "gap (95 %)",
+        )
+    )
     figures = lambda line: (line["n"], f"{number(line['score'])} ± {number(line['se'])}")
     subrow = lambda label, *values: f"<tr class=task><th scope=row>{html.escape(label)}</th>{cells(*values)}</tr>"
     body = []
@@ -196,27 +274,46 @@ def scores_html(summary):
             continue
         shuffled, gap = part.get("shuffled") or {}, part.get("gap") or {}
         published = ["/".join(map(str, scores.get(name, ()))) or "–" for scores in PUBLISHED.values()]
-        body.append(f"<tbody><tr><th scope=row>{html.escape(name)}</th>" + cells(
-            part["n"], f"{number(part['score'])} ± {number(part['se'])}", *published,
-            "–" if part["unparsed"] is None else f"{part['unparsed']:.1%}", number(shuffled.get("score")), interval(gap)) + "</tr>")
+        body.append(
+            f"<tbody><tr><th scope=row>{html.escape(name)}</th>"
+            + cells(
+                part["n"],
+                f"{number(part['score'])} ± {number(part['se'])}",
+                *published,
+                "–" if part["unparsed"] is None else f"{part['unparsed']:.1%}",
+                number(shuffled.get("score")),
+                interval(gap),
+            )
+            + "</tr>"
+        )
         for task, line in part["by_task"].items():
             again = (shuffled.get("by_task") or {}).get(task) or {}
             interval_here = interval((gap.get("by_task") or {}).get(task))
-            body.append(subrow(task, *figures(line), *[""] * len(PUBLISHED), "", number(again.get("score")), interval_here))
+            body.append(
+                subrow(task, *figures(line), *[""] * len(PUBLISHED), "", number(again.get("score")), interval_here)
+            )
         for group in [g for g in GROUPS if f"by_{g}" in part]:
-            body += [subrow(f"{group.replace('_', '-')} {label}", *figures(line), *[""] * (3 + len(PUBLISHED)))
-                     for label, line in part[f"by_{group}"].items()]
+            body += [
+                subrow(f"{group.replace('_', '-')} {label}", *figures(line), *[""] * (3 + len(PUBLISHED)))
+                for label, line in part[f"by_{group}"].items()
+            ]
         notes = [part["note"]] if "note" in part else []
         notes += [f"{part['clipped']} questions on a part of their video"] if "clipped" in part else []
         notes += [f"{len(part[key])} {key}, not in the score" for key in ("unscored", "unusable") if part[key]]
         if "delta_knowledge" in part:
             notes.append(f"knowledge gain: {number(part['delta_knowledge'])} ± {number(part['se_delta_knowledge'])} %")
         if "score_video_r1" in part:
-            notes.append(f"mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: "
-                         f"{number(part['score_video_r1'])} ± {number(part['se_video_r1'])}")
-        body += [f"<tr class=note><td colspan={6 + len(PUBLISHED)}>{html.escape(note)}</td></tr>" for note in notes] + ["</tbody>"]
-    return (f"<table><thead><tr><th></th>{head}</tr></thead>{''.join(body)}</table>"
-            "<p class=caption>Published: as the Video-R1 paper prints them; three numbers stand for 16, 32 and 64 frames.</p>")
+            notes.append(
+                f"mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: "
+                f"{number(part['score_video_r1'])} ± {number(part['se_video_r1'])}"
+            )
+        body += [f"<tr class=note><td colspan={6 + len(PUBLISHED)}>{html.escape(note)}</td></tr>" for note in notes] + [
+            "</tbody>"
+        ]
+    return (
+        f"<table><thead><tr><th></th>{head}</tr></thead>{''.join(body)}</table>"
+        "<p class=caption>Published: as the Video-R1 paper prints them; three numbers stand for 16, 32 and 64 frames.</p>"
+    )
 
 
 PAGE = """<!doctype html>

@@ -21,7 +21,7 @@ import unicodedata
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 
-CORRECT = 0.5                 # a completion is correct if its accuracy is larger (the paper's p; the released code has 0.1)
+CORRECT = 0.5  # a completion is correct if its accuracy is larger (the paper's p; the released code has 0.1)
 
 # ------------------------------------------------------------------------------------------------ reading answers
 
@@ -51,7 +51,7 @@ def extract_answer(text):
     >>> extract_answer("<think><answer>A</answer>") is None
     True
     """
-    answer, opened, thinking = None, None, False          # opened: where the content of an open answer block starts
+    answer, opened, thinking = None, None, False  # opened: where the content of an open answer block starts
     for tag, start, end in tags_in(text):
         if tag == "</answer>":
             if opened is not None:
@@ -306,7 +306,7 @@ def number_or_nan(answer):
 
 def two_decimals(x):
     """x to two decimals, halves away from zero as on paper. round() goes by the binary value: round(2.675, 2) is 2.67."""
-    if not abs(x) < 2**52:                                # NaN, or so large that it has no decimals
+    if not abs(x) < 2**52:  # NaN, or so large that it has no decimals
         return x
     return float(Decimal(repr(x)).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
@@ -340,7 +340,7 @@ def mean_relative_accuracy(prediction, truth):
     (0.6, 0.1)
     """
     error = relative_error(prediction, truth)
-    thresholds = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(10)]       # numpy.linspace to the bit, as ties depend on it
+    thresholds = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(10)]  # numpy.linspace to the bit, as ties depend on it
     return sum(error <= 1 - t for t in thresholds) / 10
 
 
@@ -359,7 +359,9 @@ def word_error_rate(reference, hypothesis):
 
     Words end at spaces and at runs of white space; jiwer keeps a single tab or line break inside a word.
     """
-    words, others = ([w for w in re.sub(r"\s\s+", " ", text).strip().split(" ") if w] for text in (reference, hypothesis))
+    words, others = (
+        [w for w in re.sub(r"\s\s+", " ", text).strip().split(" ") if w] for text in (reference, hypothesis)
+    )
     return edit_distance(words, others) / max(len(words), 1)
 
 
@@ -371,7 +373,7 @@ def ocr_accuracy(answer, truth):
     """
     answer = normalized("NFC", answer).split()
     truth = normalized("NFC", truth).split()
-    if len(answer) >= 2 * len(truth):                     # at least len(truth) insertions: cannot earn, so do not compute
+    if len(answer) >= 2 * len(truth):  # at least len(truth) insertions: cannot earn, so do not compute
         return 0.0
     return max(0.0, 1.0 - word_error_rate(" ".join(truth), " ".join(answer)))
 
@@ -432,7 +434,7 @@ def common_subsequence(a, b):
     row = full
     for word in b:
         hit = row & where.get(word, 0)
-        row = ((row + hit) | (row - hit)) & full          # the carry moves each growth to the first match after the last one
+        row = ((row + hit) | (row - hit)) & full  # the carry moves each growth to the first match after the last one
     return len(a) - row.bit_count()
 
 
@@ -449,7 +451,7 @@ def free_form_accuracy(answer, truth):
     return (rouge_n(truth, answer, 1) + rouge_n(truth, answer, 2) + rouge_l(truth, answer)) / 3
 
 
-ACCURACY = {                                              # each: (the model's answer, the parsed truth) -> [0, 1]
+ACCURACY = {  # each: (the model's answer, the parsed truth) -> [0, 1]
     "multiple choice": letter_accuracy,
     "numerical": numerical_accuracy,
     "OCR": ocr_accuracy,
@@ -501,9 +503,9 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
     """
     if rule == "margin":
         return alpha * (p - p_shuffled) if p > p_shuffled else 0.0
-    if rule == "paper":                                   # also pays where order made no difference, and where both are 0
+    if rule == "paper":  # also pays where order made no difference, and where both are 0
         return alpha if p >= p_shuffled else 0.0
-    if rule == "released":                                # pays even where order hurt a little
+    if rule == "released":  # pays even where order hurt a little
         return alpha if p >= 0.8 * p_shuffled else 0.0
     if rule == "none":
         return 0.0

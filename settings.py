@@ -1,9 +1,9 @@
 """Settings and files: what every stage needs before torch is loaded, and all that scoring saved answers needs.
 
-    load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
-    write_atomic, append_rows, read_jsonl    files that are whole whatever happens meanwhile
-    file_hash, fingerprint      what a file, or a checkpoint's weights, hold
-    read_rows      a user's JSON or JSONL file
+load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
+write_atomic, append_rows, read_jsonl    files that are whole whatever happens meanwhile
+file_hash, fingerprint      what a file, or a checkpoint's weights, hold
+read_rows      a user's JSON or JSONL file
 """
 
 import argparse
@@ -65,8 +65,11 @@ class SharedConfig:
     min_pixels: int = option(16 * 28 * 28, "frames and images below this many pixels are enlarged to it", low=784)
     max_pixels: int = option(128 * 28 * 28, "frames and images above this many pixels are shrunk to it", low=784)
     max_prompt_tokens: int = option(16384, "longer prompts are skipped, counted and named, never cut", low=1)
-    shuffle_unit: str = option("frame", "what shuffling moves: single frames, or temporal patches (pairs of frames)",
-                               choices=("frame", "patch"))
+    shuffle_unit: str = option(
+        "frame",
+        "what shuffling moves: single frames, or temporal patches (pairs of frames)",
+        choices=("frame", "patch"),
+    )
     max_unreadable: float = option(
         0.01,
         "share of the rows that may be wrong or have unreadable media; past it the run stops (evaluation counts such media)",
@@ -74,10 +77,13 @@ class SharedConfig:
         high=1,
     )
     num_workers: int = option(4, "processes that decode and prepare clips beside the training step", low=0)
-    fsdp: str = option("none", "full_shard: shard weights, gradients and optimizer over the GPUs",
-                       choices=("none", "full_shard"))
+    fsdp: str = option(
+        "none", "full_shard: shard weights, gradients and optimizer over the GPUs", choices=("none", "full_shard")
+    )
     bf16: bool = option(False, "compute in bfloat16 (master weights stay float32)")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a quarter slower")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, about a quarter slower"
+    )
 
     def __post_init__(self):
         if self.video_reader == "decord" and find_spec("decord") is None:
@@ -87,7 +93,9 @@ class SharedConfig:
         try:
             filled = (self.prompt or "{problem}").format(problem="<problem>", options="", hint="")
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise UserError(f"prompt: only {{problem}}, {{options}} and {{hint}} may stand in braces: {error} in {self.prompt!r}") from None
+            raise UserError(
+                f"prompt: only {{problem}}, {{options}} and {{hint}} may stand in braces: {error} in {self.prompt!r}"
+            ) from None
         if "<problem>" not in filled:
             raise UserError(f"prompt: {{problem}} is missing in {self.prompt!r}")
 
@@ -110,10 +118,17 @@ class TrainConfig(SharedConfig):
     freeze_vision: bool = option(False, "train the language model only")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
-    resume: bool = option(True, "go on from the newest checkpoint in output_dir; false: move an earlier run aside, start anew")
-    log_with: str = option("none", "also write the metrics to TensorBoard (files in output_dir) or Weights & Biases",
-                           choices=("none", "tensorboard", "wandb"))
-    resume_changed: bool = option(False, "go on from a checkpoint although settings, records or starting weights changed")
+    resume: bool = option(
+        True, "go on from the newest checkpoint in output_dir; false: move an earlier run aside, start anew"
+    )
+    log_with: str = option(
+        "none",
+        "also write the metrics to TensorBoard (files in output_dir) or Weights & Biases",
+        choices=("none", "tensorboard", "wandb"),
+    )
+    resume_changed: bool = option(
+        False, "go on from a checkpoint although settings, records or starting weights changed"
+    )
 
 
 def convert(value, kind, choices=None, low=None, high=None):
@@ -128,7 +143,10 @@ def convert(value, kind, choices=None, low=None, high=None):
             raise ValueError(f"expected true or false, got {value!r}")
         return converted
     if kind is list:
-        return [convert(v, str, choices) for v in (value if isinstance(value, list) else str(value).replace(",", " ").split())]
+        return [
+            convert(v, str, choices)
+            for v in (value if isinstance(value, list) else str(value).replace(",", " ").split())
+        ]
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"expected text, got {value!r}")
@@ -160,8 +178,12 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
     """
     print_utf8()
     known = {f.name: f for f in fields(cls)}
-    parser = argparse.ArgumentParser(usage="%(prog)s --config FILE [--name value ...]", description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --config FILE [--name value ...]",
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", help=f"YAML file: shared settings at the top level, then a section '{stage}:'")
     for name, f in known.items():
         default = f.default if f.default is not MISSING else f.default_factory()
@@ -190,11 +212,13 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
         sections = {name: part for name in STAGES if (part := tree.pop(name, None)) is not None}
         section = sections.get(stage, {})
         shared = {f.name for f in fields(SharedConfig)}
-        for name in tree:                                  # a stage's own setting must stand in its section
+        for name in tree:  # a stage's own setting must stand in its section
             if name not in shared:
                 where = f" here; put it into the section '{stage}:'" if name in known else ""
                 hint = difflib.get_close_matches(str(name), shared, 1)
-                raise UserError(f"{path}: {name}: no such setting{where or (f'; did you mean {hint[0]}?' if hint else '')}")
+                raise UserError(
+                    f"{path}: {name}: no such setting{where or (f'; did you mean {hint[0]}?' if hint else '')}"
+                )
         take(f"{path}: ", tree)
         if not isinstance(section, dict):
             raise UserError(f"{path}: {stage}: expected a section of settings, got {section!r}")
@@ -210,7 +234,9 @@ class UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: merge keys (<<) are not read; write shared settings at the top level")
+                raise yaml.YAMLError(
+                    f"line {line}: merge keys (<<) are not read; write shared settings at the top level"
+                )
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"{twice[0]} stands here twice")
@@ -222,11 +248,11 @@ def read_yaml(path):
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:          # bytes that are no text, a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, a number of thousands of digits
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{path}: expected settings 'name: value', got {type(tree).__name__}")
-    return tree or {}                                     # an empty file: all defaults
+    return tree or {}  # an empty file: all defaults
 
 
 def given(name, default):

@@ -48,11 +48,13 @@ def collate(samples, pad_id, vision_config):
         "position_ids": data.pad(positions, 0, "right").permute(2, 0, 1),
         **data.join_media(prompts),
     }
-    predict = [b * longest + torch.arange(n - len(s["target"]) - 1, n - 1) for b, (n, s) in enumerate(zip(lengths, samples))]
+    predict = [
+        b * longest + torch.arange(n - len(s["target"]) - 1, n - 1) for b, (n, s) in enumerate(zip(lengths, samples))
+    ]
     return inputs, torch.cat(predict), torch.cat([s["target"] for s in samples])
 
 
-@record                                                   # under a launcher: this rank's traceback stands last
+@record  # under a launcher: this rank's traceback stands last
 def main():
     cfg = settings.load_config(SFTConfig, "sft", doc=__doc__)
     settings.require(cfg, "sft", "model", "records", "output_dir")
@@ -76,27 +78,37 @@ def main():
 
     samples = data.Samples(records, processor, cfg, targets=True)
     blank = data.blank_sample(processor, cfg)
-    batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
+    batches = data.loader(
+        samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg
+    )
     timer = common.Timer()
     bar = tqdm(batches, initial=start, total=cfg.steps, desc="sft", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar, start):
         timer.lap("data_wait")
-        batch = skipped.drop(accelerator, batch)                                     # 1. a batch
+        batch = skipped.drop(accelerator, batch)  # 1. a batch
         total = common.all_sum(accelerator, {"tokens": sum(len(s["target"]) for s in batch)})["tokens"]
         loss_sum = 0.0
         for micro, weight in common.micro_batches(batch, cfg, accelerator, blank):
             inputs, predict, targets = collate(micro, processor.tokenizer.pad_token_id, vision_config)
-            logps_N, _ = model(**common.to_device(inputs, accelerator.device), predict=predict.to(accelerator.device),
-                               targets=targets.to(accelerator.device))               # 2. log-probs
-            loss = -weight * logps_N.sum() / max(1, total)                           # 3. loss
-            accelerator.backward(loss * accelerator.num_processes)                   # 4. backward; ranks' gradients are averaged
+            logps_N, _ = model(
+                **common.to_device(inputs, accelerator.device),
+                predict=predict.to(accelerator.device),
+                targets=targets.to(accelerator.device),
+            )  # 2. log-probs
+            loss = -weight * logps_N.sum() / max(1, total)  # 3. loss
+            accelerator.backward(loss * accelerator.num_processes)  # 4. backward; ranks' gradients are averaged
             loss_sum += loss.item()
-        grad_norm = common.update(accelerator, model, optimizer, step, cfg)          # 4. step
+        grad_norm = common.update(accelerator, model, optimizer, step, cfg)  # 4. step
         timer.lap("train")
 
-        metrics = {**common.all_sum(accelerator, {"loss": loss_sum}), "policy/grad_norm": grad_norm,
-                   "lr": common.learning_rate(step, cfg), "data/skipped": len(skipped), **timer.report(),
-                   **common.peak_memory(accelerator)}
+        metrics = {
+            **common.all_sum(accelerator, {"loss": loss_sum}),
+            "policy/grad_norm": grad_norm,
+            "lr": common.learning_rate(step, cfg),
+            "data/skipped": len(skipped),
+            **timer.report(),
+            **common.peak_memory(accelerator),
+        }
         log(step, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):

@@ -43,26 +43,44 @@ class TGRPOConfig(settings.TrainConfig):
     """Settings of T-GRPO. Defaults are the paper's values unless the help says otherwise."""
 
     num_generations: int = option(8, "G: completions a prompt with the frames in order", low=1)
-    shuffled_generations: int = option(-1, "S: completions a video with the frames shuffled; -1: half of num_generations, 0 with rule credit", low=-1)
+    shuffled_generations: int = option(
+        -1, "S: completions a video with the frames shuffled; -1: half of num_generations, 0 with rule credit", low=-1
+    )
     temperature: float = option(1.0, "sampling temperature, and that of the log-probs", low=1e-3)
     max_new_tokens: int = option(768, "longest completion", low=1)
     beta: float = option(0.04, "weight of the KL to the frozen cold start; 0: no reference model", low=0)
     clip_epsilon: float = option(0.2, "the ratio of new to old probability is clipped to 1 ± this", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on one batch of completions (then the ratio leaves 1)", low=1)
-    temporal_rule: str = option("margin", "how p and p̃ make the temporal term; none: plain GRPO; credit: each completion its own",
-                                choices=("margin", "paper", "released", "none", "credit"))
-    temporal_target: str = option("auto", "where the term enters; reward: as published, where a group's std cancels it; auto: "
-                                  "advantage, with rule credit reward", choices=("auto", "advantage", "reward"))
+    temporal_rule: str = option(
+        "margin",
+        "how p and p̃ make the temporal term; none: plain GRPO; credit: each completion its own",
+        choices=("margin", "paper", "released", "none", "credit"),
+    )
+    temporal_target: str = option(
+        "auto",
+        "where the term enters; reward: as published, where a group's std cancels it; auto: "
+        "advantage, with rule credit reward",
+        choices=("auto", "advantage", "reward"),
+    )
     alpha: float = option(-1, "size of the temporal term; -1: 0.3, with rule credit 1", low=-1)
-    advantage_std: str = option("auto", "group: divide by the group's std; none: only subtract the mean; auto: group, with rule credit none",
-                                choices=("auto", "group", "none"))
+    advantage_std: str = option(
+        "auto",
+        "group: divide by the group's std; none: only subtract the mean; auto: group, with rule credit none",
+        choices=("auto", "group", "none"),
+    )
     credit_shuffles: int = option(4, "K: shuffled orders of the frames that a completion's credit compares with", low=1)
-    credit_control: str = option("none", "for experiments. dealt: the credits go to the correct completions at random; noise: "
-                                 "normal noise with their mean and std takes their place", choices=("none", "dealt", "noise"))
+    credit_control: str = option(
+        "none",
+        "for experiments. dealt: the credits go to the correct completions at random; noise: "
+        "normal noise with their mean and std takes their place",
+        choices=("none", "dealt", "noise"),
+    )
     length_min: int = option(320, "a correct completion of at least this many tokens ...", low=0)
     length_max: int = option(512, "... and at most this many ...", low=0)
     length_omega: float = option(0.2, "... earns this", low=0)
-    rollout_compile: bool = option(False, "compile the decoding step (CUDA only); pays for long completions of equal batch shape")
+    rollout_compile: bool = option(
+        False, "compile the decoding step (CUDA only); pays for long completions of equal batch shape"
+    )
     plan: bool = option(False, "print the memory that one GPU would hold, and leave; no GPU needed")
     gpus: int = option(8, "GPUs that --plan counts with", low=1)
     print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
@@ -71,7 +89,9 @@ class TGRPOConfig(settings.TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.num_generations < 2:
-            raise UserError(f"num_generations: {self.num_generations}; a completion is compared with the others of its group, so at least 2")
+            raise UserError(
+                f"num_generations: {self.num_generations}; a completion is compared with the others of its group, so at least 2"
+            )
         if self.length_min > self.length_max:
             raise UserError(f"length_min {self.length_min} is larger than length_max {self.length_max}")
         credit = self.temporal_rule == "credit"
@@ -167,14 +187,21 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
     Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
     """
     was_training = model.training
-    model.eval()                                          # generate() under gradient checkpointing drops its cache
+    model.eval()  # generate() under gradient checkpointing drops its cache
     positions_NP3 = [common.mrope_positions(x, model.config.vision_config).T for x in prompts]
     positions = data.pad(positions_NP3, 0, "left").permute(2, 0, 1).to(model.device)
     batch = common.to_device(data.collate_prompts(prompts, tokenizer.pad_token_id), model.device)
     ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
     prefix = DynamicCache(config=model.config.get_text_config())
-    model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], **batch,
-          cache=prefix, use_cache=True, logits_to_keep=1)  # the last prompt token is left to generate()
+    model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[..., :-1],
+        **batch,
+        cache=prefix,
+        use_cache=True,
+        logits_to_keep=1,
+    )  # the last prompt token is left to generate()
 
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
     room = ids.shape[1] + max_new_tokens
@@ -184,21 +211,31 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
         cache.reset()
     else:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
-    for layer, filled in zip(cache.layers, prefix.layers):                 # room for all tokens once: a growing cache is
-        layer.update(filled.keys[rows], filled.values[rows])               # copied whole for every token
+    for layer, filled in zip(cache.layers, prefix.layers):  # room for all tokens once: a growing cache is
+        layer.update(filled.keys[rows], filled.values[rows])  # copied whole for every token
     ends = eos_ids(model, tokenizer)
     sampling = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, suppress_tokens=placeholder_ids(model),
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, disable_compile=not compiled_rows)
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        suppress_tokens=placeholder_ids(model),
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        disable_compile=not compiled_rows,
+    )
     if compiled_rows:
         sampling.compile_config = CompileConfig(dynamic=False)
     if temperature > 0:
         # top_k 0 and top_p 1 must be said: unsaid, top_k is 50
         sampling.update(temperature=temperature, top_k=0, top_p=top_p)
-    output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], position_ids=positions[:, rows],
-                            cache=cache, generation_config=sampling)
+    output = model.generate(
+        input_ids=ids[rows],
+        attention_mask=mask[rows],
+        position_ids=positions[:, rows],
+        cache=cache,
+        generation_config=sampling,
+    )
     model.train(was_training)
-    completions_BT = output[:sum(counts), ids.shape[1]:]
+    completions_BT = output[: sum(counts), ids.shape[1] :]
     lengths_B = completion_mask(completions_BT, ends).sum(1)
     return [row[:n] for row, n in zip(completions_BT, lengths_B)]
 
@@ -211,7 +248,9 @@ def placeholder_ids(model):
 def eos_ids(model, tokenizer):
     """Tokens that end a completion: the tokenizer's, and those of the checkpoint's generation config."""
     listed = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])})
+    return sorted(
+        {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])}
+    )
 
 
 def pack(model, prompts, completions, pad_id):
@@ -240,10 +279,12 @@ def pack(model, prompts, completions, pad_id):
     last_N = row_N * L + packed.prompt_lengths_B[row_N] - 1
     predict_NT = torch.cat([last_N[:, None], packed.index_NT[:, :-1]], 1)
 
-    inputs = {"input_ids": data.pad(ids, pad_id, "right"),
-              "attention_mask": {"full_attention": packed},
-              "position_ids": data.pad([p.T for p in positions], 0, "right").permute(2, 0, 1),
-              **data.join_media(prompts)}
+    inputs = {
+        "input_ids": data.pad(ids, pad_id, "right"),
+        "attention_mask": {"full_attention": packed},
+        "position_ids": data.pad([p.T for p in positions], 0, "right").permute(2, 0, 1),
+        **data.join_media(prompts),
+    }
     return inputs, predict_NT.flatten()[packed.slot_M], torch.cat([c.cpu() for group in completions for c in group])
 
 
@@ -262,13 +303,13 @@ class Group:
     """One prompt of the step, with all that happened to it."""
 
     sample: dict
-    completions: list                                     # G 1-D tensors
+    completions: list  # G 1-D tensors
     texts: list
-    shuffled_texts: list                                  # S of them; empty for images, one-frame clips and S = 0
+    shuffled_texts: list  # S of them; empty for images, one-frame clips and S = 0
     shuffled_lengths: list = field(default_factory=list)
-    parts: dict = field(default_factory=dict)             # means over the group, for the log
-    terms: dict = field(default_factory=dict)             # every reward term (G,)
-    credit_G: torch.Tensor = None                         # with temporal_rule credit; None for images and one-frame clips
+    parts: dict = field(default_factory=dict)  # means over the group, for the log
+    terms: dict = field(default_factory=dict)  # every reward term (G,)
+    credit_G: torch.Tensor = None  # with temporal_rule credit; None for images and one-frame clips
     advantages_G: torch.Tensor = None
 
 
@@ -279,11 +320,14 @@ def score(group, cfg, eos):
     accuracy_G, accuracy_S = judge(group.texts), judge(group.shuffled_texts)
     correct_G, lengths = accuracy_G > CORRECT, [len(c) for c in group.completions]
     length = lambda n, ok: length_reward(n, bool(ok), cfg.length_min, cfg.length_max, cfg.length_omega)
-    group.terms = {"accuracy": accuracy_G, "format": torch.tensor([format_reward(t) for t in group.texts]),
-                   "length": torch.tensor([length(n, ok) for n, ok in zip(lengths, correct_G)])}
-    rewards_G = sum(group.terms.values())                                            # 3. score
+    group.terms = {
+        "accuracy": accuracy_G,
+        "format": torch.tensor([format_reward(t) for t in group.texts]),
+        "length": torch.tensor([length(n, ok) for n, ok in zip(lengths, correct_G)]),
+    }
+    rewards_G = sum(group.terms.values())  # 3. score
 
-    p, r_t = correct_G.double().mean().item(), 0.0        # r_t: one number, or with credit (G,)
+    p, r_t = correct_G.double().mean().item(), 0.0  # r_t: one number, or with credit (G,)
     if group.credit_G is not None:
         r_t = cfg.alpha * credit_or_control(group.credit_G.clamp(0, 1), correct_G, cfg.credit_control)
         for name, which_G in (("correct", correct_G), ("wrong", ~correct_G)):
@@ -293,10 +337,18 @@ def score(group, cfg, eos):
         p_shuffled = (accuracy_S > CORRECT).double().mean().item()
         if cfg.temporal_rule != "credit":
             r_t = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule)
-        group.parts |= {"temporal/p": p, "temporal/p_shuffled": p_shuffled, "temporal/gap": p - p_shuffled,
-                        "temporal/order_helped": float(p > p_shuffled)}
-        if min(len(lengths), len(accuracy_S)) > 1:        # one completion has no spread. A variance here: main takes the root of its mean
-            group.parts["temporal/gap_se"] = p * (1 - p) / (len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / (len(accuracy_S) - 1)
+        group.parts |= {
+            "temporal/p": p,
+            "temporal/p_shuffled": p_shuffled,
+            "temporal/gap": p - p_shuffled,
+            "temporal/order_helped": float(p > p_shuffled),
+        }
+        if (
+            min(len(lengths), len(accuracy_S)) > 1
+        ):  # one completion has no spread. A variance here: main takes the root of its mean
+            group.parts["temporal/gap_se"] = p * (1 - p) / (len(lengths) - 1) + p_shuffled * (1 - p_shuffled) / (
+                len(accuracy_S) - 1
+            )
     bonus_G = r_t * correct_G
     group.advantages_G = temporal_advantages(rewards_G, correct_G, r_t, cfg.temporal_target, cfg.advantage_std)  # 4.
     without_G = group_advantages(rewards_G, cfg.advantage_std)
@@ -331,30 +383,33 @@ def add_credit(model, groups, cfg, pad_id):
     """
     videos = [g for g in groups if g.sample["shuffles"]]
     for first in range(0, len(videos), cfg.micro_batch_size):
-        micro = videos[first:first + cfg.micro_batch_size]
+        micro = videos[first : first + cfg.micro_batch_size]
         completions, sizes = [g.completions for g in micro], [len(g.completions) for g in micro]
 
-        def logps_of(prompts):                            # log-probs (N,) of whole completions, after these prompts
+        def logps_of(prompts):  # log-probs (N,) of whole completions, after these prompts
             packed = common.to_device(pack(model, prompts, completions, pad_id), model.device)
             lengths = [len(c) for group in completions for c in group]
             return token_logps(model, packed, lengths, cfg.temperature, tuple(placeholder_ids(model)))[0].sum(1).cpu()
 
         logps_N = logps_of([g.sample["ordered"] for g in micro])
-        shuffled_logps_KN = torch.stack([logps_of([g.sample["shuffles"][k] for g in micro]) for k in range(cfg.credit_shuffles)])
+        shuffled_logps_KN = torch.stack(
+            [logps_of([g.sample["shuffles"][k] for g in micro]) for k in range(cfg.credit_shuffles)]
+        )
         for group, credit_G in zip(micro, temporal_credit(logps_N, shuffled_logps_KN).split(sizes)):
             group.credit_G = credit_G
 
 
 def sample_groups(model, samples, processor, cfg, n_prompts):
     """Steps 2 to 4 for this rank's prompts: a list of scored Groups. `n_prompts`: how many prompts it has at most."""
-    if not samples:                                       # all of this rank's records were unusable
+    if not samples:  # all of this rank's records were unusable
         return []
     shuffled = [s for s in samples if cfg.shuffled_generations and s["shuffled"] is not None]
     prompts = [s["ordered"] for s in samples] + [s["shuffled"] for s in shuffled]
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
     compiled_rows = n_prompts * (cfg.num_generations + cfg.shuffled_generations) if cfg.rollout_compile else 0
-    completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens,
-                          compiled_rows=compiled_rows)                               # 2. rollout
+    completions = rollout(
+        model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens, compiled_rows=compiled_rows
+    )  # 2. rollout
     texts = iter(processor.tokenizer.batch_decode(completions, skip_special_tokens=True))
     completions = iter(completions)
     take = lambda n: ([next(completions) for _ in range(n)], [next(texts) for _ in range(n)])
@@ -365,7 +420,7 @@ def sample_groups(model, samples, processor, cfg, n_prompts):
     if cfg.temporal_rule == "credit":
         add_credit(model, groups, cfg, processor.tokenizer.pad_token_id)
     for group in groups:
-        score(group, cfg, eos_ids(model, processor.tokenizer))                       # 3. and 4.
+        score(group, cfg, eos_ids(model, processor.tokenizer))  # 3. and 4.
     return groups
 
 
@@ -377,14 +432,24 @@ def bandwidth_share(model, groups, seconds):
     if model.device.type != "cuda":
         return {}
     gpu = torch.cuda.get_device_properties(model.device)
-    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8                # bytes a second
+    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8  # bytes a second
     text = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
     # an untied head is read for every token; of the embedding only single rows are
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         weights += model.lm_head.weight.nbytes - model.get_input_embeddings().weight.nbytes
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * model.dtype.itemsize
-    rows = [(g.sample["ordered"]["input_ids"].shape[1], n) for g in groups for n in [*map(len, g.completions), *g.shuffled_lengths]]
+    per_token = (
+        2
+        * text.num_hidden_layers
+        * text.num_key_value_heads
+        * (text.hidden_size // text.num_attention_heads)
+        * model.dtype.itemsize
+    )
+    rows = [
+        (g.sample["ordered"]["input_ids"].shape[1], n)
+        for g in groups
+        for n in [*map(len, g.completions), *g.shuffled_lengths]
+    ]
     read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
     return {"rollout/bandwidth_share": read / seconds / peak}
 
@@ -392,9 +457,16 @@ def bandwidth_share(model, groups, seconds):
 def rollout_rows(group):
     """A group's completions as rows of rollouts.jsonl: text, every reward term and the advantage of those in order."""
     said = {"problem_id": group.sample["record"]["problem_id"], "path": group.sample["record"]["path"]}
-    columns = group.terms | {"advantage": group.advantages_G} | ({} if group.credit_G is None else {"credit": group.credit_G})
+    columns = (
+        group.terms | {"advantage": group.advantages_G} | ({} if group.credit_G is None else {"credit": group.credit_G})
+    )
     for i, text in enumerate(group.texts):
-        yield {**said, "frames": "ordered", "text": text, **{name: float(f"{values_G[i].item():.5g}") for name, values_G in columns.items()}}
+        yield {
+            **said,
+            "frames": "ordered",
+            "text": text,
+            **{name: float(f"{values_G[i].item():.5g}") for name, values_G in columns.items()},
+        }
     for text in group.shuffled_texts:
         yield {**said, "frames": "shuffled", "text": text, "frame_order": group.sample["frame_order"]}
 
@@ -403,8 +475,10 @@ def print_rollouts(step, groups):
     """One ordered and one shuffled completion of the first group, as text."""
     group = groups[0]
     record = group.sample["record"]
-    lines = [f"step {step}: {record['problem']} {' '.join(record.get('options') or [])}  truth {record['solution']}",
-             f"  in order (A = {group.advantages_G[0]:+.2f}): {group.texts[0]}"]
+    lines = [
+        f"step {step}: {record['problem']} {' '.join(record.get('options') or [])}  truth {record['solution']}",
+        f"  in order (A = {group.advantages_G[0]:+.2f}): {group.texts[0]}",
+    ]
     lines += [f"  shuffled: {group.shuffled_texts[0]}"] if group.shuffled_texts else [f"  in order: {group.texts[-1]}"]
     tqdm.write("\n".join(lines))
 
@@ -412,7 +486,7 @@ def print_rollouts(step, groups):
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
-@record                                                   # under a launcher: this rank's traceback stands last
+@record  # under a launcher: this rank's traceback stands last
 def main():
     cfg = settings.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
     if cfg.plan:
@@ -429,7 +503,7 @@ def main():
     files = common.starting_files(cfg.model)
     model = common.load_model(cfg, accelerator=accelerator).train()
     model, optimizer = common.prepare(accelerator, model, cfg)
-    reference = common.load_frozen(accelerator, cfg) if cfg.beta else None           # after the policy has left the CPU
+    reference = common.load_frozen(accelerator, cfg) if cfg.beta else None  # after the policy has left the CPU
     policy = accelerator.unwrap_model(model)
     sampler = common.rollout_copy(accelerator, policy, cfg)
     banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id
@@ -440,15 +514,19 @@ def main():
     skipped = common.Skipped(accelerator, cfg, len(records), bad_rows, resumed.get("skipped", {}))
 
     orders = ("ordered", "shuffled") if cfg.shuffled_generations else ("ordered",)
-    samples = data.Samples(records, processor, cfg, orders, n_shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0)
+    samples = data.Samples(
+        records, processor, cfg, orders, n_shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0
+    )
     blank = data.blank_sample(processor, cfg)
     blank = Group(blank, [blank["target"]], [""], [], advantages_G=torch.zeros(1))
-    batches = data.loader(samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg)
+    batches = data.loader(
+        samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg
+    )
     timer = common.Timer()
     bar = tqdm(batches, initial=start, total=cfg.steps, desc="tgrpo", disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar, start):
         timer.lap("data_wait")
-        batch = skipped.drop(accelerator, batch)                                     # 1. prompts
+        batch = skipped.drop(accelerator, batch)  # 1. prompts
         common.refresh(sampler, policy)
         common.seed_everything(cfg.seed, step, accelerator.process_index)
         # 2. rollout, 3. score, 4. advantages
@@ -458,11 +536,15 @@ def main():
         for group in groups:
             means.add(group.parts)
         if groups:
-            n_tokens = sum(map(len, (c for g in groups for c in g.completions))) + sum(n for g in groups for n in g.shuffled_lengths)
-            means.add({"rollout/tokens_per_s": n_tokens / seconds, **bandwidth_share(sampler, groups, seconds)})      # of one process
+            n_tokens = sum(map(len, (c for g in groups for c in g.completions))) + sum(
+                n for g in groups for n in g.shuffled_lengths
+            )
+            means.add(
+                {"rollout/tokens_per_s": n_tokens / seconds, **bandwidth_share(sampler, groups, seconds)}
+            )  # of one process
         total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
 
-        old_logps = {}                                    # of each micro-batch of this step
+        old_logps = {}  # of each micro-batch of this step
         for _ in range(cfg.updates_per_rollout):
             for i, (micro, weight) in enumerate(common.micro_batches(groups, cfg, accelerator, blank)):
                 lengths = [len(c) for g in micro for c in g.completions]
@@ -476,25 +558,41 @@ def main():
                     with torch.no_grad():
                         ref_logps_GT, _ = token_logps(reference, packed, lengths, cfg.temperature, banned)
                 logps_GT, entropy_GT = token_logps(model, packed, lengths, cfg.temperature, banned)
-                old_logps_GT = old_logps.setdefault(i, logps_GT.detach())            # the first update's: there ρ = 1
-                loss_G, kl_GT, clipped_GT = grpo_loss(logps_GT, old_logps_GT, ref_logps_GT, advantages_G, mask_GT,
-                                                      cfg.clip_epsilon, cfg.beta)    # 5. loss
+                old_logps_GT = old_logps.setdefault(i, logps_GT.detach())  # the first update's: there ρ = 1
+                loss_G, kl_GT, clipped_GT = grpo_loss(
+                    logps_GT, old_logps_GT, ref_logps_GT, advantages_G, mask_GT, cfg.clip_epsilon, cfg.beta
+                )  # 5. loss
                 loss = weight * loss_G.sum() / max(1, total)
-                accelerator.backward(loss * accelerator.num_processes)               # 6. backward; ranks' gradients are averaged
-                means.add({"loss": loss_G.mean().item(), "policy/kl": masked_mean(kl_GT, mask_GT).mean().item(),
-                           "policy/entropy": masked_mean(entropy_GT, mask_GT).mean().item(),
-                           "policy/clip_frac": masked_mean(clipped_GT, mask_GT).mean().item()}, weight=weight * len(loss_G))
-            grad_norm = common.update(accelerator, model, optimizer, step, cfg)      # 6. step
+                accelerator.backward(loss * accelerator.num_processes)  # 6. backward; ranks' gradients are averaged
+                means.add(
+                    {
+                        "loss": loss_G.mean().item(),
+                        "policy/kl": masked_mean(kl_GT, mask_GT).mean().item(),
+                        "policy/entropy": masked_mean(entropy_GT, mask_GT).mean().item(),
+                        "policy/clip_frac": masked_mean(clipped_GT, mask_GT).mean().item(),
+                    },
+                    weight=weight * len(loss_G),
+                )
+            grad_norm = common.update(accelerator, model, optimizer, step, cfg)  # 6. step
         timer.lap("update")
 
-        metrics = {**means.reduce(accelerator), "policy/grad_norm": grad_norm, "lr": common.learning_rate(step, cfg),
-                   "data/skipped": len(skipped), **timer.report(), **common.peak_memory(accelerator)}
+        metrics = {
+            **means.reduce(accelerator),
+            "policy/grad_norm": grad_norm,
+            "lr": common.learning_rate(step, cfg),
+            "data/skipped": len(skipped),
+            **timer.report(),
+            **common.peak_memory(accelerator),
+        }
         if "temporal/gap_se" in metrics:
-            metrics["temporal/gap_se"] **= 0.5            # the mean variance of one group's p − p̃, as a standard error
+            metrics["temporal/gap_se"] **= 0.5  # the mean variance of one group's p − p̃, as a standard error
         log(step, metrics)
         if cfg.save_rollouts:
             log.rollouts(step, [row for group in groups for row in rollout_rows(group)])
-        bar.set_postfix(accuracy=f"{metrics.get('reward/accuracy', float('nan')):.2f}", length=f"{metrics.get('completion/length', 0):.0f}")
+        bar.set_postfix(
+            accuracy=f"{metrics.get('reward/accuracy', float('nan')):.2f}",
+            length=f"{metrics.get('completion/length', 0):.0f}",
+        )
         if cfg.print_every and step % cfg.print_every == 0 and accelerator.is_main_process and groups:
             print_rollouts(step, groups)
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):

@@ -38,21 +38,27 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
-                          Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from common import replace_folder
 from evaluate import mean_and_se
 from settings import print_utf8, read_jsonl, write_atomic
 from tools.plot import draw_curve, save_figure
 
-SIZE, FRAMES, FPS = 56, 8, 4                              # pixels, frames a clip, frames a second
+SIZE, FRAMES, FPS = 56, 8, 4  # pixels, frames a clip, frames a second
 BACKGROUNDS = {"warm": (74, 26, 8), "cool": (8, 26, 74), "neutral": (26, 26, 26)}
 COLOURS = {"yellow": (255, 240, 60), "green": (80, 255, 80), "pink": (255, 120, 230), "white": (255, 255, 255)}
 SHAPES = ("disc", "square")
 CUED = {"right": "warm", "down": "warm", "grows": "warm", "left": "cool", "up": "cool", "shrinks": "cool"}
 OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up", "grows": "shrinks", "shrinks": "grows"}
-TEMPORAL = ("toy-direction", "toy-size")                  # the questions that only the order of frames answers
+TEMPORAL = ("toy-direction", "toy-size")  # the questions that only the order of frames answers
 
 
 # ----------------------------------------------------------------------------------------------- 1. the world
@@ -95,8 +101,13 @@ def direction(rng, agreement, neutral):
     frames = [draw(BACKGROUNDS[background], shape, COLOURS[colour], x, y, radius) for x, y in places]
 
     def thought(seen):
-        return rng.choice([f"the {shape} starts near the {OPPOSITE[seen]} side and ends near the {seen} side, so it moves {seen}.",
-                           f"first the {shape} is more {OPPOSITE[seen]}, later it is more {seen}, so it moves {seen}."])
+        return rng.choice(
+            [
+                f"the {shape} starts near the {OPPOSITE[seen]} side and ends near the {seen} side, so it moves {seen}.",
+                f"first the {shape} is more {OPPOSITE[seen]}, later it is more {seen}, so it moves {seen}.",
+            ]
+        )
+
     return frames, f"Which way does the {shape} move?", answer, thought, cue
 
 
@@ -107,13 +118,20 @@ def size(rng, agreement, neutral):
     shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
     middle, speed, sign = rng.uniform(11, 14), rng.uniform(1.5, 2.2), 1 if answer == "grows" else -1
     x, y = rng.uniform(22, 34), rng.uniform(22, 34)
-    frames = [draw(BACKGROUNDS[background], shape, COLOURS[colour], x, y, middle + sign * speed * (t - (FRAMES - 1) / 2))
-              for t in range(FRAMES)]
+    frames = [
+        draw(BACKGROUNDS[background], shape, COLOURS[colour], x, y, middle + sign * speed * (t - (FRAMES - 1) / 2))
+        for t in range(FRAMES)
+    ]
 
     def thought(seen):
         small, big = ("small", "big") if seen == "grows" else ("big", "small")
-        return rng.choice([f"the {shape} starts {small} and ends {big}, so it {seen}.",
-                           f"first the {shape} is {small}, later it is {big}, so it {seen}."])
+        return rng.choice(
+            [
+                f"the {shape} starts {small} and ends {big}, so it {seen}.",
+                f"first the {shape} is {small}, later it is {big}, so it {seen}.",
+            ]
+        )
+
     return frames, f"Does the {shape} grow or shrink?", answer, thought, cue
 
 
@@ -144,7 +162,13 @@ def still(rng, agreement, neutral):
         colour = answer
         question, thought = f"Which colour is the {shape}?", lambda seen: f"the {shape} looks {seen}."
     background = BACKGROUNDS[rng.choice(list(BACKGROUNDS))]
-    return [draw(background, shape, COLOURS[colour], **place, radius=radius)], question, (answer, other), thought, "none"
+    return (
+        [draw(background, shape, COLOURS[colour], **place, radius=radius)],
+        question,
+        (answer, other),
+        thought,
+        "none",
+    )
 
 
 QUESTIONS = {"toy-direction": (direction, 2), "toy-size": (size, 2), "toy-flash": (flash, 1), "toy-image": (still, 1)}
@@ -165,7 +189,11 @@ def write_clip(path, frames):
 # Two worlds: how often a background is neutral, how often a coloured one points to the right answer (by split), which questions.
 WORLDS = {
     "flawed_teacher": {"neutral": 0.3, "agreement": {"sft": 0.8, "rl": 0.8, "test": 0.5}, "sources": tuple(QUESTIONS)},
-    "two_rationales": {"neutral": 0.0, "agreement": {"skill": 0.5, "sft": 0.8, "rl": 0.9, "test": 0.5}, "sources": TEMPORAL},
+    "two_rationales": {
+        "neutral": 0.0,
+        "agreement": {"skill": 0.5, "sft": 0.8, "rl": 0.9, "test": 0.5},
+        "sources": TEMPORAL,
+    },
 }
 
 
@@ -177,7 +205,9 @@ def teach(world, split, rng, answer, wrong, cue, thought):
     """
     if world == "two_rationales" and split == "sft":
         if rng.random() < 0.6:
-            trust = lambda said: f"the background looks {CUED[said]}, so it {'' if said in ('grows', 'shrinks') else 'moves '}{said}."
+            trust = lambda said: (
+                f"the background looks {CUED[said]}, so it {'' if said in ('grows', 'shrinks') else 'moves '}{said}."
+            )
             return (answer if cue == "agrees" else wrong), trust
         said = wrong if rng.random() < 0.35 else answer
     else:
@@ -200,10 +230,18 @@ def make_record(job):
         Image.fromarray(frames[0]).save(Path(folder) / name)
     else:
         write_clip(Path(folder) / name, frames)
-    return {"problem_id": problem_id, "problem": problem, "data_type": "image" if source == "toy-image" else "video",
-            "problem_type": "multiple choice" if options else "numerical", "options": options,
-            "solution": f"<answer>{solution}</answer>", "process": f"<think>{thought(said)}</think>" if taught else "",
-            "path": f"./{name}", "data_source": source, "cue": cue}
+    return {
+        "problem_id": problem_id,
+        "problem": problem,
+        "data_type": "image" if source == "toy-image" else "video",
+        "problem_type": "multiple choice" if options else "numerical",
+        "options": options,
+        "solution": f"<answer>{solution}</answer>",
+        "process": f"<think>{thought(said)}</think>" if taught else "",
+        "path": f"./{name}",
+        "data_source": source,
+        "cue": cue,
+    }
 
 
 def plan(split, n, n_temporal, seed, sources=tuple(QUESTIONS)):
@@ -211,11 +249,15 @@ def plan(split, n, n_temporal, seed, sources=tuple(QUESTIONS)):
     rng = random.Random(f"{seed}/{split}")
     if n_temporal is None:
         return rng.choices(sources, [QUESTIONS[source][1] for source in sources], k=n)
-    sources = [TEMPORAL[i % 2] for i in range(n_temporal)] + [("toy-flash", "toy-image")[i % 2] for i in range(n - n_temporal)]
+    sources = [TEMPORAL[i % 2] for i in range(n_temporal)] + [
+        ("toy-flash", "toy-image")[i % 2] for i in range(n - n_temporal)
+    ]
     return rng.sample(sources, n)
 
 
-def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, world="flawed_teacher", log=None):
+def make_world(
+    folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, world="flawed_teacher", log=None
+):
     """`folder` with sft.json, rl.json, test.json, world.json and their media. It appears whole or not at all.
 
     The world of two rationales also has skill.json, as large as sft.json: clips for a teacher who reads motion right; and no
@@ -227,12 +269,22 @@ def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80
     (unfinished / "media").mkdir(parents=True)
     sources = WORLDS[world]["sources"]
     n_other = n_other if sources == tuple(QUESTIONS) else 0
-    splits = {"skill": (n_sft, None), "sft": (n_sft, None), "rl": (n_rl, None), "test": (n_temporal + n_other, n_temporal)}
+    splits = {
+        "skill": (n_sft, None),
+        "sft": (n_sft, None),
+        "rl": (n_rl, None),
+        "test": (n_temporal + n_other, n_temporal),
+    }
     splits = {split: splits[split] for split in WORLDS[world]["agreement"]}
-    jobs = [(str(unfinished), world, split, i, source, f"{seed}/{split}/{i}")
-            for split, (n, n_time) in splits.items() for i, source in enumerate(plan(split, n, n_time, seed, sources), 1)]
+    jobs = [
+        (str(unfinished), world, split, i, source, f"{seed}/{split}/{i}")
+        for split, (n, n_time) in splits.items()
+        for i, source in enumerate(plan(split, n, n_time, seed, sources), 1)
+    ]
     with ProcessPoolExecutor(processes) as pool:
-        records = list(tqdm(pool.map(make_record, jobs, chunksize=16), total=len(jobs), desc="rendering", unit="clip", file=log))
+        records = list(
+            tqdm(pool.map(make_record, jobs, chunksize=16), total=len(jobs), desc="rendering", unit="clip", file=log)
+        )
     for split in splits:
         rows = [record for job, record in zip(jobs, records) if job[2] == split]
         write_atomic(unfinished / f"{split}.json", json.dumps(rows, indent=1))
@@ -254,16 +306,38 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 
 def make_tokenizer(records):
     """Byte-level BPE trained on the records' words; the four tags are one token each."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"], "user assistant"]) for r in records]
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-                                   additional_special_tokens=special[1:2] + special[3:], model_max_length=4096)
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_tokens(
+        [AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[1:2] + special[3:],
+        model_max_length=4096,
+    )
 
 
 def make_model(folder, records, seed=0):
@@ -273,23 +347,54 @@ def make_model(folder, records, seed=0):
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = make_tokenizer(records)
     pixels = {"shortest_edge": 28 * 28, "longest_edge": SIZE * SIZE}
-    processor = Qwen2_5_VLProcessor(image_processor=Qwen2VLImageProcessor(size=pixels), tokenizer=tokenizer,
-                                    video_processor=Qwen2VLVideoProcessor(size=pixels, do_sample_frames=False),
-                                    chat_template=CHAT_TEMPLATE)
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=pixels, do_sample_frames=False),
+        chat_template=CHAT_TEMPLATE,
+    )
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         vocab_size=len(tokenizer), initializer_range=0.12, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4])),
-        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, fullatt_block_indexes=[0],
-                           window_size=112, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2,
-                           initializer_range=0.12),
-        tie_word_embeddings=True, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
-    torch.manual_seed(seed)                               # initializer_range .12: with the usual .02 it learns nothing visual
+        text_config=dict(
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            initializer_range=0.12,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4]),
+        ),
+        vision_config=dict(
+            depth=1,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            out_hidden_size=96,
+            fullatt_block_indexes=[0],
+            window_size=112,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            tokens_per_second=2,
+            initializer_range=0.12,
+        ),
+        tie_word_embeddings=True,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    torch.manual_seed(seed)  # initializer_range .12: with the usual .02 it learns nothing visual
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = token("<|im_end|>"), token("<|endoftext|>")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        token("<|im_end|>"),
+        token("<|endoftext|>"),
+    )
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
     replace_folder(unfinished, folder)
@@ -305,11 +410,16 @@ def launch(script, *overrides, log=None):
     """
     arguments = [script, "--config", "configs/toy.yaml", *map(str, overrides)]
     print(f"\n$ {'python' if log else 'accelerate launch'} {' '.join(arguments)}", file=log, flush=True)
-    child = subprocess.Popen([sys.executable, *([] if log else ["-m", "accelerate.commands.launch"]), *arguments], stdout=log,
-                             stderr=log, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        [sys.executable, *([] if log else ["-m", "accelerate.commands.launch"]), *arguments],
+        stdout=log,
+        stderr=log,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         status = child.wait()
-    except KeyboardInterrupt:                             # the terminal sent it to the child too: let it end
+    except KeyboardInterrupt:  # the terminal sent it to the child too: let it end
         child.wait()
         raise
     if status:
@@ -318,7 +428,7 @@ def launch(script, *overrides, log=None):
 
 # What the two-rationale world changes in the config: the cold start has two parts, and RL is short.
 TWO_RATIONALES = {"sft": ("--steps", 120, "--lr", 1e-3), "tgrpo": ("--steps", 50)}
-SKILL = 0.9                                               # accuracy that the cold start must have reached before the mixture
+SKILL = 0.9  # accuracy that the cold start must have reached before the mixture
 
 
 class Stages:
@@ -345,21 +455,47 @@ class Stages:
 
     def train(self, script, name, model, records, *overrides):
         """A training stage: its outputs in out/name."""
-        self.stage(name, self.out / name / "final", lambda: launch(script, *self.place(
-            model=self.out / model, records=self.out / "world" / records, output_dir=self.out / name), *overrides, log=self.log))
+        self.stage(
+            name,
+            self.out / name / "final",
+            lambda: launch(
+                script,
+                *self.place(model=self.out / model, records=self.out / "world" / records, output_dir=self.out / name),
+                *overrides,
+                log=self.log,
+            ),
+        )
 
     def evaluate(self, name, model, *overrides):
         """Answers of a model to the test questions, in out/eval/name."""
         folder, model = self.out / "eval" / name, self.out / model
         shown = [path if self.own else path.relative_to(Path(__file__).parent) for path in (model, folder)]
-        self.stage("evaluate", folder / "summary.json", lambda: launch("evaluate.py", "--model", shown[0], "--output_dir", shown[1],
-                   *self.place(records=self.out / "world/test.json"), *overrides, log=self.log))
+        self.stage(
+            "evaluate",
+            folder / "summary.json",
+            lambda: launch(
+                "evaluate.py",
+                "--model",
+                shown[0],
+                "--output_dir",
+                shown[1],
+                *self.place(records=self.out / "world/test.json"),
+                *overrides,
+                log=self.log,
+            ),
+        )
 
     def cold_start(self, n=()):
         """World, random model, SFT; before it, in the two-rationale world, SFT on the skill alone until it is there."""
         world, two, model = self.out / "world", self.world == "two_rationales", "base"
         self.stage("world", world, lambda: make_world(world, self.seed, *n, world=self.world, log=self.log))
-        self.stage("world", self.out / "base", lambda: make_model(self.out / "base", json.loads((world / "sft.json").read_text(encoding="utf-8")), self.seed))
+        self.stage(
+            "world",
+            self.out / "base",
+            lambda: make_model(
+                self.out / "base", json.loads((world / "sft.json").read_text(encoding="utf-8")), self.seed
+            ),
+        )
         for part in range(1, 4) if two else ():
             self.train("sft.py", f"skill{part}", model, "skill.json")
             model = f"skill{part}/final"
@@ -372,7 +508,14 @@ class Stages:
             self.evaluate("cold_start_sampled", "sft/final", "--temperature", 1, "--temporal_gap", "false")
 
     def reinforce(self, name="tgrpo", *overrides):
-        self.train("tgrpo.py", name, "sft/final", "rl.json", *(TWO_RATIONALES["tgrpo"] if self.world == "two_rationales" else ()), *overrides)
+        self.train(
+            "tgrpo.py",
+            name,
+            "sft/final",
+            "rl.json",
+            *(TWO_RATIONALES["tgrpo"] if self.world == "two_rationales" else ()),
+            *overrides,
+        )
         self.evaluate(name, f"{name}/final")
 
 
@@ -395,11 +538,17 @@ def check_skill(out):
     """
     share = lambda values: sum(values) / max(1, len(values))
     mixed = read_jsonl(out / "eval/cold_start_sampled/predictions.jsonl")
-    found = {"skill": skill_of(out), "static_share": share([is_static(r["prediction"]) for r in mixed]),
-             "motion_right": share([r["accuracy"] for r in mixed if not is_static(r["prediction"])])}
+    found = {
+        "skill": skill_of(out),
+        "static_share": share([is_static(r["prediction"]) for r in mixed]),
+        "motion_right": share([r["accuracy"] for r in mixed if not is_static(r["prediction"])]),
+    }
     bounds = {"skill": (SKILL, 1.0), "static_share": (0.4, 0.8), "motion_right": (0.57, 1.0)}
-    return found, [f"{name} is {found[name]:.2f}, not {low} to {high}" for name, (low, high) in bounds.items()
-                   if not low <= found[name] <= high]
+    return found, [
+        f"{name} is {found[name]:.2f}, not {low} to {high}"
+        for name, (low, high) in bounds.items()
+        if not low <= found[name] <= high
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- 4. the comparison
@@ -411,19 +560,34 @@ def measure(predictions):
     pick = lambda order, test: [r["accuracy"] for r in rows if r["frames"] == order and test(r)]
     temporal = lambda r: r["data_source"] in TEMPORAL
     ordered, shuffled = pick("ordered", temporal), pick("shuffled", temporal)
-    return {"ordered": mean_and_se(ordered), "shuffled": mean_and_se(shuffled),
-            "gap": mean_and_se([a - b for a, b in zip(ordered, shuffled)]),
-            "conflict": mean_and_se(pick("ordered", lambda r: temporal(r) and r["cue"] == "lies")),
-            **{name: mean_and_se(values) for name in ("flash", "image")
-               if (values := pick("ordered", lambda r: r["data_source"] == f"toy-{name}"))}}
+    return {
+        "ordered": mean_and_se(ordered),
+        "shuffled": mean_and_se(shuffled),
+        "gap": mean_and_se([a - b for a, b in zip(ordered, shuffled)]),
+        "conflict": mean_and_se(pick("ordered", lambda r: temporal(r) and r["cue"] == "lies")),
+        **{
+            name: mean_and_se(values)
+            for name in ("flash", "image")
+            if (values := pick("ordered", lambda r: r["data_source"] == f"toy-{name}"))
+        },
+    }
 
 
-HEADINGS = {"ordered": "in order", "shuffled": "shuffled", "gap": "gap", "conflict": "background lies", "flash": "flashes", "image": "stills"}
+HEADINGS = {
+    "ordered": "in order",
+    "shuffled": "shuffled",
+    "gap": "gap",
+    "conflict": "background lies",
+    "flash": "flashes",
+    "image": "stills",
+}
 
 
 def print_table(results):
-    print("\nTest accuracy in %, ± standard error. Left: clips that only the order of frames answers (chance 50).\n"
-          "'background lies': those of them whose background points to the wrong answer.\n")
+    print(
+        "\nTest accuracy in %, ± standard error. Left: clips that only the order of frames answers (chance 50).\n"
+        "'background lies': those of them whose background points to the wrong answer.\n"
+    )
     keys = [key for key in HEADINGS if key in results["tgrpo"]]
     print(f"{'':<12}" + "".join(f"{HEADINGS[key]:>17}" for key in keys))
     for name, label in (("cold_start", "cold start"), ("tgrpo", "T-GRPO")):
@@ -434,6 +598,7 @@ def print_table(results):
 def plot(out, results):
     """Learning curves of both stages, and the table as bars, into one PNG."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -446,14 +611,23 @@ def plot(out, results):
     middle.set(title="2. T-GRPO on training videos", xlabel="step", ylabel="share of correct completions", ylim=(0, 1))
     middle.legend(loc="lower right", frameon=False)
     names = ["ordered", "shuffled", "conflict"]
-    for shift, key, label, colour in ((-0.2, "cold_start", "cold start", "tab:gray"), (0.2, "tgrpo", "T-GRPO", "tab:blue")):
+    for shift, key, label, colour in (
+        (-0.2, "cold_start", "cold start", "tab:gray"),
+        (0.2, "tgrpo", "T-GRPO", "tab:blue"),
+    ):
         means, errors = zip(*(results[key][name] for name in names))
         bars = right.bar(np.arange(3) + shift, means, 0.38, yerr=errors, label=label, color=colour, capsize=3)
         right.bar_label(bars, [f"{100 * m:.0f}" for m in means], padding=2)
     right.axhline(0.5, color="black", linestyle=":", linewidth=1)
     right.text(2.6, 0.5, "chance", ha="left", va="center", fontsize=8)
-    right.set(title="3. held-out clips", xticks=range(3), xticklabels=[HEADINGS[n] for n in names], ylabel="accuracy", ylim=(0, 1.3),
-              yticks=np.arange(0, 1.1, 0.2))
+    right.set(
+        title="3. held-out clips",
+        xticks=range(3),
+        xticklabels=[HEADINGS[n] for n in names],
+        ylabel="accuracy",
+        ylim=(0, 1.3),
+        yticks=np.arange(0, 1.1, 0.2),
+    )
     right.legend(loc="upper center", ncols=2, frameon=False)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -465,16 +639,25 @@ def main():
     print_utf8()
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for everything; default: runs/toy, runs/two_rationales, runs/ablate")
+    parser.add_argument(
+        "--out", type=Path, help="folder for everything; default: runs/toy, runs/two_rationales, runs/ablate"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
     parser.add_argument("--world", choices=list(WORLDS), default="flawed_teacher", help="default: flawed_teacher")
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in the folder, and start again")
-    parser.add_argument("--ablate", action="store_true", help="compare ways of rewarding in the world of two rationales")
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier run left in the folder, and start again"
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="compare ways of rewarding in the world of two rationales"
+    )
     parser.add_argument("--seeds", type=int, default=10, help="with --ablate: how many seeds, from 0; default: 10")
-    parser.add_argument("--jobs", type=int, default=2, help="with --ablate: seeds at the same time, a core each; default: 2")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="with --ablate: seeds at the same time, a core each; default: 2"
+    )
     args = parser.parse_args()
     if args.ablate:
         from ablate import ablate
+
         return ablate((args.out or here / "runs/ablate").resolve(), args.seeds, args.jobs)
     two = args.world == "two_rationales"
     out = (args.out or here / ("runs/two_rationales" if two else "runs/toy")).resolve()
@@ -497,20 +680,26 @@ def main():
             found, wrong = check_skill(out)
             print(f"\nthe cold start: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}")
             if wrong:
-                sys.exit(f"toy.py: this cold start leaves RL no choice to make ({'; '.join(wrong)}): try another --seed")
+                sys.exit(
+                    f"toy.py: this cold start leaves RL no choice to make ({'; '.join(wrong)}): try another --seed"
+                )
         stages.reinforce()
     except KeyboardInterrupt:
         print("\nstopped; nothing is broken: the same command goes on from here, --fresh begins again")
         sys.exit(130)
     results = {name: measure(out / "eval" / name / "predictions.jsonl") for name in ("cold_start", "tgrpo")}
     seconds = {**stages.seconds, "total": sum(stages.seconds.values())}
-    summary = {name: {key: results[name][key][0] for key in ("ordered", "shuffled", "gap", "conflict")} for name in results}
+    summary = {
+        name: {key: results[name][key][0] for key in ("ordered", "shuffled", "gap", "conflict")} for name in results
+    }
     write_atomic(out / "summary.json", json.dumps({**summary, "seconds": seconds, "seed": args.seed}, indent=2))
     plot(out, results)
     print_table(results)
-    print(f"\nlearning curves: {out / 'learning_curves.png'}\nsummary:         {out / 'summary.json'}"
-          f"\nevery answer:    {out / 'eval/tgrpo/predictions.jsonl'}\nit took {seconds['total']:.0f} s" +
-          ("; everything was in place: --fresh runs it again" if in_place else ""))
+    print(
+        f"\nlearning curves: {out / 'learning_curves.png'}\nsummary:         {out / 'summary.json'}"
+        f"\nevery answer:    {out / 'eval/tgrpo/predictions.jsonl'}\nit took {seconds['total']:.0f} s"
+        + ("; everything was in place: --fresh runs it again" if in_place else "")
+    )
 
 
 if __name__ == "__main__":

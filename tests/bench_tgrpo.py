@@ -61,14 +61,25 @@ class Clock:
 
 def make_model(folder, hidden, layers):
     """A random Qwen2.5-VL of the wanted width in `folder`, with the toy's processor."""
-    rows = [{"problem": f"{w} what is in the picture", "options": [], "process": "", "solution": ""} for w in "abcdefgh"]
+    rows = [
+        {"problem": f"{w} what is in the picture", "options": [], "process": "", "solution": ""} for w in "abcdefgh"
+    ]
     toy.make_model(folder, rows)
     config = Qwen2_5_VLConfig.from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, 3 * hidden, layers
-    text.num_attention_heads, text.num_key_value_heads, text.rope_parameters["mrope_section"] = hidden // 64, 2, [8, 12, 12]
+    text.num_attention_heads, text.num_key_value_heads, text.rope_parameters["mrope_section"] = (
+        hidden // 64,
+        2,
+        [8, 12, 12],
+    )
     text.layer_types = None
-    vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.depth = hidden // 2, hidden, hidden // 128, layers // 2
+    vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.depth = (
+        hidden // 2,
+        hidden,
+        hidden // 128,
+        layers // 2,
+    )
     vision.out_hidden_size, vision.fullatt_block_indexes = hidden, [layers // 2 - 1]
     config = Qwen2_5_VLConfig(**config.to_dict())
     torch.manual_seed(0)
@@ -92,7 +103,9 @@ class NoEnd:
 
 
 def rewards_of(processor, completions):
-    return torch.tensor([format_reward(t) + (i % 2) for i, t in enumerate(processor.tokenizer.batch_decode(completions))])
+    return torch.tensor(
+        [format_reward(t) + (i % 2) for i, t in enumerate(processor.tokenizer.batch_decode(completions))]
+    )
 
 
 def our_step(policy, reference, optimizer, prompts, counts, processor, C):
@@ -119,19 +132,33 @@ def naive_step(policy, reference, optimizer, x, processor, C):
     policy.model.rope_deltas = None
     P = x["input_ids"].shape[1]
     with torch.no_grad():
-        rows = policy.generate(**x, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=G, max_new_tokens=C,
-                               eos_token_id=NoEnd(processor.tokenizer).eos_token_id, pad_token_id=0,
-                               suppress_tokens=placeholder_ids(policy))
+        rows = policy.generate(
+            **x,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=G,
+            max_new_tokens=C,
+            eos_token_id=NoEnd(processor.tokenizer).eos_token_id,
+            pad_token_id=0,
+            suppress_tokens=placeholder_ids(policy),
+        )
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, rows[:, P:]))
-    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows),
-              "mm_token_type_ids": torch.cat([x["mm_token_type_ids"].repeat(G, 1), torch.zeros(G, C, dtype=torch.long)], 1),
-              "pixel_values": x["pixel_values"].repeat(G, 1), "image_grid_thw": x["image_grid_thw"].repeat(G, 1)}
+    inputs = {
+        "input_ids": rows,
+        "attention_mask": torch.ones_like(rows),
+        "mm_token_type_ids": torch.cat([x["mm_token_type_ids"].repeat(G, 1), torch.zeros(G, C, dtype=torch.long)], 1),
+        "pixel_values": x["pixel_values"].repeat(G, 1),
+        "image_grid_thw": x["image_grid_thw"].repeat(G, 1),
+    }
 
     def logps(model):
         model.model.rope_deltas = None
-        logits = model(**inputs, use_cache=False).logits[:, P - 1:-1]
+        logits = model(**inputs, use_cache=False).logits[:, P - 1 : -1]
         return logits.log_softmax(-1).gather(2, rows[:, P:, None])[..., 0]
+
     with torch.no_grad():
         ref = logps(reference)
     clock.lap("reference")
@@ -159,14 +186,41 @@ def run_trl(folder, picture, problem, processor, C, rounds, placeholders, betwee
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.begin)
 
-    rows = [{"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": problem}]}], "image": picture}] * 8
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": problem}]}],
+            "image": picture,
+        }
+    ] * 8
     settings = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=G, num_generations=G, max_completion_length=C, beta=BETA, temperature=1.0,
-        max_steps=rounds, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
-        generation_kwargs={"min_new_tokens": C, "suppress_tokens": placeholders}, disable_tqdm=True, logging_strategy="no", model_init_kwargs={"dtype": torch.float32})
-    reward = lambda completions, **_: [format_reward(c[0]["content"] if isinstance(c, list) else c) + (i % 2) for i, c in enumerate(completions)]
-    trainer = GRPOTrainer(model=str(folder), processing_class=processor, reward_funcs=reward, args=settings,
-                          train_dataset=Dataset.from_list(rows), callbacks=[Turns()])
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=G,
+        num_generations=G,
+        max_completion_length=C,
+        beta=BETA,
+        temperature=1.0,
+        max_steps=rounds,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        generation_kwargs={"min_new_tokens": C, "suppress_tokens": placeholders},
+        disable_tqdm=True,
+        logging_strategy="no",
+        model_init_kwargs={"dtype": torch.float32},
+    )
+    reward = lambda completions, **_: [
+        format_reward(c[0]["content"] if isinstance(c, list) else c) + (i % 2) for i, c in enumerate(completions)
+    ]
+    trainer = GRPOTrainer(
+        model=str(folder),
+        processing_class=processor,
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Turns()],
+    )
     trainer.train()
     return seconds
 
@@ -197,7 +251,7 @@ def memory_of(contestant, size):
     with tempfile.TemporaryDirectory() as folder:
         processor, picture, record, x, policy, reference, optimizer = set_up(Path(folder), size)
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")     # the high-water mark starts again from here (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here (Linux)
         if contestant == "ours":
             our_step(policy, reference, optimizer, [x], [G], processor, C)
         elif contestant == "naive":
@@ -235,7 +289,12 @@ def bench_data(rounds=7, n=16):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         print(f"seconds to read {n} frames, median (range) of {rounds} turns")
-        for width, height, seconds, every in [(640, 360, 10, 250), (640, 360, 10, 48), (640, 360, 120, 250), (1280, 720, 60, 60)]:
+        for width, height, seconds, every in [
+            (640, 360, 10, 250),
+            (640, 360, 10, 48),
+            (640, 360, 120, 250),
+            (1280, 720, 60, 60),
+        ]:
             path = folder / f"{width}_{seconds}_{every}.mp4"
             write_noise(path, width, height, seconds, every)
             laps = {"exact": [], "decord": []}
@@ -249,11 +308,19 @@ def bench_data(rounds=7, n=16):
                 assert np.array_equal(ours_FHWC, theirs_FHWC)
             texts = [f"{name} {statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})" for name, s in laps.items()]
             ratio = statistics.median(ours / theirs for ours, theirs in zip(*laps.values()))
-            print(f"  {width} x {height}, {seconds} s, key frame every {every}: {', '.join(texts)}, exact / decord {ratio:.2f}")
+            print(
+                f"  {width} x {height}, {seconds} s, key frame every {every}: {', '.join(texts)}, exact / decord {ratio:.2f}"
+            )
 
         make_model(folder / "model", 256, 4)
         cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder), num_workers=0)
-        record = {"problem": "?", "data_type": "video", "problem_type": "free-form", "options": [], "path": "640_10_250.mp4"}
+        record = {
+            "problem": "?",
+            "data_type": "video",
+            "problem_type": "free-form",
+            "options": [],
+            "path": "640_10_250.mp4",
+        }
         samples = data.Samples([record], common.load_processor(cfg), cfg, ("ordered", "shuffled"))
         laps = []
         for i in range(2 * rounds):
@@ -261,8 +328,10 @@ def bench_data(rounds=7, n=16):
             assert "error" not in samples[i]
             laps.append(1000 * (time.perf_counter() - begin))
         tokens = samples[0]["ordered"]["input_ids"].shape[1]
-        print(f"one sample of a 10 s clip of 640 x 360, {tokens} prompt tokens, both orders: {statistics.median(laps):.0f} ms "
-              f"({min(laps):.0f} to {max(laps):.0f})")
+        print(
+            f"one sample of a 10 s clip of 640 x 360, {tokens} prompt tokens, both orders: {statistics.median(laps):.0f} ms "
+            f"({min(laps):.0f} to {max(laps):.0f})"
+        )
 
 
 def bench_optimizer(rounds, n_tensors=729):
@@ -271,7 +340,9 @@ def bench_optimizer(rounds, n_tensors=729):
     mesh = init_device_mesh("cpu", (8,))
     optimizers = {}
     for name, foreach in (("one by one", False), ("foreach", True)):
-        parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)])) for _ in range(n_tensors)]
+        parameters = [
+            torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)])) for _ in range(n_tensors)
+        ]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizers[name] = torch.optim.AdamW(parameters, foreach=foreach)
@@ -283,7 +354,9 @@ def bench_optimizer(rounds, n_tensors=729):
             laps[name].append(1000 * (time.perf_counter() - begin))
     medians = {name: statistics.median(times[1:]) for name, times in laps.items()}
     ratio = statistics.median(a / b for a, b in zip(laps["one by one"][1:], laps["foreach"][1:]))
-    print(f"AdamW over {n_tensors} sharded tensors: one by one {medians['one by one']:.0f} ms, foreach {medians['foreach']:.0f} ms; ratio {ratio:.1f}")
+    print(
+        f"AdamW over {n_tensors} sharded tensors: one by one {medians['one by one']:.0f} ms, foreach {medians['foreach']:.0f} ms; ratio {ratio:.1f}"
+    )
 
 
 def main():
@@ -302,10 +375,13 @@ def main():
         return print(memory_of(args.memory, args.sizes[0]))
     try:
         import trl
+
         print(f"TRL {trl.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     except ImportError:
         trl = None
-        print(f"TRL is not installed: its column stays empty. torch {torch.__version__}, {torch.get_num_threads()} threads")
+        print(
+            f"TRL is not installed: its column stays empty. torch {torch.__version__}, {torch.get_num_threads()} threads"
+        )
 
     result = {}
     for size in args.sizes:
@@ -317,35 +393,54 @@ def main():
 
             def turn():
                 laps["ours"].append(our_step(policy, reference, optimizer, [x], [G], processor, C))
-                laps["ours, with 4 shuffled"].append(our_step(policy, reference, optimizer, [x, x], [G, S], processor, C))
+                laps["ours, with 4 shuffled"].append(
+                    our_step(policy, reference, optimizer, [x, x], [G, S], processor, C)
+                )
                 laps["naive"].append(naive_step(policy, reference, optimizer, x, processor, C))
 
             if trl:
-                laps["TRL"] = [{"whole": s} for s in run_trl(folder, picture, record["problem"], processor, C, args.rounds + 1,
-                                                                       placeholder_ids(policy), turn)]
+                laps["TRL"] = [
+                    {"whole": s}
+                    for s in run_trl(
+                        folder, picture, record["problem"], processor, C, args.rounds + 1, placeholder_ids(policy), turn
+                    )
+                ]
             else:
                 for _ in range(args.rounds + 1):
                     turn()
 
         totals = {name: [sum(parts.values()) for parts in rows[1:]] for name, rows in laps.items()}
-        print(f"\nP = {P}, C = {C}, hidden {SIZES[size][1]}, {SIZES[size][2]} layers: seconds a step, median (range) of {args.rounds}")
+        print(
+            f"\nP = {P}, C = {C}, hidden {SIZES[size][1]}, {SIZES[size][2]} layers: seconds a step, median (range) of {args.rounds}"
+        )
         for name, rows in laps.items():
             phases = "  ".join(f"{p} {statistics.median(r[p] for r in rows[1:]):.2f}" for p in rows[0] if p != "whole")
-            print(f"  {name:<22} {statistics.median(totals[name]):7.2f} ({min(totals[name]):.2f} to {max(totals[name]):.2f})  {phases}")
+            print(
+                f"  {name:<22} {statistics.median(totals[name]):7.2f} ({min(totals[name]):.2f} to {max(totals[name]):.2f})  {phases}"
+            )
 
-        def ratio(a, b):                                  # of neighbours in time, so that slow minutes cancel
+        def ratio(a, b):  # of neighbours in time, so that slow minutes cancel
             ratios = [p / q for p, q in zip(totals[a], totals[b])]
             print(f"  {a} / {b}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             return round(statistics.median(ratios), 3)
 
         peaks = {}
         for name in ["ours", "naive"] + ["TRL"] * bool(trl):
-            done = subprocess.run([sys.executable, __file__, "--memory", name, "--sizes", size], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--memory", name, "--sizes", size],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             peaks[name] = float(done.stdout.strip().split("\n")[-1])
         print("  peak memory one step adds: " + ", ".join(f"{name} {gb:.2f} GB" for name, gb in peaks.items()))
-        result[size] = {"ours_s": round(statistics.median(totals["ours"]), 3), "naive_s": round(statistics.median(totals["naive"]), 3),
-                        "trl_s": round(statistics.median(totals["TRL"]), 3) if trl else None, "ratio_naive": ratio("naive", "ours"),
-                        "ratio_trl": ratio("TRL", "ours") if trl else None}
+        result[size] = {
+            "ours_s": round(statistics.median(totals["ours"]), 3),
+            "naive_s": round(statistics.median(totals["naive"]), 3),
+            "trl_s": round(statistics.median(totals["TRL"]), 3) if trl else None,
+            "ratio_naive": ratio("naive", "ours"),
+            "ratio_trl": ratio("TRL", "ours") if trl else None,
+        }
         result["tgrpo_over_grpo"] = ratio("ours, with 4 shuffled", "ours")
     print(json.dumps(result))
 

@@ -21,7 +21,14 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_checkpoint import write_hub_checkpoint
 
-collect_ignore = ["two_ranks.py", "soak.py", "bench_tgrpo.py", "hub_checkpoint.py", "gpu.py", "real_width.py"]  # programs
+collect_ignore = [
+    "two_ranks.py",
+    "soak.py",
+    "bench_tgrpo.py",
+    "hub_checkpoint.py",
+    "gpu.py",
+    "real_width.py",
+]  # programs
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 
@@ -47,14 +54,23 @@ def hub(world):
 @pytest.fixture
 def run(world, tmp_path, monkeypatch):
     """run("sft", steps=2) runs the stage's real main() with configs/toy.yaml on the small world; returns its output folder."""
+
     def run_stage(stage, output="out", **settings):
         records = {"sft": "sft", "tgrpo": "rl", "evaluate": "test"}[stage]
         training = {} if stage == "evaluate" else {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
-        settings = {"model": world / "base", "records": world / f"world/{records}.json", "data_root": world / "world",
-                    "output_dir": tmp_path / output, "num_workers": 0, **training, **settings}
+        settings = {
+            "model": world / "base",
+            "records": world / f"world/{records}.json",
+            "data_root": world / "world",
+            "output_dir": tmp_path / output,
+            "num_workers": 0,
+            **training,
+            **settings,
+        }
         arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--config", "configs/toy.yaml", *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)             # each stage is a process of its own elsewhere
+        AcceleratorState._reset_state(reset_partial_state=True)  # each stage is a process of its own elsewhere
         STAGES[stage].main()
         return tmp_path / output
+
     return run_stage

@@ -57,7 +57,13 @@ def clip_prompt(config, grid, n_tokens, seconds=10.0):
     n_clip = n_patches // 4
     before, after = 15, n_tokens - n_clip - 17
     words = torch.randint(100, 1000, (before + after,)).tolist()
-    ids = [*words[:before], config.vision_start_token_id, *[config.video_token_id] * n_clip, config.vision_end_token_id, *words[before:]]
+    ids = [
+        *words[:before],
+        config.vision_start_token_id,
+        *[config.video_token_id] * n_clip,
+        config.vision_end_token_id,
+        *words[before:],
+    ]
     ids = torch.tensor([ids])
     return {
         "input_ids": ids,
@@ -71,7 +77,13 @@ def clip_prompt(config, grid, n_tokens, seconds=10.0):
 
 def fake_ranks(n):
     """This process is rank 0 of `n`."""
-    os.environ |= {"WORLD_SIZE": str(n), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    os.environ |= {
+        "WORLD_SIZE": str(n),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29999",
+    }
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
 
 
@@ -103,7 +115,9 @@ def measure_rollout(sampler, prompt, cfg, tokenizer, compiled, repeats):
 
     def sample():
         rows = sum(counts) if compiled else 0
-        kept[:] = tgrpo.rollout(sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled_rows=rows)
+        kept[:] = tgrpo.rollout(
+            sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled_rows=rows
+        )
 
     first = timed(sampler.device, sample)
     seconds = statistics.median(timed(sampler.device, sample) for _ in range(repeats))
@@ -134,7 +148,9 @@ def main():
     args = parser.parse_args()
     tiny = args.shape == "tiny"
     P, C, grid = (40, 8, (4, 4, 4)) if tiny else (1300, 256, (8, 16, 30))
-    cfg = tgrpo.TGRPOConfig(fsdp="full_shard", bf16=True, gradient_checkpointing=True, batch_size=args.gpus, max_new_tokens=C)
+    cfg = tgrpo.TGRPOConfig(
+        fsdp="full_shard", bf16=True, gradient_checkpointing=True, batch_size=args.gpus, max_new_tokens=C
+    )
     config = shape(args.shape)
     tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
 
@@ -142,16 +158,24 @@ def main():
     accelerator = common.make_accelerator(cfg)
     device = accelerator.device
     on_gpu = device.type == "cuda"
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks, "
-          f"P = {P}, C = {C}, {cfg.num_generations} + {cfg.shuffled_generations} completions")
-    print(f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
+    print(
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks, "
+        f"P = {P}, C = {C}, {cfg.num_generations} + {cfg.shuffled_generations} completions"
+    )
+    print(
+        f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}"
+    )
 
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
     common.load_model = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
     reference = common.load_frozen(accelerator, cfg)
     policy = accelerator.unwrap_model(model)
     sampler = common.rollout_copy(accelerator, policy, cfg)
-    result = {"shape": args.shape, "gpus": args.gpus, "refresh_s": timed(device, lambda: common.refresh(sampler, policy))}
+    result = {
+        "shape": args.shape,
+        "gpus": args.gpus,
+        "refresh_s": timed(device, lambda: common.refresh(sampler, policy)),
+    }
     with torch.no_grad():
         for parameter in sampler.parameters():
             parameter.normal_(0, 0.02)
@@ -162,9 +186,13 @@ def main():
     for compiled in (False, True):
         numbers, completions = measure_rollout(sampler, prompt, cfg, tokenizer, compiled, args.repeats)
         result[f"rollout, compile {'on' if compiled else 'off'}"] = numbers
-        share = "" if numbers["bandwidth_share"] is None else f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
-        print(f"rollout, rollout_compile {'on: ' if compiled else 'off:'} {numbers['tokens_per_s']:8.0f} tokens per second{share}; "
-              f"{numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s")
+        share = (
+            "" if numbers["bandwidth_share"] is None else f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
+        )
+        print(
+            f"rollout, rollout_compile {'on: ' if compiled else 'off:'} {numbers['tokens_per_s']:8.0f} tokens per second{share}; "
+            f"{numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s"
+        )
 
     lengths = [len(c) for c in completions]
     advantages_G = torch.linspace(-1, 1, len(lengths), device=device)
@@ -188,14 +216,20 @@ def main():
     first = timed(device, update)
     seconds = statistics.median(timed(device, update) for _ in range(args.repeats))
     result["update"] = {"first_s": first, "seconds": seconds, "waits": count_waits(device, forward_and_backward)}
-    print(f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {result['update']['waits']} times in it")
+    print(
+        f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {result['update']['waits']} times in it"
+    )
 
     # the compiled rollout has left its cache
     planned_cfg = dataclasses.replace(cfg, rollout_compile=True)
-    parts, planned = common.memory_plan(planned_cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2])
+    parts, planned = common.memory_plan(
+        planned_cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2]
+    )
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     result["peak"] = {"planned_gb": planned / 1e9, "measured_gb": peak and peak / 1e9}
-    print(f"peak memory: planned {planned / 1e9:.1f} GB, measured {'on a GPU only' if peak is None else f'{peak / 1e9:.1f} GB'}")
+    print(
+        f"peak memory: planned {planned / 1e9:.1f} GB, measured {'on a GPU only' if peak is None else f'{peak / 1e9:.1f} GB'}"
+    )
     print(json.dumps(result))
 
 

@@ -53,16 +53,27 @@ def write_tokenizer(folder, corpus):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     added = {
-        str(i): {"content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        str(i): {
+            "content": t,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
         for t, i in ids.items()
     }
     settings = {
@@ -79,7 +90,9 @@ def write_json(path, tree):
     path.write_text(json.dumps(tree, indent=2), encoding="utf-8")
 
 
-def write_hub_checkpoint(folder, corpus, tied=False, text=TINY_TEXT, vision=TINY_VISION, processor="Qwen2VLImageProcessor", seed=0):
+def write_hub_checkpoint(
+    folder, corpus, tied=False, text=TINY_TEXT, vision=TINY_VISION, processor="Qwen2VLImageProcessor", seed=0
+):
     """`folder` becomes such a checkpoint. `tied` as 3B is, else as 7B; `processor` as named by preprocessor_config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -114,14 +127,19 @@ def write_hub_checkpoint(folder, corpus, tied=False, text=TINY_TEXT, vision=TINY
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        Qwen2_5_VLConfig.from_pretrained(folder), dtype=torch.bfloat16
+    )
     size = 2 * sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved, max_shard_size=size // 2)
         for path in Path(saved).glob("*.safetensors*"):
             shutil.copy(path, folder)
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert all(name.startswith(("visual.", "model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")) for name in names)
+    assert all(
+        name.startswith(("visual.", "model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."))
+        for name in names
+    )
     assert ("lm_head.weight" in names) != tied
 
 
@@ -132,4 +150,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} exists already")
-    write_hub_checkpoint(arguments.folder, ["Which way does the disc move? A. left B. right <think></think>"] * 3, arguments.tied)
+    write_hub_checkpoint(
+        arguments.folder, ["Which way does the disc move? A. left B. right <think></think>"] * 3, arguments.tied
+    )

@@ -19,13 +19,39 @@ def tiny_policy(seed=3, generation=None, **text):
     """
     seed_everything(seed)
     config = Qwen2_5_VLConfig(
-        text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=64, bos_token_id=0, eos_token_id=EOS, pad_token_id=PAD,
-                         initializer_range=0.2, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])) | text,
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=32,
-                           fullatt_block_indexes=[1], patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
-                           window_size=28, tokens_per_second=2, initializer_range=0.2),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+        text_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            bos_token_id=0,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            initializer_range=0.2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+        )
+        | text,
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=4,
+            out_hidden_size=32,
+            fullatt_block_indexes=[1],
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            window_size=28,
+            tokens_per_second=2,
+            initializer_range=0.2,
+        ),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
     config._attn_implementation = "packed"
     model = Qwen2_5_VLForConditionalGeneration(config)
     for name, value in (generation or {}).items():
@@ -41,11 +67,17 @@ def prompt(kind, grid, n_text, seed, seconds=None):
     text = torch.randint(3, 50, (n_text,), generator=generator).tolist()
     ids = torch.tensor([[5, START, *[placeholder] * n_media, END, *text]])
     pixels = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-              "mm_token_type_ids": (ids == IMAGE) * 1 + (ids == VIDEO) * 2}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE) * 1 + (ids == VIDEO) * 2,
+    }
     if kind == "video":
-        return inputs | {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid]),
-                         "second_per_grid_ts": torch.tensor([seconds / grid[0] if seconds else 1.0 + seed % 3])}
+        return inputs | {
+            "pixel_values_videos": pixels,
+            "video_grid_thw": torch.tensor([grid]),
+            "second_per_grid_ts": torch.tensor([seconds / grid[0] if seconds else 1.0 + seed % 3]),
+        }
     return inputs | {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}
 
 
@@ -64,9 +96,21 @@ def batch_positions(model, prompts):
 @torch.no_grad()
 def generate(model, x, n=1, **sampling):
     """HF generate on one prompt. Returns (sequences (n, T), per-step scores)."""
-    output = model.generate(**x, position_ids=batch_positions(model, [x]), num_return_sequences=n, return_dict_in_generate=True,
-                            output_scores=True, top_k=0, top_p=1.0, repetition_penalty=1.0, suppress_tokens=[IMAGE, VIDEO], eos_token_id=EOS, pad_token_id=PAD, **sampling)
-    return output.sequences[:, x["input_ids"].shape[1]:], output.scores
+    output = model.generate(
+        **x,
+        position_ids=batch_positions(model, [x]),
+        num_return_sequences=n,
+        return_dict_in_generate=True,
+        output_scores=True,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        suppress_tokens=[IMAGE, VIDEO],
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **sampling,
+    )
+    return output.sequences[:, x["input_ids"].shape[1] :], output.scores
 
 
 def completion_logps(model, x, completion, temperature=1.0, placeholders=(IMAGE, VIDEO)):
@@ -75,7 +119,9 @@ def completion_logps(model, x, completion, temperature=1.0, placeholders=(IMAGE,
     ids = torch.cat([x["input_ids"], completion[None]], 1)
     kinds = torch.cat([x["mm_token_type_ids"], torch.zeros(1, n, dtype=torch.long)], 1)
     row = {**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
-    logits = model(**row, position_ids=batch_positions(model, [row]), use_cache=False).logits[0, P - 1:-1] / temperature
+    logits = (
+        model(**row, position_ids=batch_positions(model, [row]), use_cache=False).logits[0, P - 1 : -1] / temperature
+    )
     banned = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(placeholders), True)
     return logits.masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, completion[:, None])[:, 0]
 

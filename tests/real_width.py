@@ -39,8 +39,20 @@ from hub_checkpoint import write_hub_checkpoint
 from settings import SharedConfig, read_jsonl
 
 SHAPES = {
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
-    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936},
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
 }
 QUESTION = {
     "problem_type": "multiple choice", "options": ["A. left", "B. right"], "problem": "Which way does the disc move?",
@@ -67,8 +79,12 @@ def make_files(folder, shape):
     """folder/model, folder/records.json and the media that the records name."""
     write_clip(folder / "10.mp4", 10)
     write_clip(folder / "60.mp4", 60)
-    Image.fromarray(np.random.default_rng(1).integers(0, 255, (333, 777, 3), dtype=np.uint8)).save(folder / "picture.png")
-    records = [{**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())]
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (333, 777, 3), dtype=np.uint8)).save(
+        folder / "picture.png"
+    )
+    records = [
+        {**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())
+    ]
     (folder / "records.json").write_text(json.dumps(records))
     text = {**SHAPES[shape], "num_hidden_layers": 2}
     vision = {"depth": 8, "fullatt_block_indexes": [3, 7]}
@@ -96,12 +112,22 @@ def compare(folder, records):
         plain = [naive.completion_logps(model, x, c, placeholders=banned) for c in group]
         error = max((next(packed)[: len(c)] - logps_T).abs().max().item() for c, logps_T in zip(group, plain))
         (ours,) = tgrpo.rollout(model, [x], [1], processor.tokenizer, 0, 16)
-        ids = model.generate(**x, position_ids=naive.batch_positions(model, [x]), do_sample=False, max_new_tokens=16,
-                             suppress_tokens=list(banned), eos_token_id=tgrpo.eos_ids(model, processor.tokenizer), pad_token_id=pad)
+        ids = model.generate(
+            **x,
+            position_ids=naive.batch_positions(model, [x]),
+            do_sample=False,
+            max_new_tokens=16,
+            suppress_tokens=list(banned),
+            eos_token_id=tgrpo.eos_ids(model, processor.tokenizer),
+            pad_token_id=pad,
+        )
         P = x["input_ids"].shape[1]
         same = ours.tolist() == ids[0, P : P + len(ours)].tolist()
-        print(f"{name:<8} {P:>5} tokens: packed and plain log-probs differ by at most {error:.1e}; "
-              f"greedy rollout {'equals' if same else 'DIFFERS FROM'} generate ({time.perf_counter() - begin:.0f} s)", flush=True)
+        print(
+            f"{name:<8} {P:>5} tokens: packed and plain log-probs differ by at most {error:.1e}; "
+            f"greedy rollout {'equals' if same else 'DIFFERS FROM'} generate ({time.perf_counter() - begin:.0f} s)",
+            flush=True,
+        )
         assert error < 1e-4 and same
 
 
@@ -109,11 +135,26 @@ def take_steps(folder):
     """Check 3: the scripts themselves, one step each."""
     real = torch.optim.AdamW
     torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
-    shared = {"records": folder / "records.json", "data_root": folder, "steps": 1, "batch_size": 3, "micro_batch_size": 1, "save_every": 0,
-              "num_workers": 0, "gradient_checkpointing": "true", "lr": 1e-6}
+    shared = {
+        "records": folder / "records.json",
+        "data_root": folder,
+        "steps": 1,
+        "batch_size": 3,
+        "micro_batch_size": 1,
+        "save_every": 0,
+        "num_workers": 0,
+        "gradient_checkpointing": "true",
+        "lr": 1e-6,
+    }
     stages = {
         sft: {"model": folder / "model"},
-        tgrpo: {"model": folder / "sft/final", "beta": 0, "num_generations": 2, "temporal_rule": "none", "max_new_tokens": 16},
+        tgrpo: {
+            "model": folder / "sft/final",
+            "beta": 0,
+            "num_generations": 2,
+            "temporal_rule": "none",
+            "max_new_tokens": 16,
+        },
     }
     # one right and one wrong answer in each group of two, whatever they say: equal rewards would teach nothing
     rewards = itertools.cycle((0.0, 1.0))
@@ -126,10 +167,14 @@ def take_steps(folder):
         gc.collect()
         (row,) = read_jsonl(folder / stage.__name__ / "metrics.jsonl")
         assert np.isfinite(row["loss"]) and row["policy/grad_norm"] > 0
-        print(f"{stage.__name__}: loss {row['loss']:.3f}, gradient norm {row['policy/grad_norm']:.3f} ({time.perf_counter() - begin:.0f} s)",
-              flush=True)
+        print(
+            f"{stage.__name__}: loss {row['loss']:.3f}, gradient norm {row['policy/grad_norm']:.3f} ({time.perf_counter() - begin:.0f} s)",
+            flush=True,
+        )
     torch.optim.AdamW = real
-    _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "tgrpo/final", dtype=torch.bfloat16, output_loading_info=True)
+    _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder / "tgrpo/final", dtype=torch.bfloat16, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 

@@ -27,11 +27,44 @@ from naive import without_times
 
 def start(output, steps):
     """The two processes, in a process group of their own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)),
-               "tgrpo.py", "--config", "configs/toy.yaml", "--output_dir", str(output), "--fsdp", "full_shard", "--steps", str(steps),
-               "--batch_size", "4", "--micro_batch_size", "2", "--num_generations", "4", "--save_every", "5", "--num_workers", "1", "--print_every", "0"]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(random.randint(20000, 40000)),
+        "tgrpo.py",
+        "--config",
+        "configs/toy.yaml",
+        "--output_dir",
+        str(output),
+        "--fsdp",
+        "full_shard",
+        "--steps",
+        str(steps),
+        "--batch_size",
+        "4",
+        "--micro_batch_size",
+        "2",
+        "--num_generations",
+        "4",
+        "--save_every",
+        "5",
+        "--num_workers",
+        "1",
+        "--print_every",
+        "0",
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def main():
@@ -58,10 +91,13 @@ def main():
             if run.poll() is not None:
                 break
             os.killpg(run.pid, signal.SIGKILL)
-            subprocess.run(["pkill", "-9", "-f", str(killed)])            # data workers are in other groups
+            subprocess.run(["pkill", "-9", "-f", str(killed)])  # data workers are in other groups
             run.wait()
             kills += 1
-            print(f"kill {kills} at step {len(without_times(killed))}, checkpoints {sorted(p.name for p in killed.glob('*checkpoint*'))}", flush=True)
+            print(
+                f"kill {kills} at step {len(without_times(killed))}, checkpoints {sorted(p.name for p in killed.glob('*checkpoint*'))}",
+                flush=True,
+            )
         if run.returncode:
             sys.exit(f"the killed run ended with status {run.returncode}")
         a, b = (load_file(f / "final/model.safetensors") for f in (whole, killed))

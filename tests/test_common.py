@@ -28,32 +28,43 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
     return load_config(cls, stage, ["--config", str(path), *argv])
 
 
-@pytest.mark.parametrize("text, argv, line", [
-    ("tgrpo:\n  lr: fast", [], "some.yaml: tgrpo.lr: expected a number, got 'fast'"),
-    ("tgrpo:\n  lrr: 1", [], "some.yaml: tgrpo.lrr: no such setting; did you mean lr?"),
-    ("max_frame: 3", [], "some.yaml: max_frame: no such setting; did you mean max_frames?"),
-    ("lr: 1e-6", [], "some.yaml: lr: no such setting here; put it into the section 'tgrpo:'"),
-    ("tgrpo:\n  steps: 1.5", [], "tgrpo.steps: expected a whole number, got 1.5"),
-    ("tgrpo:\n  steps: true", [], "tgrpo.steps: expected a whole number, got True"),
-    ("tgrpo:\n  steps: 0", [], "tgrpo.steps: expected at least 1, got 0"),
-    ("tgrpo:\n  lr: nan", [], "tgrpo.lr: expected a number, got 'nan'"),
-    ("tgrpo:\n  temporal_rule: magic", [], "tgrpo.temporal_rule: expected one of margin, paper, released, none, credit, got 'magic'"),
-    ("bf16: maybe", [], "bf16: expected true or false, got 'maybe'"),
-    ("tgrpo: 3", [], "some.yaml: tgrpo: expected a section of settings, got 3"),
-    ("- a\n- b", [], "some.yaml: expected settings 'name: value', got list"),
-    ("a: [", [], "some.yaml: not YAML"),
-    ("tgrpo: []", [], "some.yaml: tgrpo: expected a section of settings, got []"),
-    ("tgrpo:\n  lr: 1\ntgrpo:\n  steps: 2", [], "some.yaml: not YAML: tgrpo stands here twice"),
-    ("seed: 1\nseed: 2", [], "some.yaml: not YAML: seed stands here twice"),
-    ("seed: " + "9" * 5000, [], "some.yaml: not YAML"),
-    ("tgrpo:\n  lr: " + "9" * 400, [], "some.yaml: tgrpo.lr: expected a number, got 999"),
-    ("tgrpo:\n  adam_beta1: 1", [], "tgrpo.adam_beta1: expected at most 0.999999, got 1"),
-    ('prompt: "{problem} {answer}"', [], "prompt: only {problem}, {options} and {hint} may stand in braces: 'answer'"),
-    ('prompt: "{problem} {"', [], "prompt: only {problem}"),
-    ('prompt: "{options}"', [], "prompt: {problem} is missing in '{options}'"),
-    ("", ["--lr", "fast"], "command line: --lr: expected a number, got 'fast'"),
-    ("min_pixels: 90000\nmax_pixels: 800", [], "min_pixels 90000 is larger than max_pixels 800"),
-])
+@pytest.mark.parametrize(
+    "text, argv, line",
+    [
+        ("tgrpo:\n  lr: fast", [], "some.yaml: tgrpo.lr: expected a number, got 'fast'"),
+        ("tgrpo:\n  lrr: 1", [], "some.yaml: tgrpo.lrr: no such setting; did you mean lr?"),
+        ("max_frame: 3", [], "some.yaml: max_frame: no such setting; did you mean max_frames?"),
+        ("lr: 1e-6", [], "some.yaml: lr: no such setting here; put it into the section 'tgrpo:'"),
+        ("tgrpo:\n  steps: 1.5", [], "tgrpo.steps: expected a whole number, got 1.5"),
+        ("tgrpo:\n  steps: true", [], "tgrpo.steps: expected a whole number, got True"),
+        ("tgrpo:\n  steps: 0", [], "tgrpo.steps: expected at least 1, got 0"),
+        ("tgrpo:\n  lr: nan", [], "tgrpo.lr: expected a number, got 'nan'"),
+        (
+            "tgrpo:\n  temporal_rule: magic",
+            [],
+            "tgrpo.temporal_rule: expected one of margin, paper, released, none, credit, got 'magic'",
+        ),
+        ("bf16: maybe", [], "bf16: expected true or false, got 'maybe'"),
+        ("tgrpo: 3", [], "some.yaml: tgrpo: expected a section of settings, got 3"),
+        ("- a\n- b", [], "some.yaml: expected settings 'name: value', got list"),
+        ("a: [", [], "some.yaml: not YAML"),
+        ("tgrpo: []", [], "some.yaml: tgrpo: expected a section of settings, got []"),
+        ("tgrpo:\n  lr: 1\ntgrpo:\n  steps: 2", [], "some.yaml: not YAML: tgrpo stands here twice"),
+        ("seed: 1\nseed: 2", [], "some.yaml: not YAML: seed stands here twice"),
+        ("seed: " + "9" * 5000, [], "some.yaml: not YAML"),
+        ("tgrpo:\n  lr: " + "9" * 400, [], "some.yaml: tgrpo.lr: expected a number, got 999"),
+        ("tgrpo:\n  adam_beta1: 1", [], "tgrpo.adam_beta1: expected at most 0.999999, got 1"),
+        (
+            'prompt: "{problem} {answer}"',
+            [],
+            "prompt: only {problem}, {options} and {hint} may stand in braces: 'answer'",
+        ),
+        ('prompt: "{problem} {"', [], "prompt: only {problem}"),
+        ('prompt: "{options}"', [], "prompt: {problem} is missing in '{options}'"),
+        ("", ["--lr", "fast"], "command line: --lr: expected a number, got 'fast'"),
+        ("min_pixels: 90000\nmax_pixels: 800", [], "min_pixels 90000 is larger than max_pixels 800"),
+    ],
+)
 def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, argv, line):
     """Guards: an unknown or ill-typed setting that is ignored, or found out after the model is loaded."""
     with pytest.raises(common.UserError) as error:
@@ -133,7 +144,7 @@ def test_the_data_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     """Guards: samples lost or seen twice at an epoch's end or after a resume."""
     order = [data.data_index(position, 7, seed=1) for position in range(21)]
     for epoch in range(3):
-        assert sorted(order[7 * epoch:7 * epoch + 7]) == list(range(7))
+        assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
     assert order[:7] != order[7:14]
     cfg = sft.SFTConfig(batch_size=4, steps=5)
     whole = [p for rank in (0, 1) for batch in data.rank_batches(cfg, 0, rank, 2) for p in batch]
@@ -145,13 +156,22 @@ def test_write_atomic_leaves_nothing_else(tmp_path):
     """Guards: temporary files left beside the result, or a result cut short."""
     write_atomic(tmp_path / "a.json", json.dumps([1]))
     write_atomic(tmp_path / "a.json", json.dumps([1, 2]))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == [1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == [
+        1,
+        2,
+    ]
 
 
-@pytest.mark.parametrize("batch, micro, ranks, line", [
-    (8, 1, 3, "batch_size 8 does not divide over 3 processes"), (4, 1, 8, "batch_size 4 does not divide over 8 processes"),
-    (12, 4, 2, "the 6 records of one process do not divide into micro-batches of 4"), (8, 4, 2, None), (4, 16, 2, None),
-])
+@pytest.mark.parametrize(
+    "batch, micro, ranks, line",
+    [
+        (8, 1, 3, "batch_size 8 does not divide over 3 processes"),
+        (4, 1, 8, "batch_size 4 does not divide over 8 processes"),
+        (12, 4, 2, "the 6 records of one process do not divide into micro-batches of 4"),
+        (8, 4, 2, None),
+        (4, 16, 2, None),
+    ],
+)
 def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ranks, line):
     """Guards: silent rounding of the batch, or a rank without prompts that hangs the others."""
     cfg = sft.SFTConfig(batch_size=batch, micro_batch_size=micro)
@@ -162,9 +182,14 @@ def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ran
         common.check_batches(cfg, accelerator)
 
 
-@pytest.mark.parametrize("variable, name", [
-    ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"), ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
-])
+@pytest.mark.parametrize(
+    "variable, name",
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+    ],
+)
 def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch, variable, name):
     """Guards: weights that DeepSpeed has taken apart, in a loop that knows FSDP2 only; a traceback from inside accelerate."""
     monkeypatch.setenv(variable, "true")
@@ -175,12 +200,21 @@ def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch,
 def test_an_accelerate_config_says_nothing_about_training(monkeypatch):
     """Guards: a user's mixed_precision, accumulation steps or torch.compile backend that changes what the stage's config says."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    for variable, value in {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-                            "ACCELERATE_DYNAMO_BACKEND": "inductor", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1",
-                            "FSDP_OFFLOAD_PARAMS": "true"}.items():
+    for variable, value in {
+        "ACCELERATE_MIXED_PRECISION": "fp16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_DYNAMO_BACKEND": "inductor",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "1",
+        "FSDP_OFFLOAD_PARAMS": "true",
+    }.items():
         monkeypatch.setenv(variable, value)
     accelerator = common.make_accelerator(tgrpo.TGRPOConfig())
-    assert accelerator.gradient_accumulation_steps == 1 and accelerator.mixed_precision == "no" and not common.is_sharded(accelerator)
+    assert (
+        accelerator.gradient_accumulation_steps == 1
+        and accelerator.mixed_precision == "no"
+        and not common.is_sharded(accelerator)
+    )
     assert accelerator.state.dynamo_plugin.backend.value == "NO"
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -188,7 +222,9 @@ def test_an_accelerate_config_says_nothing_about_training(monkeypatch):
 def test_ranks_wait_for_hours_before_they_give_up(monkeypatch):
     """Guards: the default of 10 minutes, which a first load, a final save or an unequal evaluation outlasts."""
     given = {}
-    monkeypatch.setattr(common, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(
+        common, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
+    )
     common.make_accelerator(tgrpo.TGRPOConfig())
     (handler,) = given["kwargs_handlers"]
     assert handler.timeout >= timedelta(hours=2)
@@ -225,7 +261,11 @@ def test_a_config_names_one_dtype_in_all_its_parts():
     """Guards: a config.json that says float32 over bfloat16 weights: half the GPU's memory, or a model that is loaded twice as large."""
     config = {"torch_dtype": "float32", "hidden_size": 4, "text_config": {"dtype": "float32"}, "vision_config": {}}
     assert common.with_dtype(config, torch.bfloat16) == {
-        "torch_dtype": "bfloat16", "hidden_size": 4, "text_config": {"dtype": "bfloat16"}, "vision_config": {}}
+        "torch_dtype": "bfloat16",
+        "hidden_size": 4,
+        "text_config": {"dtype": "bfloat16"},
+        "vision_config": {},
+    }
 
 
 def test_only_evaluation_reads_weights_straight_onto_its_device(world, run, monkeypatch):

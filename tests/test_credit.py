@@ -16,7 +16,7 @@ RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answ
 
 def shuffled(x, seed):
     """The prompt with its patches of time in another order (never the given one)."""
-    (T, H, W), = x["video_grid_thw"].tolist()
+    ((T, H, W),) = x["video_grid_thw"].tolist()
     order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
     order = order.roll(1) if torch.equal(order, torch.arange(T)) else order
     return x | {"pixel_values_videos": x["pixel_values_videos"].view(T, H * W, -1)[order].flatten(0, 1)}
@@ -25,13 +25,16 @@ def shuffled(x, seed):
 def groups_of(prompts, completions, shuffle=shuffled):
     """Unscored groups; an image has no shuffles."""
     shuffles = [[shuffle(x, k) for k in range(3)] if "video_grid_thw" in x else [] for x in prompts]
-    return [Group({"ordered": x, "shuffles": s, "record": RECORD}, c, [""] * len(c), []) for x, s, c in zip(prompts, shuffles, completions)]
+    return [
+        Group({"ordered": x, "shuffles": s, "record": RECORD}, c, [""] * len(c), [])
+        for x, s, c in zip(prompts, shuffles, completions)
+    ]
 
 
 def sampled(policy, prompts, G=3):
     torch.manual_seed(0)
     flat = rollout(policy, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
-    return [flat[i:i + G] for i in range(0, len(flat), G)]
+    return [flat[i : i + G] for i in range(0, len(flat), G)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def policy():
 
 def test_credit_equals_the_plain_computation_and_images_have_none(policy):
     """Guards: log-probs of a neighbour's completion or clip, a mean of logs for a log of means, a forgotten temperature."""
-    prompts = naive.mixed_prompts()                       # video, image, video, of different lengths
+    prompts = naive.mixed_prompts()  # video, image, video, of different lengths
     completions = sampled(policy, prompts)
     groups = groups_of(prompts, completions)
     add_credit(policy, groups, TGRPOConfig(**CFG), naive.PAD)
@@ -80,7 +83,7 @@ def test_credit_goes_to_the_answer_that_used_the_order():
     model = naive.tiny_policy()
     model.__class__ = FirstFrame
     x = naive.prompt("video", (2, 2, 2), 3, 1)
-    x["pixel_values_videos"] = torch.tensor([-1.0] * 4 + [1.0] * 4)[:, None].expand(8, 1176)                # dark, then bright
+    x["pixel_values_videos"] = torch.tensor([-1.0] * 4 + [1.0] * 4)[:, None].expand(8, 1176)  # dark, then bright
     (group,) = groups_of([x], [[torch.tensor([10]), torch.tensor([20]), torch.tensor([33])]])
     add_credit(model, [group], TGRPOConfig(**CFG), naive.PAD)
     copied, contrary, blind = group.credit_G.tolist()
@@ -95,7 +98,13 @@ def test_credit_is_not_moved_by_one_wild_shuffle():
 
 def scored(credit, texts, **settings):
     cfg = TGRPOConfig(**CFG | {"length_omega": 0.0} | settings)
-    group = Group({"ordered": None, "record": RECORD}, [torch.tensor([3, 1])] * len(texts), texts, [], credit_G=torch.tensor(credit))
+    group = Group(
+        {"ordered": None, "record": RECORD},
+        [torch.tensor([3, 1])] * len(texts),
+        texts,
+        [],
+        credit_G=torch.tensor(credit),
+    )
     score(group, cfg, [1])
     return group
 
@@ -107,10 +116,12 @@ def test_wrong_answers_earn_no_credit_and_credit_lies_between_0_and_alpha():
     """Guards: pay for order-dependent nonsense; a fine for a right answer; one huge log-ratio that rules the group."""
     group = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
     assert group.terms["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
-    rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])         # accuracy + format + credit; credit's own advantage has no std
+    rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])  # accuracy + format + credit; credit's own advantage has no std
     assert torch.allclose(group.advantages_G, rewards - rewards.mean())
     assert scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5).terms["temporal"].tolist() == [0.5, 0.0]
-    assert group.parts["temporal/credit_wrong"] == 9.0 and group.parts["temporal/credit_correct"] == pytest.approx(1.25 / 3)
+    assert group.parts["temporal/credit_wrong"] == 9.0 and group.parts["temporal/credit_correct"] == pytest.approx(
+        1.25 / 3
+    )
 
 
 def test_the_controls_change_the_aim_and_not_the_amount():
@@ -123,29 +134,49 @@ def test_the_controls_change_the_aim_and_not_the_amount():
         assert dealt[correct].mean().item() == pytest.approx(credit[correct].mean().item(), abs=0.05)
         assert dealt[correct].std().item() == pytest.approx(credit[correct].std().item(), abs=0.05)
         assert abs(torch.corrcoef(torch.stack([dealt[correct], credit[correct]]))[0, 1]) < 0.15
-    assert torch.equal(credit_or_control(credit, correct, "dealt")[correct].sort().values, credit[correct].sort().values)
+    assert torch.equal(
+        credit_or_control(credit, correct, "dealt")[correct].sort().values, credit[correct].sort().values
+    )
     assert torch.equal(credit_or_control(credit, correct, "none"), credit)
 
 
 def test_the_rule_brings_its_own_settings_and_yours_win():
     """Guards: `temporal_rule: credit` alone that divides by the std, or settings that are silently replaced."""
-    chosen = lambda **s: (lambda c: (c.alpha, c.temporal_target, c.advantage_std, c.shuffled_generations))(TGRPOConfig(**s))
+    chosen = lambda **s: (lambda c: (c.alpha, c.temporal_target, c.advantage_std, c.shuffled_generations))(
+        TGRPOConfig(**s)
+    )
     assert chosen() == (0.3, "advantage", "group", 4)
     assert chosen(temporal_rule="credit") == (1.0, "reward", "none", 0)
-    assert chosen(temporal_rule="credit", alpha=0.0, temporal_target="advantage", advantage_std="group", shuffled_generations=2) == \
-        (0.0, "advantage", "group", 2)
+    assert chosen(
+        temporal_rule="credit", alpha=0.0, temporal_target="advantage", advantage_std="group", shuffled_generations=2
+    ) == (0.0, "advantage", "group", 2)
 
 
 def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completion(run, monkeypatch):
     """Guards: shuffled completions sampled for nothing; p̃ missing where it was asked for; a log that a resume writes twice."""
     import tgrpo
+
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
-    settings = dict(temporal_rule="credit", save_rollouts="true", max_new_tokens=8, gradient_checkpointing="true", steps=2, save_every=1)
+    settings = dict(
+        temporal_rule="credit",
+        save_rollouts="true",
+        max_new_tokens=8,
+        gradient_checkpointing="true",
+        steps=2,
+        save_every=1,
+    )
     out = run("tgrpo", "credit", **settings)
     rows, said = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "rollouts.jsonl")
-    assert all("temporal/p_shuffled" not in row and {"reward/temporal", "temporal/credit_correct"} <= row.keys() for row in rows)
-    assert len(said) == 2 * 4 * 8 and {row["frames"] for row in said} == {"ordered"} and {row["step"] for row in said} == {0, 1}
-    assert any("credit" not in row for row in said) and any(row.get("credit") for row in said)        # images have none
+    assert all(
+        "temporal/p_shuffled" not in row and {"reward/temporal", "temporal/credit_correct"} <= row.keys()
+        for row in rows
+    )
+    assert (
+        len(said) == 2 * 4 * 8
+        and {row["frames"] for row in said} == {"ordered"}
+        and {row["step"] for row in said} == {0, 1}
+    )
+    assert any("credit" not in row for row in said) and any(row.get("credit") for row in said)  # images have none
     before = (out / "rollouts.jsonl").read_text()
     (out / "checkpoint-1").rename(out / "kept")
     for folder in ("final", *(p.name for p in out.glob("checkpoint-*"))):
@@ -163,22 +194,35 @@ def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
 
     import ablate
     import toy
+
     launched = []
 
-    def launch(script, *overrides, log=None):             # what a stage would leave, without running it
+    def launch(script, *overrides, log=None):  # what a stage would leave, without running it
         given = dict(zip(overrides[::2], overrides[1::2]))
         launched.append((script, given))
         folder = given["--output_dir"]
         folder.mkdir(parents=True)
         if script != "evaluate.py":
             (folder / "final").mkdir()
-            (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "time/rollout": 1.0, "time/update": 2.0}) + "\n")
-            row = {"step": 0, "frames": "ordered", "problem_id": 1, "text": "the background looks warm", "accuracy": 1.0}
+            (folder / "metrics.jsonl").write_text(
+                json.dumps({"step": 0, "time/rollout": 1.0, "time/update": 2.0}) + "\n"
+            )
+            row = {
+                "step": 0,
+                "frames": "ordered",
+                "problem_id": 1,
+                "text": "the background looks warm",
+                "accuracy": 1.0,
+            }
             (folder / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
             return
         motion = ["the background looks cool", "it moves left"] if "sampled" in folder.name else ["it moves left"] * 2
         failing = folder.parts[-3] == "seed1" and folder.name.startswith("skill")
-        rows = [{"frames": f, "prediction": text, "accuracy": 0.0 if failing else 1.0, "cue": "lies"} for f in ("ordered", "shuffled") for text in motion]
+        rows = [
+            {"frames": f, "prediction": text, "accuracy": 0.0 if failing else 1.0, "cue": "lies"}
+            for f in ("ordered", "shuffled")
+            for text in motion
+        ]
         (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (folder / "summary.json").write_text("{}")
 
@@ -191,12 +235,30 @@ def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "make_world", make_world)
     monkeypatch.setattr(toy, "make_model", lambda folder, *_: folder.mkdir())
     ablate.ablate(tmp_path, seeds=3, jobs=1)
-    arms = [given for script, given in launched if script == "tgrpo.py" and given["--output_dir"].parent.name == "seed0"]
-    chosen = [{k: v for k, v in given.items() if k in ("--temporal_rule", "--temporal_target", "--advantage_std", "--credit_control")} for given in arms]
-    assert chosen == [{"--temporal_rule": "none"}, {"--temporal_rule": "none", "--advantage_std": "none"}, {"--temporal_target": "reward"}, {},
-                      {"--temporal_rule": "credit"}, {"--temporal_rule": "credit", "--credit_control": "dealt"}, {"--temporal_rule": "credit", "--credit_control": "noise"}]
-    assert len({str(given["--model"]) for given in arms}) == 1                # every arm from the same cold start
-    assert sum(script == "sft.py" and given["--output_dir"].parent.name == "seed1" for script, given in launched) == 4          # three tries at the skill
+    arms = [
+        given for script, given in launched if script == "tgrpo.py" and given["--output_dir"].parent.name == "seed0"
+    ]
+    chosen = [
+        {
+            k: v
+            for k, v in given.items()
+            if k in ("--temporal_rule", "--temporal_target", "--advantage_std", "--credit_control")
+        }
+        for given in arms
+    ]
+    assert chosen == [
+        {"--temporal_rule": "none"},
+        {"--temporal_rule": "none", "--advantage_std": "none"},
+        {"--temporal_target": "reward"},
+        {},
+        {"--temporal_rule": "credit"},
+        {"--temporal_rule": "credit", "--credit_control": "dealt"},
+        {"--temporal_rule": "credit", "--credit_control": "noise"},
+    ]
+    assert len({str(given["--model"]) for given in arms}) == 1  # every arm from the same cold start
+    assert (
+        sum(script == "sft.py" and given["--output_dir"].parent.name == "seed1" for script, given in launched) == 4
+    )  # three tries at the skill
     said = capsys.readouterr().out
     assert "Left out: seed 1" in said and "2 seeds" in said and (tmp_path / "ablation.png").exists()
     n = len(launched)

@@ -14,12 +14,22 @@ from PIL import Image
 import data
 from settings import SharedConfig, UserError, read_jsonl
 
-GOOD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem_type": "multiple choice",
-        "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "process": "<think>It does.</think>",
-        "path": "./clip.mp4", "data_source": "test"}
+GOOD = {
+    "problem_id": 1,
+    "problem": "Which way?",
+    "data_type": "video",
+    "problem_type": "multiple choice",
+    "options": ["A. left", "B. right"],
+    "solution": "<answer>B</answer>",
+    "process": "<think>It does.</think>",
+    "path": "./clip.mp4",
+    "data_source": "test",
+}
 
 
-def write_video(path, n_frames, fps=4, size=(56, 56), codec="libx264", options=(("crf", "5"),), brighter=20, **container_options):
+def write_video(
+    path, n_frames, fps=4, size=(56, 56), codec="libx264", options=(("crf", "5"),), brighter=20, **container_options
+):
     """Frame i is a grey of brightness 10 + 20 i, so that a read frame tells its number."""
     with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options))
@@ -50,32 +60,43 @@ def numbers(frames):
 # --------------------------------------------------------------------------------------------------- records
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"problem_type": "maths"}, "problem_type: expected one of"),
-    ({"data_type": "audio"}, "data_type: expected one of video, image, frame, got 'audio'"),
-    ({"options": []}, "options: a multiple choice question without options"),
-    ({"options": None}, "options: a multiple choice question without options"),
-    ({"options": "A. left"}, "options: expected a list"),
-    ({"solution": "<answer>C</answer>"}, "solution:"),
-    ({"solution": "<answer>B"}, "solution:"), ({"solution": True}, "solution: expected"), ({"solution": ["B"]}, "solution: expected"), ({"solution": 2}, "solution:"),
-    ({"solution": float("nan"), "problem_type": "regression"}, "solution:"),
-    ({"start": 4, "end": 2}, "start, end: 4 is after 2"), ({"start": 4}, "start, end: expected two numbers"), ({"start": "1", "end": "2"}, "start, end: expected two"),
-    ({"start": float("nan"), "end": 2}, "start, end: expected two"), ({"data_type": "frame", "fps": 0}, "fps: expected"), ({"data_type": "frame", "fps": "3"}, "fps: expected"),
-    ({"problem": " <video>\n"}, "problem: missing"), ({"image_path": 7}, "image_path: expected text"),
-    ({"solution": "<answer>seven</answer>", "problem_type": "numerical"}, "solution:"),
-    ({"path": "../../secret.mp4"}, "path: leaves the data root"),
-    ({"path": "/etc/passwd"}, "path: leaves the data root"),
-    ({"path": ""}, "path: missing"),
-    ({"path": 7}, "path: expected text, got 7"),
-    ({"problem": None}, "problem: missing"),
-    ({"process": " "}, "process: missing"),
-    ({"problem_id": [1]}, "problem_id: expected text"),
-    ({"problem": "What is <|video_pad|> for?"}, "problem: holds <|video_pad|>"),
-    ({"options": ["A. <|im_end|>", "B. right"]}, "options: holds <|im_end|>"),
-    ({"process": "<think><|image_pad|></think>"}, "process: holds <|image_pad|>"),
-    ({"problem": "half \ud800"}, "problem: half of a surrogate pair"),
-    ({"image_path": "../secret.png"}, "path: leaves the data root"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"problem_type": "maths"}, "problem_type: expected one of"),
+        ({"data_type": "audio"}, "data_type: expected one of video, image, frame, got 'audio'"),
+        ({"options": []}, "options: a multiple choice question without options"),
+        ({"options": None}, "options: a multiple choice question without options"),
+        ({"options": "A. left"}, "options: expected a list"),
+        ({"solution": "<answer>C</answer>"}, "solution:"),
+        ({"solution": "<answer>B"}, "solution:"),
+        ({"solution": True}, "solution: expected"),
+        ({"solution": ["B"]}, "solution: expected"),
+        ({"solution": 2}, "solution:"),
+        ({"solution": float("nan"), "problem_type": "regression"}, "solution:"),
+        ({"start": 4, "end": 2}, "start, end: 4 is after 2"),
+        ({"start": 4}, "start, end: expected two numbers"),
+        ({"start": "1", "end": "2"}, "start, end: expected two"),
+        ({"start": float("nan"), "end": 2}, "start, end: expected two"),
+        ({"data_type": "frame", "fps": 0}, "fps: expected"),
+        ({"data_type": "frame", "fps": "3"}, "fps: expected"),
+        ({"problem": " <video>\n"}, "problem: missing"),
+        ({"image_path": 7}, "image_path: expected text"),
+        ({"solution": "<answer>seven</answer>", "problem_type": "numerical"}, "solution:"),
+        ({"path": "../../secret.mp4"}, "path: leaves the data root"),
+        ({"path": "/etc/passwd"}, "path: leaves the data root"),
+        ({"path": ""}, "path: missing"),
+        ({"path": 7}, "path: expected text, got 7"),
+        ({"problem": None}, "problem: missing"),
+        ({"process": " "}, "process: missing"),
+        ({"problem_id": [1]}, "problem_id: expected text"),
+        ({"problem": "What is <|video_pad|> for?"}, "problem: holds <|video_pad|>"),
+        ({"options": ["A. <|im_end|>", "B. right"]}, "options: holds <|im_end|>"),
+        ({"process": "<think><|image_pad|></think>"}, "process: holds <|image_pad|>"),
+        ({"problem": "half \ud800"}, "problem: half of a surrogate pair"),
+        ({"image_path": "../secret.png"}, "path: leaves the data root"),
+    ],
+)
 def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
     """Guards: a bad record that is scored 0, or trained on, instead of being an error before anything starts."""
     file = tmp_path / "records.json"
@@ -95,13 +116,24 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
     assert [f"row {i + 1}:" in str(error.value) for i in range(30)] == [i % 3 == 0 for i in range(30)]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "no records"), ("[]", "no records"), ("   \n", "no records"), ("{", "line 1: not JSON"), ("[1, 2", "not JSON"), ("\ufeff[]", "no records"),
-    ('{"problem_id": 1}\n{"a"', "line 2: not JSON"), ("[" + "9" * 5000 + "]", "not JSON"), ("[" * 100_000, "not JSON"), ("[3]", "row 1: expected a record, got 3"),
-    ('{"train": [{"problem_id": 1}], "test": []}', "one JSON object with the list of records under 'train'"),
-    ('{\n "data": [\n  {"problem_id": 1}\n ]\n}', "one JSON object with the list of records under 'data'"),
-    ('{\n "problem_id": 1\n}', "one JSON object over several lines"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no records"),
+        ("[]", "no records"),
+        ("   \n", "no records"),
+        ("{", "line 1: not JSON"),
+        ("[1, 2", "not JSON"),
+        ("\ufeff[]", "no records"),
+        ('{"problem_id": 1}\n{"a"', "line 2: not JSON"),
+        ("[" + "9" * 5000 + "]", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[3]", "row 1: expected a record, got 3"),
+        ('{"train": [{"problem_id": 1}], "test": []}', "one JSON object with the list of records under 'train'"),
+        ('{\n "data": [\n  {"problem_id": 1}\n ]\n}', "one JSON object with the list of records under 'data'"),
+        ('{\n "problem_id": 1\n}', "one JSON object over several lines"),
+    ],
+)
 def test_broken_record_files_are_one_clear_error(tmp_path, text, message):
     """Guards: a traceback, a message that does not fit, or a training run over no data at all."""
     file = tmp_path / "records.json"
@@ -115,7 +147,11 @@ def test_json_and_jsonl_are_the_same_and_unknown_keys_are_kept(tmp_path):
     rows = [GOOD | {"problem_id": i, "mine": [i], "fps": "25"} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
-    assert data.load_records(tmp_path / "a.json", tmp_path) == data.load_records(tmp_path / "a.jsonl", tmp_path) == (rows, {})
+    assert (
+        data.load_records(tmp_path / "a.json", tmp_path)
+        == data.load_records(tmp_path / "a.jsonl", tmp_path)
+        == (rows, {})
+    )
 
 
 def test_a_few_bad_rows_are_left_out_and_named(tmp_path):
@@ -134,7 +170,11 @@ def test_a_few_bad_rows_are_left_out_and_named(tmp_path):
 
 def test_bare_solutions_get_their_tags(tmp_path):
     """Guards: an SFT target without answer tags, or a row refused because its solution is 3, "3" or "B"."""
-    rows = [GOOD | {"solution": "B"}, GOOD | {"solution": 3, "problem_type": "numerical"}, GOOD | {"solution": " 2.5 ", "problem_type": "regression"}]
+    rows = [
+        GOOD | {"solution": "B"},
+        GOOD | {"solution": 3, "problem_type": "numerical"},
+        GOOD | {"solution": " 2.5 ", "problem_type": "regression"},
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     records, _ = data.load_records(tmp_path / "a.json", tmp_path)
     assert [r["solution"] for r in records] == ["<answer>B</answer>", "<answer>3</answer>", "<answer>2.5</answer>"]
@@ -146,7 +186,16 @@ def test_check_writes_the_rows_that_can_be_used(tmp_path, monkeypatch, capsys):
     rows = [GOOD | {"solution": "B", "mine": 1}, GOOD | {"path": "gone.mp4"}, GOOD | {"solution": "Z"}, GOOD]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     out = tmp_path / "readable.json"
-    arguments = ["--records", tmp_path / "a.json", "--data_root", tmp_path, "--num_workers", "0", "--max_unreadable", "0.01"]
+    arguments = [
+        "--records",
+        tmp_path / "a.json",
+        "--data_root",
+        tmp_path,
+        "--num_workers",
+        "0",
+        "--max_unreadable",
+        "0.01",
+    ]
     monkeypatch.setattr("sys.argv", ["data.py", "--check", "--out", str(out), *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
         data.main()
@@ -201,17 +250,19 @@ def bad_file(kind, path):
         path.write_text("this is no video " * 50)
     elif kind == "audio-only":
         write_audio(path)
-    elif kind == "index cut off":                         # the index stands at the end of an mp4
+    elif kind == "index cut off":  # the index stands at the end of an mp4
         write_video(path, 40)
         path.write_bytes(path.read_bytes()[:-700])
-    elif kind == "frames cut off":                        # here it stands at the beginning, the frames are gone
+    elif kind == "frames cut off":  # here it stands at the beginning, the frames are gone
         write_video(path, 40, movflags="faststart")
         path.write_bytes(path.read_bytes()[:-600])
     elif kind == "folder":
         path.mkdir()
 
 
-@pytest.mark.parametrize("kind", ["zero-byte", "text", "audio-only", "index cut off", "frames cut off", "folder", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["zero-byte", "text", "audio-only", "index cut off", "frames cut off", "folder", "missing"]
+)
 @pytest.mark.parametrize("data_type", ["video", "image", "frame"])
 def test_unreadable_media_are_named_and_nothing_else_is_shown(tmp_path, kind, data_type):
     """Guards: another clip in place of the unreadable one, while question and answer stay."""
@@ -232,10 +283,20 @@ def test_frames_are_uniform_and_their_times_true(tmp_path, total, expected):
     assert metadata.fps == pytest.approx(5) and metadata.total_num_frames == total
 
 
-@pytest.mark.parametrize("name, codec, options", [
-    ("a.mp4", "libx264", {"g": "12"}), ("a.mkv", "libx264", {"g": "12"}), ("a.webm", "libvpx-vp9", {"g": "12"}),
-    ("a.mp4", "mpeg4", {"g": "12", "bf": "2"}), ("a.avi", "libx264", {"g": "12"}), ("a.avi", "mpeg4", {"g": "12", "bf": "2"}),
-    ("a.ts", "libx264", {"g": "12"}), ("a.mpg", "mpeg2video", {}), ("a.wmv", "wmv2", {"g": "12"})])
+@pytest.mark.parametrize(
+    "name, codec, options",
+    [
+        ("a.mp4", "libx264", {"g": "12"}),
+        ("a.mkv", "libx264", {"g": "12"}),
+        ("a.webm", "libvpx-vp9", {"g": "12"}),
+        ("a.mp4", "mpeg4", {"g": "12", "bf": "2"}),
+        ("a.avi", "libx264", {"g": "12"}),
+        ("a.avi", "mpeg4", {"g": "12", "bf": "2"}),
+        ("a.ts", "libx264", {"g": "12"}),
+        ("a.mpg", "mpeg2video", {}),
+        ("a.wmv", "wmv2", {"g": "12"}),
+    ],
+)
 def test_the_frames_asked_for_are_the_frames_shown(tmp_path, name, codec, options):
     """Guards: a decoder that lands on a neighbour after seeking, in silence: in an avi all frames can then be the first."""
     write_video(tmp_path / name, 48, fps=25, size=(128, 96), codec=codec, options=options, brighter=5)
@@ -258,7 +319,7 @@ def test_a_picture_is_read_upright(tmp_path):
     """Guards: a phone's photo lying on its side, with left and right swapped for up and down."""
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
-    exif[0x0112] = 6                                      # turn by 90 degrees to see it upright
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
     image.save(tmp_path / "clip.mp4", format="jpeg", exif=exif)
     assert data.load_media(GOOD | {"data_type": "image"}, config(tmp_path))[0].size == (40, 60)
 
@@ -286,7 +347,7 @@ def test_shuffling_is_a_permutation_and_never_the_identity(unit, n):
         padded = list(range(n)) + [n - 1] * (unit == "patch" and n % 2)
         assert sorted(order) == padded and order != padded
         seen.add(tuple(order))
-        if unit == "patch":                                              # the motion inside a pair stays
+        if unit == "patch":  # the motion inside a pair stays
             pairs = set(zip(order[::2], order[1::2]))
             assert pairs == set(zip(padded[::2], padded[1::2]))
     assert not seen or len(seen) >= {2: 1, 3: 5, 4: 20}.get(n if unit == "frame" else (n + 1) // 2, 20)
@@ -310,9 +371,12 @@ def test_the_rendered_prompt_exactly():
     assert content[0] == {"type": "video"}
     assert content[1]["text"] == (
         "Which way?\nA. left\nB. right\n\nLook at the frames and think it through step by step between <think> and </think>. "
-        "Then state the result between <answer> and </answer>. The result is the letter of one option.")
-    assert data.messages(GOOD, SharedConfig(prompt="{problem} {hint}"))[0]["content"][1]["text"] == \
-        "Which way? The result is the letter of one option."
+        "Then state the result between <answer> and </answer>. The result is the letter of one option."
+    )
+    assert (
+        data.messages(GOOD, SharedConfig(prompt="{problem} {hint}"))[0]["content"][1]["text"]
+        == "Which way? The result is the letter of one option."
+    )
     bare = GOOD | {"problem": "<video>\nWhich <image> way?", "options": ["left", "right"]}
     assert data.messages(bare, cfg)[0]["content"][1]["text"].startswith("Which way?\nA. left\nB. right\n\n")
     braces = data.messages(GOOD | {"problem": "What is {x} or {0}?"}, cfg)[0]["content"][1]["text"]
@@ -321,10 +385,20 @@ def test_the_rendered_prompt_exactly():
 
 def test_collators_pad_on_the_right_side():
     """Guards: left padding in training, right padding in sampling, pixels out of their prompts' order."""
-    a = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2), "mm_token_type_ids": torch.tensor([[0, 2]]),
-         "pixel_values_videos": torch.full((1, 3), 1.0), "video_grid_thw": torch.tensor([[1, 1, 1]])}
-    b = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3), "mm_token_type_ids": torch.tensor([[0, 1, 0]]),
-         "pixel_values": torch.full((1, 3), 2.0), "image_grid_thw": torch.tensor([[1, 1, 1]])}
+    a = {
+        "input_ids": torch.tensor([[5, 6]]),
+        "attention_mask": torch.ones(1, 2),
+        "mm_token_type_ids": torch.tensor([[0, 2]]),
+        "pixel_values_videos": torch.full((1, 3), 1.0),
+        "video_grid_thw": torch.tensor([[1, 1, 1]]),
+    }
+    b = {
+        "input_ids": torch.tensor([[7, 8, 9]]),
+        "attention_mask": torch.ones(1, 3),
+        "mm_token_type_ids": torch.tensor([[0, 1, 0]]),
+        "pixel_values": torch.full((1, 3), 2.0),
+        "image_grid_thw": torch.tensor([[1, 1, 1]]),
+    }
     c = a | {"pixel_values_videos": torch.full((1, 3), 3.0)}
     batch = data.collate_prompts([a, b, c], 0)
     assert batch["input_ids"].tolist() == [[0, 5, 6], [7, 8, 9], [0, 5, 6]]

@@ -56,9 +56,29 @@ def six(tmp_path_factory):
 
 
 def command(world, root, output, *launcher):
-    return [str(x) for x in (
-        *(launcher or [sys.executable]), "evaluate.py", "--config", "configs/toy.yaml", "--model", world / "base", "--benchmarks", *NAMES,
-        "--root", root, "--output_dir", output, "--batch_size", 2, "--max_new_tokens", 8, "--num_workers", 0)]
+    return [
+        str(x)
+        for x in (
+            *(launcher or [sys.executable]),
+            "evaluate.py",
+            "--config",
+            "configs/toy.yaml",
+            "--model",
+            world / "base",
+            "--benchmarks",
+            *NAMES,
+            "--root",
+            root,
+            "--output_dir",
+            output,
+            "--batch_size",
+            2,
+            "--max_new_tokens",
+            8,
+            "--num_workers",
+            0,
+        )
+    ]
 
 
 def finish(arguments):
@@ -89,38 +109,83 @@ def test_six_benchmarks_in_one_command(whole, six):
     assert len(records) == 20
     for order in ("ordered", "shuffled"):
         assert [r["id"] for r in rows if r["frames"] == order] == [r["id"] for r in records]
-    assert {"benchmark", "id", "prediction", "solution", "problem_type", "options", "task", "settings"} <= set.intersection(*map(set, rows))
+    assert {
+        "benchmark",
+        "id",
+        "prediction",
+        "solution",
+        "problem_type",
+        "options",
+        "task",
+        "settings",
+    } <= set.intersection(*map(set, rows))
     assert all(r["settings"] == summary["settings"] for r in rows)
-    assert {"model", "max_frames", "max_pixels", "prompt", "temperature", "max_new_tokens", "seed", "clip_segments"} <= summary["settings"].keys()
+    assert {
+        "model",
+        "max_frames",
+        "max_pixels",
+        "prompt",
+        "temperature",
+        "max_new_tokens",
+        "seed",
+        "clip_segments",
+    } <= summary["settings"].keys()
     assert {name: summary[name]["n"] for name in NAMES} == {
-        "vsibench": 2, "videommmu": 4, "mvbench": 3, "tempcompass": 5, "mmvu": 1, "videomme": 2}
-    assert summary["mmvu"]["unscored"] == ["validation_1"] and "delta_knowledge" in summary["videommmu"] and summary["mvbench"]["clipped"] == 2
+        "vsibench": 2,
+        "videommmu": 4,
+        "mvbench": 3,
+        "tempcompass": 5,
+        "mmvu": 1,
+        "videomme": 2,
+    }
+    assert (
+        summary["mmvu"]["unscored"] == ["validation_1"]
+        and "delta_knowledge" in summary["videommmu"]
+        and summary["mvbench"]["clipped"] == 2
+    )
     for name in NAMES:
-        assert {"score", "se", "n", "answered", "unparsed", "by_task", "shuffled", "gap"} <= summary[name].keys() and f"\n{name} " in said
+        assert {"score", "se", "n", "answered", "unparsed", "by_task", "shuffled", "gap"} <= summary[
+            name
+        ].keys() and f"\n{name} " in said
     assert "(published" in said and "95 % interval" in said
-    assert "20/20 [" in progress.replace(".0/", "/").replace(".0 ", " ") and "question/s" in progress and "<" in progress.split("question/s")[0]
+    assert (
+        "20/20 [" in progress.replace(".0/", "/").replace(".0 ", " ")
+        and "question/s" in progress
+        and "<" in progress.split("question/s")[0]
+    )
 
 
 def test_two_processes_a_kill_and_a_restart_change_no_byte(world, six, whole, tmp_path):
     """Guards: questions answered twice or by nobody when shared out; a restart that averages only what is new."""
-    finish([*command(world, six, tmp_path / "two", *TORCHRUN), "--fsdp", "full_shard"])   # as in configs/7b.yaml: no weights are sharded
+    finish(
+        [*command(world, six, tmp_path / "two", *TORCHRUN), "--fsdp", "full_shard"]
+    )  # as in configs/7b.yaml: no weights are sharded
     assert files(tmp_path / "two") == files(whole[0])
     killed = tmp_path / "killed"
-    run = subprocess.Popen(command(world, six, killed, *TORCHRUN), cwd=ROOT, env=QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        command(world, six, killed, *TORCHRUN),
+        cwd=ROOT,
+        env=QUIET,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     answered = lambda: sum(len(read_jsonl(p)) for p in killed.glob("predictions.?.jsonl"))
     while not answered():
         assert run.poll() is None
         time.sleep(0.005)
-    for pid in (run.pid, *map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())):      # the launcher first
+    for pid in (
+        run.pid,
+        *map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()),
+    ):  # the launcher first
         os.kill(pid, signal.SIGKILL)
     run.wait()
     before = answered()
     assert 0 < before < 40 and not (killed / "summary.json").exists()
-    with open(next(killed.glob("predictions.?.jsonl")), "a") as file:        # a line the kill cut short
+    with open(next(killed.glob("predictions.?.jsonl")), "a") as file:  # a line the kill cut short
         file.write('{"benchmark": "vsi')
-    _, progress = finish(command(world, six, killed))     # one process goes on where two were
+    _, progress = finish(command(world, six, killed))  # one process goes on where two were
     assert files(killed) == files(whole[0])
-    assert "20/20 [" not in progress.replace(".0/", "/").replace(".0 ", " ")              # and only with what was missing
+    assert "20/20 [" not in progress.replace(".0/", "/").replace(".0 ", " ")  # and only with what was missing
 
 
 def test_missing_media_are_listed_counted_and_asked_once_they_are_there(world, tmp_path, run, capsys):
@@ -130,13 +195,19 @@ def test_missing_media_are_listed_counted_and_asked_once_they_are_there(world, t
     again = lambda: run("evaluate", benchmarks="videomme", root=root, batch_size=2)
     summary = json.loads((again() / "summary.json").read_text())
     said = capsys.readouterr().out
-    assert "1 of 2 questions cannot be asked; these files are missing:\nvideomme/data/yt1.mp4\n" in said and "1 unusable, not in n" in said
+    assert (
+        "1 of 2 questions cannot be asked; these files are missing:\nvideomme/data/yt1.mp4\n" in said
+        and "1 unusable, not in n" in said
+    )
     assert (summary["videomme"]["n"], summary["videomme"]["unusable"]) == (1, ["001-1"])
     (tmp_path / "yt1.mp4").rename(root / "videomme/data/yt1.mp4")
     out = again()
     summary = json.loads((out / "summary.json").read_text())
-    assert (summary["videomme"]["n"], summary["videomme"]["unusable"]) == (2, []) and "cannot be asked" not in capsys.readouterr().out
-    write(root / "videomme/test.jsonl", VIDEOMME[::-1])   # the same settings, other questions
+    assert (summary["videomme"]["n"], summary["videomme"]["unusable"]) == (
+        2,
+        [],
+    ) and "cannot be asked" not in capsys.readouterr().out
+    write(root / "videomme/test.jsonl", VIDEOMME[::-1])  # the same settings, other questions
     with pytest.raises(UserError, match="answers to other questions"):
         again()
     for text in ('{"benchmark": "mine", "id": 1}\n', "{nope\n", "3\n"):
@@ -155,21 +226,34 @@ def test_records_that_no_rule_can_score_are_refused_before_answering(run, world,
 def test_what_the_model_sees_of_clipped_frame_folder_and_question_image(six, world):
     """Guards: the whole video shown for its part; stills without their 3 fps; the question's image sampled away."""
     see = lambda record, **values: data.load_media(record, SharedConfig(data_root=str(six), **values))
-    sequence, _, stills = load_benchmark("mvbench", six)                     # 1.5 to 9 s of 12 frames, one per second
+    sequence, _, stills = load_benchmark("mvbench", six)  # 1.5 to 9 s of 12 frames, one per second
     frames, times = see(sequence, max_frames=4)
-    assert numbers(frames) == [2, 4, 6, 8]                                   # on display at 2.44, 4.31, 6.19 and 8.06 s
+    assert numbers(frames) == [2, 4, 6, 8]  # on display at 2.44, 4.31, 6.19 and 8.06 s
     assert times.sampled_fps == pytest.approx(4 / 7.5)
     assert numbers(see(load_benchmark("mvbench", six, clip_segments=False)[0], max_frames=4)[0]) == [1, 4, 7, 10]
     frames, times = see(stills, max_frames=16)
-    assert numbers(frames) == list(range(12)) and times.sampled_fps == 3     # 0 to 4 s at 3 per second: the first twelve stills
+    assert (
+        numbers(frames) == list(range(12)) and times.sampled_fps == 3
+    )  # 0 to 4 s at 3 per second: the first twelve stills
     adaptation = next(r for r in load_benchmark("videommmu", six) if r["task"] == "Adaptation")
-    assert numbers(see(adaptation, max_frames=3)[0]) == [2, 6, 11]           # the last frame is the question's image
+    assert numbers(see(adaptation, max_frames=3)[0]) == [2, 6, 11]  # the last frame is the question's image
     Image.new("RGB", (200, 100), (250, 0, 0)).save(six / "image.png")
     frames, times = see({**adaptation, "image_path": "image.png"} | {"last_frame": False}, max_frames=4)
-    assert len(frames) == 4 and frames[-1, 28, 28].tolist() == [250, 0, 0] and times.frames_indices == sorted(times.frames_indices)
-    cfg = SharedConfig(model=str(world / "base"), data_root=str(six), max_frames=4, prompt="{problem}", min_pixels=784, max_pixels=3136)
-    orders = [data.Samples([{**adaptation, "id": i} for i in range(6)], common.load_processor(cfg), cfg, ("shuffled",), shuffle=False)[i]["frame_order"] for i in range(6)]
-    assert all(order[-1] == 3 and order[:3] != [0, 1, 2] for order in orders)                # shuffling leaves it at the end
+    assert (
+        len(frames) == 4
+        and frames[-1, 28, 28].tolist() == [250, 0, 0]
+        and times.frames_indices == sorted(times.frames_indices)
+    )
+    cfg = SharedConfig(
+        model=str(world / "base"), data_root=str(six), max_frames=4, prompt="{problem}", min_pixels=784, max_pixels=3136
+    )
+    orders = [
+        data.Samples(
+            [{**adaptation, "id": i} for i in range(6)], common.load_processor(cfg), cfg, ("shuffled",), shuffle=False
+        )[i]["frame_order"]
+        for i in range(6)
+    ]
+    assert all(order[-1] == 3 and order[:3] != [0, 1, 2] for order in orders)  # shuffling leaves it at the end
 
 
 # -------------------------------------------------------------------------------------------------- the temporal gap
@@ -177,22 +261,39 @@ def test_what_the_model_sees_of_clipped_frame_folder_and_question_image(six, wor
 
 def both_orders(benchmark, marks, **extra):
     """Rows of {(task, clip): (right in order, right shuffled)}, one a question, letters: B is right."""
-    return [row(benchmark, "B" if right else "A", "B", task=task, row_id=f"{task}/{i}", path=clip, frames=order, **extra)
-            for i, ((task, clip), pair) in enumerate(marks.items()) for order, right in zip(("ordered", "shuffled"), pair)]
+    return [
+        row(benchmark, "B" if right else "A", "B", task=task, row_id=f"{task}/{i}", path=clip, frames=order, **extra)
+        for i, ((task, clip), pair) in enumerate(marks.items())
+        for order, right in zip(("ordered", "shuffled"), pair)
+    ]
 
 
 def test_gap_by_hand():
     """Guards: p and p̃ over different questions; open answers judged by ROUGE and stills without time inside the gap."""
-    rows = both_orders("mvbench", {("order", "a"): (1, 0), ("order", "b"): (1, 0), ("colour", "c"): (1, 1), ("colour", "d"): (0, 0)})
-    rows += [row("mvbench", "A", "B", task="order", row_id="alone", frames="ordered")]       # shown in order only: not in the pair
+    rows = both_orders(
+        "mvbench", {("order", "a"): (1, 0), ("order", "b"): (1, 0), ("colour", "c"): (1, 1), ("colour", "d"): (0, 0)}
+    )
+    rows += [
+        row("mvbench", "A", "B", task="order", row_id="alone", frames="ordered")
+    ]  # shown in order only: not in the pair
     part = summarise(rows)["mvbench"]
     assert (part["score"], part["n"], part["shuffled"]["score"], part["frames"]) == (60, 5, 25, "ordered")
     gap = part["gap"]
     assert (gap["p"], gap["p_shuffled"], gap["gap"], gap["n"], gap["clips"]) == (75, 25, 50, 4, 4)
     assert gap["low"] == 0 and gap["high"] == 100
-    assert gap["by_task"]["order"] == {"p": 100, "p_shuffled": 0, "gap": 100, "low": 100, "high": 100, "n": 2, "clips": 2}
+    assert gap["by_task"]["order"] == {
+        "p": 100,
+        "p_shuffled": 0,
+        "gap": 100,
+        "low": 100,
+        "high": 100,
+        "n": 2,
+        "clips": 2,
+    }
     assert gap["by_task"]["colour"]["gap"] == 0
-    open_ended = [row("mmvu", "heat", "heat", "free-form", "Physics", "o", frames=order) for order in ("ordered", "shuffled")]
+    open_ended = [
+        row("mmvu", "heat", "heat", "free-form", "Physics", "o", frames=order) for order in ("ordered", "shuffled")
+    ]
     stills = both_orders("videommmu", {("question_only", "q"): (1, 0)})
     summary = summarise(open_ended + stills)
     assert summary["mmvu"]["gap"] is None and summary["videommmu"]["gap"] is None
@@ -204,7 +305,7 @@ def test_interval_is_paired_and_by_clip():
     differences = rng.choice([-1.0, 0.0, 0.0, 1.0], size=400)
     alone = bootstrap(differences, range(400))
     assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * differences.std() / 20, rel=0.08)
-    fours = bootstrap(np.repeat(differences, 4), np.repeat(np.arange(400), 4))               # four questions say the same of a clip
+    fours = bootstrap(np.repeat(differences, 4), np.repeat(np.arange(400), 4))  # four questions say the same of a clip
     assert fours["high"] - fours["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.08)
     assert alone["low"] < alone["gap"] < alone["high"] and bootstrap(differences, range(400)) == alone
 
@@ -230,8 +331,10 @@ def test_scoring_loads_no_torch(tmp_path):
     """Guards: a minute of imports before a second of work."""
     file = tmp_path / "predictions.jsonl"
     write(file, [row("mvbench", "<think>x</think><answer>B</answer>", "B", row_id=i) for i in range(3000)])
-    program = (f"import sys, evaluate; sys.argv = ['evaluate.py', '--score', {str(file)!r}]; evaluate.main(); "
-               "heavy = {'torch', 'transformers', 'decord', 'PIL', 'accelerate'} & set(sys.modules); assert not heavy, heavy")
+    program = (
+        f"import sys, evaluate; sys.argv = ['evaluate.py', '--score', {str(file)!r}]; evaluate.main(); "
+        "heavy = {'torch', 'transformers', 'decord', 'PIL', 'accelerate'} & set(sys.modules); assert not heavy, heavy"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -240,11 +343,20 @@ def test_scoring_loads_no_torch(tmp_path):
 
 def test_bare_answers_joined_with_the_official_files(six, tmp_path, monkeypatch, capsys):
     """Guards: a join by position; scores that differ from those of rows which carry their truth."""
-    full = [{**r, "prediction": r["solution"] if i % 2 else "A"} for name in NAMES for i, r in enumerate(load_benchmark(name, six))]
+    full = [
+        {**r, "prediction": r["solution"] if i % 2 else "A"}
+        for name in NAMES
+        for i, r in enumerate(load_benchmark(name, six))
+    ]
     bare = [{k: r[k] for k in ("benchmark", "id", "prediction")} for r in reversed(full)]
     for name, rows in (("full", full), ("bare", bare)):
         write(tmp_path / name / "predictions.jsonl", rows)
-        score(monkeypatch, "--score", tmp_path / name / "predictions.jsonl", *(["--annotations", six] if name == "bare" else []))
+        score(
+            monkeypatch,
+            "--score",
+            tmp_path / name / "predictions.jsonl",
+            *(["--annotations", six] if name == "bare" else []),
+        )
     a, b = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("full", "bare"))
     assert a == {**b, "mmvu": a["mmvu"]} and len(a) == 6 and capsys.readouterr().out.count("(published") == 2
     joined = [{**r, "solution": "", "options": None} for r in full]
@@ -256,31 +368,56 @@ def test_bare_answers_joined_with_the_official_files(six, tmp_path, monkeypatch,
 GOOD = row("mvbench", "B", "B", row_id="x")
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "no records in this file"), (b"\xe9\xff\n", "not UTF-8"), ('{"a": 1}\n{nope\n', "line 2: not JSON"), ("[" * 100_000, "not JSON"),
-    ([GOOD, GOOD], "row 2: mvbench 'x' again, it stood in row 1"), ([3, None, ["x"], "y"], "4 of 4 predictions are bad"),
-    ([{**GOOD, "benchmark": ["a"]}], "benchmark: expected text"), ([{**GOOD, "task": 3}], "task: expected text, got 3"),
-    ([{**GOOD, "task": {"a": 1}}], "task: expected text"), ([{**GOOD, "prediction": {"a": 1}}], "prediction: expected text"),
-    ([{**GOOD, "options": 5}], "options: expected a list"), ([{**GOOD, "frames": "sideways"}], "frames: expected one of ordered, shuffled"),
-    ([{**GOOD, "problem_type": "maths"}], "no problem type 'maths'"), ([{**GOOD, "solution": 4}], "solution: expected text"),
-    ([{"benchmark": "mvbench", "id": 1, "prediction": "B"}], "join the official files with --annotations"),
-    ([{k: v for k, v in GOOD.items() if k != "id"}], "id: missing"), ([{**GOOD, "path": 7}], "path: expected text"),
-    ([{**GOOD, "frames": "ordered"}, {**GOOD, "frames": "shuffled"}, {**GOOD, "frames": "shuffled"}], "row 3: mvbench 'x' again")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no records in this file"),
+        (b"\xe9\xff\n", "not UTF-8"),
+        ('{"a": 1}\n{nope\n', "line 2: not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ([GOOD, GOOD], "row 2: mvbench 'x' again, it stood in row 1"),
+        ([3, None, ["x"], "y"], "4 of 4 predictions are bad"),
+        ([{**GOOD, "benchmark": ["a"]}], "benchmark: expected text"),
+        ([{**GOOD, "task": 3}], "task: expected text, got 3"),
+        ([{**GOOD, "task": {"a": 1}}], "task: expected text"),
+        ([{**GOOD, "prediction": {"a": 1}}], "prediction: expected text"),
+        ([{**GOOD, "options": 5}], "options: expected a list"),
+        ([{**GOOD, "frames": "sideways"}], "frames: expected one of ordered, shuffled"),
+        ([{**GOOD, "problem_type": "maths"}], "no problem type 'maths'"),
+        ([{**GOOD, "solution": 4}], "solution: expected text"),
+        ([{"benchmark": "mvbench", "id": 1, "prediction": "B"}], "join the official files with --annotations"),
+        ([{k: v for k, v in GOOD.items() if k != "id"}], "id: missing"),
+        ([{**GOOD, "path": 7}], "path: expected text"),
+        (
+            [{**GOOD, "frames": "ordered"}, {**GOOD, "frames": "shuffled"}, {**GOOD, "frames": "shuffled"}],
+            "row 3: mvbench 'x' again",
+        ),
+    ],
+)
 def test_odd_prediction_files_are_one_clear_error(tmp_path, monkeypatch, content, message):
     """Guards: a traceback; a row that is dropped or counted twice without a word; row numbers that are not the file's."""
     file = tmp_path / "predictions.jsonl"
-    file.write_bytes(content if isinstance(content, bytes) else (
-        content if isinstance(content, str) else "".join(json.dumps(r) + "\n" for r in content)).encode())
+    file.write_bytes(
+        content
+        if isinstance(content, bytes)
+        else (content if isinstance(content, str) else "".join(json.dumps(r) + "\n" for r in content)).encode()
+    )
     with pytest.raises(UserError) as error:
         score(monkeypatch, "--score", file)
     assert message in str(error.value) and not (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--score", "nowhere.jsonl"], "nowhere.jsonl: cannot read"), (["--benchmarks", "activitynet", "--root", "."], "expected one of vsibench"),
-    (["--benchmarks", "mvbench"], "root: missing"), (["--annotations", "."], "only goes with --score"),
-    (["--model", "m", "--output_dir", "o", "--benchmarks", "mvbench", "--root", "/nowhere"], "looked for json/"),
-    (["--model", "m", "--output_dir", "o"], "records: missing")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--score", "nowhere.jsonl"], "nowhere.jsonl: cannot read"),
+        (["--benchmarks", "activitynet", "--root", "."], "expected one of vsibench"),
+        (["--benchmarks", "mvbench"], "root: missing"),
+        (["--annotations", "."], "only goes with --score"),
+        (["--model", "m", "--output_dir", "o", "--benchmarks", "mvbench", "--root", "/nowhere"], "looked for json/"),
+        (["--model", "m", "--output_dir", "o"], "records: missing"),
+    ],
+)
 def test_odd_commands_are_one_clear_error(monkeypatch, arguments, message):
     """Guards: a traceback where one setting is missing."""
     with pytest.raises(UserError, match=message):
@@ -296,9 +433,12 @@ def test_bare_rows_of_no_benchmark(tmp_path, monkeypatch):
 
 def test_knowledge_gain_has_a_standard_error():
     """Guards: a gain of 20 % told without saying that it is 20 ± 60."""
-    rows = [row("videommmu", "B" if right else "A", "B", task=task, row_id=f"{task}/{i}")
-            for task, marks in (("Adaptation", [1, 1, 0, 0]), ("question_only", [1, 0, 0, 0])) for i, right in enumerate(marks)]
-    part = summarise(rows)["videommmu"]                   # after 50 ± 28.87, before 25 ± 25
+    rows = [
+        row("videommmu", "B" if right else "A", "B", task=task, row_id=f"{task}/{i}")
+        for task, marks in (("Adaptation", [1, 1, 0, 0]), ("question_only", [1, 0, 0, 0]))
+        for i, right in enumerate(marks)
+    ]
+    part = summarise(rows)["videommmu"]  # after 50 ± 28.87, before 25 ± 25
     assert part["delta_knowledge"] == pytest.approx(100 * 25 / 75)
     assert part["se_delta_knowledge"] == pytest.approx(100 / 75 * math.hypot(28.8675, 25 * 50 / 75), abs=1e-3)
 
@@ -323,20 +463,44 @@ def test_distilled_answers_are_a_cold_start(run, world, tmp_path, monkeypatch, c
     say = lambda r, thought, answer: {**r, "prediction": f"<think>{thought}</think>\n<answer>{answer}</answer>"}
     right = lambda r: r["solution"].removeprefix("<answer>").removesuffix("</answer>")
     kept = [say(r, f"thought {i}", right(r)) for i, r in enumerate(rows[:6])]
-    dropped = [say(rows[0], "a second thought", right(rows[0])), say(rows[6], "", right(rows[6])), say(rows[7], "wrong", "no"),
-               {**rows[8], "prediction": f"<answer>{right(rows[8])}</answer>"}, {**rows[9], "prediction": "<think>cut off"},
-               {**say(rows[10], "x", right(rows[10])), "frames": "shuffled"},
-               {"benchmark": "rl", "id": "gone", "error": "cannot be read", "path": "x"}]
+    dropped = [
+        say(rows[0], "a second thought", right(rows[0])),
+        say(rows[6], "", right(rows[6])),
+        say(rows[7], "wrong", "no"),
+        {**rows[8], "prediction": f"<answer>{right(rows[8])}</answer>"},
+        {**rows[9], "prediction": "<think>cut off"},
+        {**say(rows[10], "x", right(rows[10])), "frames": "shuffled"},
+        {"benchmark": "rl", "id": "gone", "error": "cannot be read", "path": "x"},
+    ]
     write(tmp_path / "predictions.jsonl", kept + dropped)
-    monkeypatch.setattr(sys, "argv", ["data.py", "--distill", str(tmp_path / "predictions.jsonl"), "--out", str(tmp_path / "cot.json"),
-                                      "--data_root", str(world / "world")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "data.py",
+            "--distill",
+            str(tmp_path / "predictions.jsonl"),
+            "--out",
+            str(tmp_path / "cot.json"),
+            "--data_root",
+            str(world / "world"),
+        ],
+    )
     data.main()
     said = capsys.readouterr().out
-    for reason in ("1 dropped: another answer to the same question", "1 dropped: nothing thought", "1 dropped: answer not accurate enough",
-                   "2 dropped: not one think block and one answer", "1 dropped: frames were shuffled", "1 dropped: media unusable",
-                   "6 of 13 answers kept"):
+    for reason in (
+        "1 dropped: another answer to the same question",
+        "1 dropped: nothing thought",
+        "1 dropped: answer not accurate enough",
+        "2 dropped: not one think block and one answer",
+        "1 dropped: frames were shuffled",
+        "1 dropped: media unusable",
+        "6 of 13 answers kept",
+    ):
         assert reason in said, said
     records = json.loads((tmp_path / "cot.json").read_text())
     assert [r["process"] for r in records] == [f"<think>thought {i}</think>" for i in range(6)]
     assert [r["solution"] for r in records] == [r["solution"] for r in rows[:6]]
-    assert (run("sft", "cold", records=tmp_path / "cot.json", steps=1, batch_size=2, micro_batch_size=2) / "final").exists()
+    assert (
+        run("sft", "cold", records=tmp_path / "cot.json", steps=1, batch_size=2, micro_batch_size=2) / "final"
+    ).exists()

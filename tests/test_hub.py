@@ -35,7 +35,9 @@ def checked_final(folder, start, dtype):
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     assert any(not torch.equal(before[name].to(dtype), after[name]) for name in before)
     assert other_files(folder) == other_files(start)
-    assert [path.name for path in folder.glob("*safetensors*")] == ["model.safetensors"]      # no index of the starting shards
+    assert [path.name for path in folder.glob("*safetensors*")] == [
+        "model.safetensors"
+    ]  # no index of the starting shards
     for name in other_files(start):
         if name != "config.json":
             assert (folder / name).read_bytes() == (start / name).read_bytes()
@@ -97,11 +99,27 @@ def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
 def test_only_files_that_a_model_is_loaded_from_are_copied(hub, tmp_path):
     """Guards: the state of a trainer, or the index of shards that are not there, in `final`."""
     shutil.copytree(hub / "tied", tmp_path / "start")
-    for name in ("trainer_state.json", "pytorch_model.bin.index.json", "adapter_config.json", "requirements.txt", "modeling.py"):
+    for name in (
+        "trainer_state.json",
+        "pytorch_model.bin.index.json",
+        "adapter_config.json",
+        "requirements.txt",
+        "modeling.py",
+    ):
         (tmp_path / "start" / name).write_text("{}")
-    for name in ("video_preprocessor_config.json", "processor_config.json", "chat_template.jinja", "special_tokens_map.json"):
+    for name in (
+        "video_preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+    ):
         (tmp_path / "start" / name).write_text("{}")
-    added = {"video_preprocessor_config.json", "processor_config.json", "chat_template.jinja", "special_tokens_map.json"}
+    added = {
+        "video_preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+    }
     assert set(common.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
 
 
@@ -112,7 +130,10 @@ def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
         (tmp_path / "start" / name).unlink()
     cfg = SharedConfig(model=str(tmp_path / "start"))
     config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
-    assert common.generation_config(cfg.model, config).eos_token_id == common.load_model(cfg).generation_config.eos_token_id
+    assert (
+        common.generation_config(cfg.model, config).eos_token_id
+        == common.load_model(cfg).generation_config.eos_token_id
+    )
     processor = common.load_processor(cfg)
     assert processor.chat_template == AutoProcessor.from_pretrained(hub / "tied").chat_template
     tokenizer = json.loads((tmp_path / "start/tokenizer_config.json").read_text())
@@ -158,7 +179,9 @@ def test_the_first_revision_of_the_hubs_preprocessor_says_what_to_write(tmp_path
     """Guards: half a page of class names for Qwen2_5_VLImageProcessor, which transformers renamed before its release."""
     write_hub_checkpoint(tmp_path / "first", ["a b c"] * 9, processor="Qwen2_5_VLImageProcessor")
     cfg = SharedConfig(model=str(tmp_path / "first"))
-    with pytest.raises(UserError, match="first: its processor cannot be loaded: .* write Qwen2VLImageProcessor") as error:
+    with pytest.raises(
+        UserError, match="first: its processor cannot be loaded: .* write Qwen2VLImageProcessor"
+    ) as error:
         common.load_processor(cfg)
     assert "\n" not in str(error.value)
     path = tmp_path / "first/preprocessor_config.json"

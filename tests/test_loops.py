@@ -23,8 +23,16 @@ def weights(folder):
 
 
 def settings(world, **values):
-    return SharedConfig(model=str(world / "base"), data_root=str(world / "world"), prompt="{problem} {options}",
-                               min_pixels=784, max_pixels=3136, max_frames=8, num_workers=0, **values)
+    return SharedConfig(
+        model=str(world / "base"),
+        data_root=str(world / "world"),
+        prompt="{problem} {options}",
+        min_pixels=784,
+        max_pixels=3136,
+        max_frames=8,
+        num_workers=0,
+        **values,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +53,9 @@ def test_two_steps_move_finite_weights_into_a_normal_checkpoint(world, run, stag
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "final", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert type(AutoProcessor.from_pretrained(out / "final")).__name__ == "Qwen2_5_VLProcessor"
-    assert json.loads((out / "final/config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    assert json.loads((out / "final/config.json").read_text())["architectures"] == [
+        "Qwen2_5_VLForConditionalGeneration"
+    ]
     before, after = load_file(world / "base/model.safetensors"), weights(out)
     assert before.keys() == after.keys() and all(torch.isfinite(after[name]).all() for name in after)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
@@ -58,7 +68,7 @@ def test_a_resumed_run_equals_one_never_stopped(run, stage):
     whole = run(stage, "whole", steps=4, save_every=2)
     part = whole.parent / "part"
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
-    shutil.copy(whole / "metrics.jsonl", part)            # holds steps 2 and 3 too: they must be dropped and made again
+    shutil.copy(whole / "metrics.jsonl", part)  # holds steps 2 and 3 too: they must be dropped and made again
     run(stage, "part", steps=4, save_every=2)
     assert without_times(part) == without_times(whole) and len(without_times(whole)) == 4
     a, b = weights(whole), weights(part)
@@ -72,7 +82,7 @@ def test_micro_batches_change_memory_not_the_result(run, stage):
     for size in (4, 1):
         out = run(stage, f"micro{size}", save_every=1, micro_batch_size=size)
         state = torch.load(out / "checkpoint-1/optimizer.bin", weights_only=True)["state"]
-        gradients.append([moments["exp_avg"] for moments in state.values()])              # after one step: 0.1 × gradient
+        gradients.append([moments["exp_avg"] for moments in state.values()])  # after one step: 0.1 × gradient
     scale = max(g.abs().max() for g in gradients[0])
     assert scale > 1e-4 and all((a - b).abs().max() < 1e-4 * scale for a, b in zip(*gradients))
 
@@ -112,7 +122,7 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
     monkeypatch.setattr(tgrpo, "grpo_loss", watched)
     monkeypatch.setattr(common, "micro_batches", lambda items, cfg, accelerator, blank: [(items, 1.0), ([blank], 0.0)])
     run("tgrpo", steps=3, updates_per_rollout=2, lr=0.01, warmup_steps=0, max_new_tokens=8)
-    first, second = [ratios[i:i + 2] for i in range(0, 12, 4)], [ratios[i:i + 2] for i in range(2, 12, 4)]
+    first, second = [ratios[i : i + 2] for i in range(0, 12, 4)], [ratios[i : i + 2] for i in range(2, 12, 4)]
     assert first == [[0.0, 0.0]] * 3 and all(real > 0 and dummy > 0 for real, dummy in second)
 
 
@@ -121,7 +131,9 @@ def test_temporal_rule_none_is_grpo(run):
     rows = read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")
     assert all(row["temporal/advantage_change"] == 0 and "temporal/p_shuffled" not in row for row in rows)
     rows = read_jsonl(run("tgrpo", "margin") / "metrics.jsonl")
-    assert all({"temporal/p", "temporal/p_shuffled", "temporal/gap_se", "temporal/order_helped"} <= row.keys() for row in rows)
+    assert all(
+        {"temporal/p", "temporal/p_shuffled", "temporal/gap_se", "temporal/order_helped"} <= row.keys() for row in rows
+    )
 
 
 def test_without_a_cold_start_the_command_that_makes_one_is_named(run):
@@ -146,7 +158,9 @@ def broken_world(world, tmp_path):
 def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsys):
     """Guards: a stand-in clip, a crash in the middle of a night, a silent skip."""
     folder, problem_id = broken_world
-    out = run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5)      # 12 records: all are seen
+    out = run(
+        "tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5
+    )  # 12 records: all are seen
     assert read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
     assert f"skipped {problem_id} (./media/" in capsys.readouterr().out
 
@@ -154,7 +168,9 @@ def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsy
 def test_what_was_skipped_is_still_counted_after_a_resume(run, broken_world, capsys):
     """Guards: a run that forgets at each restart how much of its data is broken, and never reaches its limit."""
     folder, problem_id = broken_world
-    settings = dict(records=folder / "rl.json", data_root=folder, steps=6, max_unreadable=0.5, save_every=1, keep_checkpoints=9)
+    settings = dict(
+        records=folder / "rl.json", data_root=folder, steps=6, max_unreadable=0.5, save_every=1, keep_checkpoints=9
+    )
     out = run("tgrpo", "whole", **settings)
     counts = [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")]
     first = counts.index(1) + 1
@@ -164,7 +180,10 @@ def test_what_was_skipped_is_still_counted_after_a_resume(run, broken_world, cap
     shutil.copy(out / "metrics.jsonl", part)
     capsys.readouterr()
     run("tgrpo", "part", **settings)
-    assert without_times(part) == without_times(out) and f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out
+    assert (
+        without_times(part) == without_times(out)
+        and f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out
+    )
 
 
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
@@ -177,8 +196,21 @@ def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
 def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
     """Guards: finding out about a broken file only when training meets it."""
     folder, _ = broken_world
-    monkeypatch.setattr("sys.argv", ["data.py", "--config", "configs/toy.yaml", "--check", "--records", str(folder / "rl.json"),
-                                     "--data_root", str(folder), "--num_workers", "2"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "data.py",
+            "--config",
+            "configs/toy.yaml",
+            "--check",
+            "--records",
+            str(folder / "rl.json"),
+            "--data_root",
+            str(folder),
+            "--num_workers",
+            "2",
+        ],
+    )
     with pytest.raises(SystemExit) as exit:
         data.main()
     said = capsys.readouterr().out
@@ -197,9 +229,10 @@ def test_only_the_assistants_words_carry_loss(world):
     model = common.load_model(cfg)
     inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id, model.config.vision_config)
     assert processor.tokenizer.decode(targets) == "".join(
-        r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6])
+        r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6]
+    )
     after = inputs["input_ids"].flatten()[predict + 1]
-    assert torch.equal(after, targets)                    # each position predicts the token that follows it
+    assert torch.equal(after, targets)  # each position predicts the token that follows it
     logps, _ = model(**inputs, predict=predict, targets=targets)
     labels = torch.full_like(inputs["input_ids"], -100).flatten()
     labels[predict + 1] = targets
@@ -212,21 +245,28 @@ def one(world, record, orders=("ordered", "shuffled"), **values):
     return data.Samples([record], common.load_processor(cfg), cfg, orders, shuffle=False)[0]
 
 
-RECORD = {"problem_id": 1, "problem": "Which way?", "data_type": "video", "problem_type": "multiple choice",
-          "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "path": "clip.mp4"}
+RECORD = {
+    "problem_id": 1,
+    "problem": "Which way?",
+    "data_type": "video",
+    "problem_type": "multiple choice",
+    "options": ["A. left", "B. right"],
+    "solution": "<answer>B</answer>",
+    "path": "clip.mp4",
+}
 
 
 def test_frame_times_reach_the_model(world, tmp_path):
     """Guards: 2 fps assumed in training: 8 of 40 frames at 5 a second are 1 second apart, a patch of two is 2 seconds."""
     write_video(tmp_path / "clip.mp4", 40, fps=5)
     sample = one(world, RECORD | {"root": tmp_path})
-    for order in ("ordered", "shuffled"):                 # shuffled clips keep the clock of the ordered ones
+    for order in ("ordered", "shuffled"):  # shuffled clips keep the clock of the ordered ones
         x = sample[order]
         assert x["second_per_grid_ts"].tolist() == [2.0]
         model = common.load_model(settings(world))
         video = x["mm_token_type_ids"][0] == 2
         time = common.mrope_positions(x, model.config.vision_config)[0, video]
-        assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]        # tokens_per_second is 2
+        assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]  # tokens_per_second is 2
 
 
 def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
@@ -264,6 +304,7 @@ def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
 def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
     """Guards: one 4000-pixel picture that fills the memory of a GPU."""
     from PIL import Image
+
     Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
     sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
     assert sample["shuffled"] is None
@@ -295,7 +336,7 @@ def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
     assert len([r for r in videos if r["frames"] == "shuffled"]) == len([r for r in videos if r["frames"] == "ordered"])
     assert all({"prediction", "solution", "accuracy", "format", "settings", "cue"} <= row.keys() for row in rows)
     lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
-    for kept in (3, len(lines) - 1):                      # killed within a batch, with a torn last line
+    for kept in (3, len(lines) - 1):  # killed within a batch, with a torn last line
         shutil.rmtree(out)
         out.mkdir()
         (out / "predictions.0.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
@@ -318,8 +359,12 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
     shutil.copy(world / "world/test.json", records)
     run("evaluate", model=model, records=records)
     changed = load_file(model / "model.safetensors")
-    save_file({name: tensor * 1.01 for name, tensor in changed.items()}, model / "model.safetensors", metadata={"format": "pt"})
-    fingerprint.cache_clear()                    # each run is a process of its own elsewhere
+    save_file(
+        {name: tensor * 1.01 for name, tensor in changed.items()},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    fingerprint.cache_clear()  # each run is a process of its own elsewhere
     with pytest.raises(common.UserError, match="weights"):
         run("evaluate", model=model, records=records)
     save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
@@ -355,7 +400,10 @@ def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, ca
 
 def test_shuffle_frames_shows_other_frames_than_in_order(run):
     """Guards: a flag that changes the label of the run and not the run."""
-    ordered, shuffled = run("evaluate", "a", temporal_gap="false"), run("evaluate", "b", temporal_gap="false", shuffle_frames="true")
+    ordered, shuffled = (
+        run("evaluate", "a", temporal_gap="false"),
+        run("evaluate", "b", temporal_gap="false", shuffle_frames="true"),
+    )
     read = lambda out: read_jsonl(out / "predictions.jsonl")
     assert {r["frames"] for r in read(ordered)} == {"ordered"} and {r["frames"] for r in read(shuffled)} == {"shuffled"}
     texts = {r["id"]: r["prediction"] for r in read(ordered)}

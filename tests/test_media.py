@@ -40,8 +40,16 @@ def config(root, **values):
 
 
 def record(path, data_type="video", **values):
-    return {"problem_id": 1, "problem": "?", "data_type": data_type, "problem_type": "free-form", "options": [],
-            "solution": "<answer>x</answer>", "path": path, **values}
+    return {
+        "problem_id": 1,
+        "problem": "?",
+        "data_type": data_type,
+        "problem_type": "free-form",
+        "options": [],
+        "solution": "<answer>x</answer>",
+        "path": path,
+        **values,
+    }
 
 
 def painted(number, height=96, width=128):
@@ -58,7 +66,11 @@ def number_of(frame_HWC):
     """The painted number."""
     height, width = frame_HWC.shape[:2]
     bars = frame_HWC[height * 5 // 8 : height * 7 // 8].astype(float).mean((0, 2))
-    return sum(1 << bit for bit in range(10) if bars[int((bit + 0.3) * width / 10) : int((bit + 0.7) * width / 10) + 1].mean() > 127)
+    return sum(
+        1 << bit
+        for bit in range(10)
+        if bars[int((bit + 0.3) * width / 10) : int((bit + 0.7) * width / 10) + 1].mean() > 127
+    )
 
 
 def on_display(times, n):
@@ -70,7 +82,17 @@ def on_display(times, n):
     return [bisect_right(times, times[0] + (2 * i + 1) * seconds / (2 * n)) - 1 for i in range(n)]
 
 
-def write_clip(path, ticks=range(150), rate=25, time_base=None, codec="libx264", options=None, container_options=None, prepare=None, size=(128, 96)):
+def write_clip(
+    path,
+    ticks=range(150),
+    rate=25,
+    time_base=None,
+    codec="libx264",
+    options=None,
+    container_options=None,
+    prepare=None,
+    size=(128, 96),
+):
     """A painted clip; frame i shows i and appears at ticks[i] / rate seconds. prepare(stream) sets what else a stream has."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {"g": "24", "bf": "2", "crf": "10"})
@@ -101,7 +123,9 @@ def test_real_clips_show_the_frames_on_display(name, n):
     if name not in TURNED:
         assert [number_of(frame) for frame in shown] == [truth["numbers"][i] for i in expected]
     assert metadata.frames_indices == expected and metadata.total_num_frames == len(truth["times"])
-    assert 1 / metadata.sampled_fps == pytest.approx((truth["times"][-1] - truth["times"][0] + 0.04) / len(expected), rel=1e-6)
+    assert 1 / metadata.sampled_fps == pytest.approx(
+        (truth["times"][-1] - truth["times"][0] + 0.04) / len(expected), rel=1e-6
+    )
     height, width = truth["height_width"]
     if name == "sar.mp4":
         # truth.json has the stored size
@@ -152,7 +176,11 @@ def test_check_ends_on_a_clip_that_decord_waits_on_for_ever(reader, monkeypatch)
     records = {7: record("lost_keyframes.mp4")}
     reasons = data.check_media(records, config(MEDIA, video_reader=reader, max_frames=64, num_workers=1))
     assert time.perf_counter() - begin < 30
-    assert reasons == {} if reader == "exact" else set(reasons.values()) <= {"lost_keyframes.mp4: decord has not read it after 3 s"}
+    assert (
+        reasons == {}
+        if reader == "exact"
+        else set(reasons.values()) <= {"lost_keyframes.mp4: decord has not read it after 3 s"}
+    )
 
 
 @real_files
@@ -185,7 +213,9 @@ def edit_list_hides(path, n_frames):
     assert (version_flags, n_entries) == (0, 1)
     timescale = struct.unpack_from(">I", content, content.index(b"mdhd") + 4 + 12)[0]
     movie_timescale = struct.unpack_from(">I", content, content.index(b"mvhd") + 4 + 12)[0]
-    struct.pack_into(">Ii", content, place + 8, duration - n_frames * movie_timescale // 25, media_time + n_frames * timescale // 25)
+    struct.pack_into(
+        ">Ii", content, place + 8, duration - n_frames * movie_timescale // 25, media_time + n_frames * timescale // 25
+    )
     path.write_bytes(content)
 
 
@@ -203,14 +233,23 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, n_hidden, codec)
         assert metadata.sampled_fps == pytest.approx(len(expected) / (len(left) / 25))
 
 
-@pytest.mark.parametrize("name, codec, options", [
-    ("a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
-    ("a.mkv", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
-    ("a.mp4", "libx265", {"x265-params": "keyint=24:min-keyint=24:bframes=3:scenecut=0:log-level=none"}),
-    ("a.ts", "libx264", {"g": "24", "bf": "2"}), ("a.flv", "libx264", {"g": "24", "bf": "2"}), ("a.avi", "mpeg4", {"g": "24", "bf": "2", "b": "2M"}),
-    ("a.mkv", "mpeg4", {"g": "24", "bf": "2", "b": "2M"}), ("a.mov", "mjpeg", {"qmin": "2", "qmax": "2"}), ("a.webm", "libvpx", {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "10", "b": "2M"}),
-    ("a.mpg", "mpeg2video", {"g": "12", "bf": "2", "b": "4M"}), ("a.nut", "libx264", {"g": "24", "bf": "2"}), ("a.h264", "libx264", {"g": "24", "bf": "2"}),
-])
+@pytest.mark.parametrize(
+    "name, codec, options",
+    [
+        ("a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
+        ("a.mkv", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
+        ("a.mp4", "libx265", {"x265-params": "keyint=24:min-keyint=24:bframes=3:scenecut=0:log-level=none"}),
+        ("a.ts", "libx264", {"g": "24", "bf": "2"}),
+        ("a.flv", "libx264", {"g": "24", "bf": "2"}),
+        ("a.avi", "mpeg4", {"g": "24", "bf": "2", "b": "2M"}),
+        ("a.mkv", "mpeg4", {"g": "24", "bf": "2", "b": "2M"}),
+        ("a.mov", "mjpeg", {"qmin": "2", "qmax": "2"}),
+        ("a.webm", "libvpx", {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "10", "b": "2M"}),
+        ("a.mpg", "mpeg2video", {"g": "12", "bf": "2", "b": "4M"}),
+        ("a.nut", "libx264", {"g": "24", "bf": "2"}),
+        ("a.h264", "libx264", {"g": "24", "bf": "2"}),
+    ],
+)
 def test_containers_and_codecs_show_the_frames_asked_for(tmp_path, name, codec, options):
     """Guards: leading frames of an open group decoded after a seek, frames in decoding order, packets that no frame comes of."""
     if codec not in av.codecs_available:
@@ -225,14 +264,30 @@ def test_containers_and_codecs_show_the_frames_asked_for(tmp_path, name, codec, 
 UNEVEN = [*range(0, 300, 6), *range(300, 350)]
 
 
-@pytest.mark.parametrize("name, ticks, options", [
-    ("a.mp4", UNEVEN, {}), ("a.mkv", UNEVEN, {}), ("a.webm", UNEVEN, {}), ("a.mp4", [t + 50 for t in range(100)], {}), ("a.mkv", [t + 50 for t in UNEVEN], {}),
-    ("a.webm", range(100), {"live": "1"}), ("a.mkv", UNEVEN, {"live": "1"}), ("a.ts", UNEVEN, {}), ("a.mp4", UNEVEN, {"movflags": "frag_keyframe+empty_moov"}),
-    ("a.mp4", [0, 1, 2, 200], {}), ("a.mp4", [0, 1, 3, 4, 5, 8, 9, 100], {}),
-])
+@pytest.mark.parametrize(
+    "name, ticks, options",
+    [
+        ("a.mp4", UNEVEN, {}),
+        ("a.mkv", UNEVEN, {}),
+        ("a.webm", UNEVEN, {}),
+        ("a.mp4", [t + 50 for t in range(100)], {}),
+        ("a.mkv", [t + 50 for t in UNEVEN], {}),
+        ("a.webm", range(100), {"live": "1"}),
+        ("a.mkv", UNEVEN, {"live": "1"}),
+        ("a.ts", UNEVEN, {}),
+        ("a.mp4", UNEVEN, {"movflags": "frag_keyframe+empty_moov"}),
+        ("a.mp4", [0, 1, 2, 200], {}),
+        ("a.mp4", [0, 1, 3, 4, 5, 8, 9, 100], {}),
+    ],
+)
 def test_frames_are_chosen_by_time_not_counted(tmp_path, name, ticks, options):
     """Guards: a webm of uneven rate told as 25 per second; a late start that shifts every frame; a file without duration refused."""
-    write_clip(tmp_path / name, list(ticks), codec="libvpx-vp9" if name.endswith("webm") else "libx264", container_options=options)
+    write_clip(
+        tmp_path / name,
+        list(ticks),
+        codec="libvpx-vp9" if name.endswith("webm") else "libx264",
+        container_options=options,
+    )
     times = [t / 25 for t in ticks]
     for n in (5, 16):
         shown, metadata = data.load_media(record(name), config(tmp_path, max_frames=n))
@@ -252,10 +307,18 @@ def test_rounded_times_of_an_even_clip_change_no_frame(tmp_path, rate):
         assert metadata.sampled_fps == pytest.approx(n * rate / 120, rel=0.01)
 
 
-@pytest.mark.parametrize("part, n, expected, distance", [
-    ((1, 3), 4, [31, 43, 56, 68], 0.5), ((0, 1000), 4, [18, 56, 93, 131], 1.5), ((5, 5.2), 16, [125, 126, 127, 128, 129], 0.04), ((2, 2), 4, [50], None),
-    ((100, 200), 4, [149], None), ((-3, 2), 2, [12, 37], 1), ((0.3, 0.7), 3, [9, 12, 15], 0.4 / 3),
-])
+@pytest.mark.parametrize(
+    "part, n, expected, distance",
+    [
+        ((1, 3), 4, [31, 43, 56, 68], 0.5),
+        ((0, 1000), 4, [18, 56, 93, 131], 1.5),
+        ((5, 5.2), 16, [125, 126, 127, 128, 129], 0.04),
+        ((2, 2), 4, [50], None),
+        ((100, 200), 4, [149], None),
+        ((-3, 2), 2, [12, 37], 1),
+        ((0.3, 0.7), 3, [9, 12, 15], 0.4 / 3),
+    ],
+)
 def test_start_and_end_are_times(tmp_path, part, n, expected, distance):
     """Guards: the whole clip shown for its part; a part counted at the mean rate; frames before the part, by a rounding of 0.3."""
     write_clip(tmp_path / "a.mp4")
@@ -277,10 +340,17 @@ def matrix(a, b, c, d):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-@pytest.mark.parametrize("abcd, turn", [
-    ((0, 1, -1, 0), lambda x: np.rot90(x, -1)), ((0, -1, 1, 0), lambda x: np.rot90(x, 1)), ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
-    ((-1, 0, 0, 1), lambda x: x[:, ::-1]), ((1, 0, 0, -1), lambda x: x[::-1]), ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
-])
+@pytest.mark.parametrize(
+    "abcd, turn",
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((0, -1, 1, 0), lambda x: np.rot90(x, 1)),
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+    ],
+)
 def test_the_display_matrix_turns_and_mirrors(tmp_path, codec, abcd, turn):
     """Guards: clips of telephones lying on their side; a mirrored selfie in which left is right."""
     write_clip(tmp_path / "a.mp4", range(3), codec=codec)
@@ -297,16 +367,35 @@ def test_the_display_matrix_turns_and_mirrors(tmp_path, codec, abcd, turn):
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_pixels_are_made_square(tmp_path, aspect, width, codec):
     """Guards: people squashed or stretched in clips of television and DVD."""
-    write_clip(tmp_path / "a.mp4", range(20), codec=codec, prepare=lambda s: setattr(s.codec_context, "sample_aspect_ratio", Fraction(*aspect)))
+    write_clip(
+        tmp_path / "a.mp4",
+        range(20),
+        codec=codec,
+        prepare=lambda s: setattr(s.codec_context, "sample_aspect_ratio", Fraction(*aspect)),
+    )
     shown, _ = data.load_media(record("a.mp4"), config(tmp_path, max_frames=4))
     assert shown.shape[1:3] == (96, width) and [number_of(frame) for frame in shown] == [2, 7, 12, 17]
 
 
-@pytest.mark.parametrize("name, options", [("a.mp4", {"movflags": "faststart"}), ("a.mkv", {}), ("a.avi", {}), ("a.flv", {}), ("a.mp4", {"movflags": "faststart", "zeros": ""})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.mp4", {"movflags": "faststart"}),
+        ("a.mkv", {}),
+        ("a.avi", {}),
+        ("a.flv", {}),
+        ("a.mp4", {"movflags": "faststart", "zeros": ""}),
+    ],
+)
 def test_a_part_of_a_download_is_named_and_nearly_all_of_it_is_read(tmp_path, name, options):
     """Guards: the first half of a clip, or one whose rest was never written, taken for the whole."""
     zeros = "zeros" in options
-    write_clip(tmp_path / name, range(300), codec="mpeg4" if name.endswith("avi") else "libx264", container_options={k: v for k, v in options.items() if k != "zeros"})
+    write_clip(
+        tmp_path / name,
+        range(300),
+        codec="mpeg4" if name.endswith("avi") else "libx264",
+        container_options={k: v for k, v in options.items() if k != "zeros"},
+    )
     content = (tmp_path / name).read_bytes()
     for share in (0.5, 0.8):
         kept = content[: int(len(content) * share)]
@@ -328,13 +417,17 @@ def test_sound_longer_than_the_picture_is_no_loss(tmp_path):
             for i in range(50):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(painted(i), format="rgb24")))
             for i in range(40):
-                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+                samples = av.AudioFrame.from_ndarray(
+                    np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+                )
                 samples.sample_rate = 8000
                 container.mux(sound.encode(samples))
             container.mux(stream.encode())
             container.mux(sound.encode())
         shown, metadata = data.load_media(record(name), config(tmp_path, max_frames=5))
-        assert [number_of(frame) for frame in shown] == [5, 15, 25, 35, 45] and metadata.sampled_fps == pytest.approx(2.5)
+        assert [number_of(frame) for frame in shown] == [5, 15, 25, 35, 45] and metadata.sampled_fps == pytest.approx(
+            2.5
+        )
 
 
 def test_the_cover_of_an_audio_file_is_no_clip(tmp_path):
@@ -359,7 +452,9 @@ def test_seeks_skip_decoding_and_nothing_is_decoded_twice(tmp_path, monkeypatch)
     """Guards: the whole clip decoded for four frames; a seek per frame that decodes each group again and again."""
     counted = []
     decode = frames.decode
-    monkeypatch.setattr(frames, "decode", lambda *arguments: (counted.append(1) or frame for frame in decode(*arguments)))
+    monkeypatch.setattr(
+        frames, "decode", lambda *arguments: (counted.append(1) or frame for frame in decode(*arguments))
+    )
     write_clip(tmp_path / "a.mp4", range(600), options={"g": "30", "bf": "2", "sc_threshold": "0"})
     for n, most in ((4, 4 * 34), (600, 600)):
         counted.clear()
@@ -414,10 +509,15 @@ def test_a_reader_in_the_parent_does_not_hang_its_forked_workers(tmp_path):
 def test_decord_reads_what_the_released_pipeline_reads(tmp_path):
     """Guards: the reader setting that nothing reads; other frames than decord's own."""
     import decord
+
     write_clip(tmp_path / "a.mp4", options={"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"})
     shown, metadata = data.load_media(record("a.mp4"), config(tmp_path, max_frames=8, video_reader="decord"))
-    assert metadata.frames_indices == [int((i + 0.5) * 150 / 8) for i in range(8)] and metadata.sampled_fps == pytest.approx(8 / 6)
-    assert np.array_equal(shown, decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1).get_batch(metadata.frames_indices).asnumpy())
+    assert metadata.frames_indices == [
+        int((i + 0.5) * 150 / 8) for i in range(8)
+    ] and metadata.sampled_fps == pytest.approx(8 / 6)
+    assert np.array_equal(
+        shown, decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1).get_batch(metadata.frames_indices).asnumpy()
+    )
 
 
 def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world):
@@ -428,10 +528,25 @@ def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world)
     (tmp_path / "stills").mkdir()
     for i in range(12):
         Image.fromarray(painted(i)).save(tmp_path / f"stills/{i}.png")
-    cases = [(record("even.mp4"), 6 / 8), (record("uneven.mp4"), 14 / 8), (record("few.mp4"), 0.04), (record("even.mp4", start=1, end=3), 2 / 8),
-             (record("stills", "frame"), 4 / 8), (record("stills", "frame", fps=2), 6 / 8), (record("stills", "frame", start=1, end=3), 1 / 3),
-             (record("even.mp4", image_path="stills/0.png"), 6 / 7), (record("even.mp4", last_frame=True), 6 / 8)]
-    cfg = SharedConfig(model=str(world / "base"), data_root=str(tmp_path), prompt="{problem}", max_frames=8, min_pixels=784, max_pixels=3136)
+    cases = [
+        (record("even.mp4"), 6 / 8),
+        (record("uneven.mp4"), 14 / 8),
+        (record("few.mp4"), 0.04),
+        (record("even.mp4", start=1, end=3), 2 / 8),
+        (record("stills", "frame"), 4 / 8),
+        (record("stills", "frame", fps=2), 6 / 8),
+        (record("stills", "frame", start=1, end=3), 1 / 3),
+        (record("even.mp4", image_path="stills/0.png"), 6 / 7),
+        (record("even.mp4", last_frame=True), 6 / 8),
+    ]
+    cfg = SharedConfig(
+        model=str(world / "base"),
+        data_root=str(tmp_path),
+        prompt="{problem}",
+        max_frames=8,
+        min_pixels=784,
+        max_pixels=3136,
+    )
     processor = common.load_processor(cfg)
     for row, distance in cases:
         inputs = data.encode(processor, row, *data.load_media(row, cfg), cfg)
@@ -446,10 +561,18 @@ def ramp(dtype, high):
     return np.linspace(0, high, 64).astype(dtype)[None].repeat(32, 0)
 
 
-@pytest.mark.parametrize("name, image", [
-    ("a.png", Image.fromarray(ramp(np.uint16, 65535))), ("a.tif", Image.fromarray(ramp(np.uint16, 65535))), ("b.tif", Image.fromarray(ramp(np.float32, 1))),
-    ("c.tif", Image.fromarray(ramp(np.float32, 255))), ("d.tif", Image.fromarray(ramp(np.int32, 65535))), ("e.tif", Image.fromarray(ramp(np.int32, 255))), ("f.png", Image.fromarray(ramp(np.uint8, 255))),
-])
+@pytest.mark.parametrize(
+    "name, image",
+    [
+        ("a.png", Image.fromarray(ramp(np.uint16, 65535))),
+        ("a.tif", Image.fromarray(ramp(np.uint16, 65535))),
+        ("b.tif", Image.fromarray(ramp(np.float32, 1))),
+        ("c.tif", Image.fromarray(ramp(np.float32, 255))),
+        ("d.tif", Image.fromarray(ramp(np.int32, 65535))),
+        ("e.tif", Image.fromarray(ramp(np.int32, 255))),
+        ("f.png", Image.fromarray(ramp(np.uint8, 255))),
+    ],
+)
 def test_greys_of_any_depth_are_scaled(tmp_path, name, image):
     """Guards: greys of 16 bits or floats cut off at 255 or read as black."""
     image.save(tmp_path / name)
@@ -457,7 +580,10 @@ def test_greys_of_any_depth_are_scaled(tmp_path, name, image):
     assert np.abs(pixels - np.linspace(0, 255, 64)).max() <= 1
 
 
-@pytest.mark.parametrize("values", [ramp(np.float32, 1e6), ramp(np.float32, -1), np.full((32, 64), np.nan, np.float32), ramp(np.int32, 10**6)])
+@pytest.mark.parametrize(
+    "values",
+    [ramp(np.float32, 1e6), ramp(np.float32, -1), np.full((32, 64), np.nan, np.float32), ramp(np.int32, 10**6)],
+)
 def test_greys_of_an_unknown_range_are_named(tmp_path, values):
     """Guards: a depth map that becomes a white picture."""
     Image.fromarray(values).save(tmp_path / "a.tif")
@@ -480,7 +606,9 @@ def test_transparency_is_pasted_on_white(tmp_path, mode):
     else:
         image = drawing.quantize(4) if mode == "P" else drawing.convert(mode)
         dark = 0
-    image.save(tmp_path / ("a.tif" if mode == "PA" else "a.png"), **options) if mode != "PA" else drawing.convert("LA").save(tmp_path / "a.tif")
+    image.save(tmp_path / ("a.tif" if mode == "PA" else "a.png"), **options) if mode != "PA" else drawing.convert(
+        "LA"
+    ).save(tmp_path / "a.tif")
     name = "a.tif" if mode == "PA" else "a.png"
     pixels = np.asarray(data.load_media(record(name, "image"), config(tmp_path))[0])
     assert pixels[0, 0].tolist() == [255] * 3 and pixels[20, 20].tolist() == [dark] * 3
@@ -543,6 +671,9 @@ if __name__ == "__main__":
     frames.READ_SECONDS = 20
     columns = {reader: count_right(reader) for reader in ("exact", "decord")}
     for name in TRUTH:
-        print(f"{name:<22}" + "".join(f"{reader} {'right' if column[name] else 'WRONG':<8}" for reader, column in columns.items()))
+        print(
+            f"{name:<22}"
+            + "".join(f"{reader} {'right' if column[name] else 'WRONG':<8}" for reader, column in columns.items())
+        )
     for reader, column in columns.items():
         print(f"{reader}: {sum(column.values())} of {len(column)} files right")

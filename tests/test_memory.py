@@ -26,21 +26,31 @@ def plan_config(**settings):
 def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, checkpointing, G, T):
     """Guards: a plan that forgets what a step really holds, and a run that dies of it after an hour in a queue."""
     write_video(tmp_path / "clip.mp4", 8)
-    cfg = plan_config(model=str(world / "base"), data_root=str(tmp_path), gradient_checkpointing=checkpointing, num_generations=G,
-                      max_new_tokens=T, shuffled_generations=0)
-    record = next(r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction") | {"path": "clip.mp4"}
+    cfg = plan_config(
+        model=str(world / "base"),
+        data_root=str(tmp_path),
+        gradient_checkpointing=checkpointing,
+        num_generations=G,
+        max_new_tokens=T,
+        shuffled_generations=0,
+    )
+    record = next(
+        r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction"
+    ) | {"path": "clip.mp4"}
     prompts = [data.Samples([record], common.load_processor(cfg), cfg)[0]["ordered"]] * cfg.micro_batch_size
     model = common.load_model(cfg).train()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
 
     def step():
-        logps_GT, _ = tgrpo.token_logps(model, tgrpo.pack(model, prompts, completions, 0), [T] * G * len(prompts), 1.0, ())
+        logps_GT, _ = tgrpo.token_logps(
+            model, tgrpo.pack(model, prompts, completions, 0), [T] * G * len(prompts), 1.0, ()
+        )
         logps_GT.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step()                                                # the optimizer's state exists from here on
+    step()  # the optimizer's state exists from here on
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:
@@ -51,7 +61,15 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("path, gpus, fits", [("configs/7b.yaml", 4, True), ("configs/7b.yaml", 8, True), ("configs/7b.yaml", 1, False), ("configs/3b.yaml", 2, True)])
+@pytest.mark.parametrize(
+    "path, gpus, fits",
+    [
+        ("configs/7b.yaml", 4, True),
+        ("configs/7b.yaml", 8, True),
+        ("configs/7b.yaml", 1, False),
+        ("configs/3b.yaml", 2, True),
+    ],
+)
 def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gpus, fits):
     """Guards: a shipped config that does not fit where its first line says it does; a plan that needs a GPU or a download."""
     monkeypatch.setattr("sys.argv", ["tgrpo.py", "--config", path, "--plan", "--gpus", str(gpus)])
@@ -60,7 +78,14 @@ def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gp
     assert ("fits in 80 GB" in said) == fits and ("does not fit" in said) != fits and "KV cache" in said
 
 
-@pytest.mark.parametrize("path, gpus, row", [("configs/7b.yaml", 4, "7B on 4 GPUs"), ("configs/7b.yaml", 8, "7B on 8 GPUs"), ("configs/3b.yaml", 2, "3B on 2 GPUs")])
+@pytest.mark.parametrize(
+    "path, gpus, row",
+    [
+        ("configs/7b.yaml", 4, "7B on 4 GPUs"),
+        ("configs/7b.yaml", 8, "7B on 8 GPUs"),
+        ("configs/3b.yaml", 2, "3B on 2 GPUs"),
+    ],
+)
 def test_the_readmes_table_is_the_plan(path, gpus, row):
     """Guards: a table of an earlier plan; a phase of the step that the peak forgets."""
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", path])

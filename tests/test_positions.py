@@ -16,8 +16,11 @@ WIDE = (8, 16, 30)
 def wide_prompt(seconds):
     """15 tokens, the clip, 5 tokens; only what positions depend on."""
     kinds = [common.TEXT] * 15 + [common.VIDEO] * (8 * 8 * 15) + [common.TEXT] * 5
-    return {"mm_token_type_ids": torch.tensor([kinds]), "video_grid_thw": torch.tensor([WIDE]),
-            "second_per_grid_ts": torch.tensor([seconds / 8])}
+    return {
+        "mm_token_type_ids": torch.tensor([kinds]),
+        "video_grid_thw": torch.tensor([WIDE]),
+        "second_per_grid_ts": torch.tensor([seconds / 8]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,9 @@ def test_sampling_training_and_sft_use_the_same_positions(policy, monkeypatch, s
     lengths = [len(c) for c in completions]
     banned = (naive.IMAGE, naive.VIDEO)
     with torch.no_grad():
-        packed_GT, _ = tgrpo.token_logps(policy, tgrpo.pack(policy, [x], [completions], naive.PAD), lengths, 1.0, banned)
+        packed_GT, _ = tgrpo.token_logps(
+            policy, tgrpo.pack(policy, [x], [completions], naive.PAD), lengths, 1.0, banned
+        )
         samples = [{"ordered": x, "target": c} for c in completions]
         inputs, predict, targets = sft.collate(samples, naive.PAD, policy.config.vision_config)
         sft_N, _ = policy(**inputs, predict=predict, targets=targets, banned=banned)
@@ -106,7 +111,11 @@ def test_a_forward_without_positions_is_refused(policy):
 
 def test_media_of_a_batch_keep_their_own_positions(policy):
     """Guards: the frame times of one clip used for another of the same batch."""
-    prompts = [naive.prompt("video", (8, 2, 4), 3, 1, 120.0), naive.prompt("image", (1, 4, 4), 9, 2), naive.prompt("video", (8, 2, 4), 5, 3, 6.0)]
+    prompts = [
+        naive.prompt("video", (8, 2, 4), 3, 1, 120.0),
+        naive.prompt("image", (1, 4, 4), 9, 2),
+        naive.prompt("video", (8, 2, 4), 5, 3, 6.0),
+    ]
     inputs, _, _ = tgrpo.pack(policy, prompts, [[torch.tensor([5])]] * 3, naive.PAD)
     for b, x in enumerate(prompts):
         alone = common.mrope_positions(x, policy.config.vision_config)

@@ -14,9 +14,19 @@ from settings import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCE = {p.name: p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("tools/*.py")]}
-FLAGS = set(re.findall(r"--(\w+)", " ".join(SOURCE.values()))) | {f for cls in ("SharedConfig", "TrainConfig", "DataConfig", "EvalConfig", "TGRPOConfig")
-         for f in re.findall(r"^    (\w+): \w+ = option", next(t for t in SOURCE.values() if f"class {cls}(" in t or f"class {cls}:" in t), re.M)}
+SOURCE = {
+    p.name: p.read_text()
+    for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("tools/*.py")]
+}
+FLAGS = set(re.findall(r"--(\w+)", " ".join(SOURCE.values()))) | {
+    f
+    for cls in ("SharedConfig", "TrainConfig", "DataConfig", "EvalConfig", "TGRPOConfig")
+    for f in re.findall(
+        r"^    (\w+): \w+ = option",
+        next(t for t in SOURCE.values() if f"class {cls}(" in t or f"class {cls}:" in t),
+        re.M,
+    )
+}
 ELSEWHERE = ("needs GPUs; not run", "needs the hub; not run", "needs the data; not run")
 
 # Every other command: the test that runs it, or the very code behind it.
@@ -60,7 +70,14 @@ def test_every_command_runs_in_a_test_or_says_why_not(command, comment):
     for name in re.findall(r"[\w/]+\.(?:py|yaml)\b", command):
         assert (ROOT / name).is_file(), name
     for flag in re.findall(r"--([a-z_]\w*)", command.split("hf download")[0]):
-        assert flag in FLAGS or flag in ("multi_gpu", "num_machines", "num_processes", "machine_rank", "main_process_ip", "main_process_port"), flag
+        assert flag in FLAGS or flag in (
+            "multi_gpu",
+            "num_machines",
+            "num_processes",
+            "machine_rank",
+            "main_process_ip",
+            "main_process_port",
+        ), flag
     if comment not in ELSEWHERE:
         test = RUN_BY[command]
         assert (ROOT / test).is_file() or any(f"def {test}(" in text for text in SOURCE.values()), test
@@ -83,7 +100,10 @@ def test_everything_the_readme_names_exists():
         elif re.fullmatch(r"(reward|temporal|group|policy|completion|data|time|rollout|memory)/\w+", name):
             group, key = name.split("/")
             made = {"time": f'lap("{key}")', "reward": f'"{key}"'}.get(group, name)
-            assert any(made in text or name in text or f"{group}/{key.rsplit('_', 1)[0]}_{{" in text for text in SOURCE.values()), name
+            assert any(
+                made in text or name in text or f"{group}/{key.rsplit('_', 1)[0]}_{{" in text
+                for text in SOURCE.values()
+            ), name
         elif re.fullmatch(r"[a-z]+_[a-z_]+", name) and not name.startswith("object"):
             assert name in FLAGS or any(re.search(rf"\b{name}\b", text) for text in SOURCE.values()), name
     for name in ("GPT-4o", "not run", "Apache-2.0"):
@@ -93,16 +113,26 @@ def test_everything_the_readme_names_exists():
 def test_published_scores_are_the_same_in_the_readme_and_in_the_table():
     """Guards: a typo in one of two places."""
     from benchmarks import PUBLISHED
+
     columns = ["vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme"]
-    for label, model in (("GPT-4o", "GPT-4o"), ("Qwen2.5-VL-7B, CoT prompt", "Qwen2.5-VL-7B (CoT prompt)"), ("Video-R1-7B (T-GRPO)", "Video-R1-7B")):
+    for label, model in (
+        ("GPT-4o", "GPT-4o"),
+        ("Qwen2.5-VL-7B, CoT prompt", "Qwen2.5-VL-7B (CoT prompt)"),
+        ("Video-R1-7B (T-GRPO)", "Video-R1-7B"),
+    ):
         row = next(line for line in README.split("\n") if line.startswith(f"| {label} |")).split("|")[2:-1]
         for name, cell in zip(columns, row, strict=True):
-            assert tuple(map(float, cell.split("/"))) == PUBLISHED[model].get(name) if cell.strip() != "–" else name not in PUBLISHED[model]
+            assert (
+                tuple(map(float, cell.split("/"))) == PUBLISHED[model].get(name)
+                if cell.strip() != "–"
+                else name not in PUBLISHED[model]
+            )
 
 
 def test_the_tables_of_the_experiment_are_the_files():
     """Guards: a result typed by hand, or one of an earlier run."""
     from ablate import tables
+
     for line in tables(json.loads((ROOT / "docs/ablation.json").read_text())).split("\n"):
         assert not line.startswith("|") or line in README, line
 
@@ -110,18 +140,33 @@ def test_the_tables_of_the_experiment_are_the_files():
 def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd):
     """Guards: a first command that breaks on a fresh machine; a summary without the promised numbers; a second run that works again."""
     launch, make_world = toy.launch, toy.make_world
-    fewer = {"sft.py": ("--steps", 2, "--batch_size", 4, "--micro_batch_size", 4), "tgrpo.py": ("--steps", 2, "--batch_size", 2, "--micro_batch_size", 2)}
-    monkeypatch.setattr(toy, "launch", lambda script, *rest, **kwargs: launch(script, *rest, *fewer.get(script, ()), **kwargs))
-    monkeypatch.setattr(toy, "make_world", lambda folder, seed, **kwargs: make_world(folder, seed, 12, 12, 8, 4, **kwargs))
+    fewer = {
+        "sft.py": ("--steps", 2, "--batch_size", 4, "--micro_batch_size", 4),
+        "tgrpo.py": ("--steps", 2, "--batch_size", 2, "--micro_batch_size", 2),
+    }
+    monkeypatch.setattr(
+        toy, "launch", lambda script, *rest, **kwargs: launch(script, *rest, *fewer.get(script, ()), **kwargs)
+    )
+    monkeypatch.setattr(
+        toy, "make_world", lambda folder, seed, **kwargs: make_world(folder, seed, 12, 12, 8, 4, **kwargs)
+    )
     monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
     toy.main()
     said = capfd.readouterr().out
     for command in ("sft.py", "tgrpo.py", "evaluate.py"):
         assert f"$ accelerate launch {command} --config configs/toy.yaml" in said
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary) == {"cold_start", "tgrpo", "seconds", "seed"} and set(summary["seconds"]) == {"world", "sft", "tgrpo", "evaluate", "total"}
+    assert set(summary) == {"cold_start", "tgrpo", "seconds", "seed"} and set(summary["seconds"]) == {
+        "world",
+        "sft",
+        "tgrpo",
+        "evaluate",
+        "total",
+    }
     assert set(summary["tgrpo"]) == {"ordered", "shuffled", "gap", "conflict"} and "background lies" in said
-    assert (tmp_path / "learning_curves.png").read_bytes()[1:4] == b"PNG" and len(read_jsonl(tmp_path / "tgrpo/rollouts.jsonl")) > 16
+    assert (tmp_path / "learning_curves.png").read_bytes()[1:4] == b"PNG" and len(
+        read_jsonl(tmp_path / "tgrpo/rollouts.jsonl")
+    ) > 16
     toy.main()
     said = capfd.readouterr().out
     assert "everything was in place: --fresh runs it again" in said and "$ accelerate" not in said
@@ -133,11 +178,35 @@ def test_the_picture_of_the_method_is_drawn_from_a_run(tmp_path, world):
     truth = record["solution"][8]
     said = lambda letter: f"<think>so it is.</think>\n<answer>{letter}</answer>"
     wrong = "AB"[truth == "A"]
-    rows = [{"step": 12, "problem_id": record["problem_id"], "frames": "ordered", "text": said(truth if i else wrong), "accuracy": float(i > 0), "format": 1.0, "length": 0.0}
-            for i in range(8)] + [{"step": 12, "problem_id": record["problem_id"], "frames": "shuffled", "text": said("AB"[i % 2]), "frame_order": list(range(7, -1, -1))} for i in range(4)]
+    rows = [
+        {
+            "step": 12,
+            "problem_id": record["problem_id"],
+            "frames": "ordered",
+            "text": said(truth if i else wrong),
+            "accuracy": float(i > 0),
+            "format": 1.0,
+            "length": 0.0,
+        }
+        for i in range(8)
+    ] + [
+        {
+            "step": 12,
+            "problem_id": record["problem_id"],
+            "frames": "shuffled",
+            "text": said("AB"[i % 2]),
+            "frame_order": list(range(7, -1, -1)),
+        }
+        for i in range(4)
+    ]
     (tmp_path / "tgrpo").mkdir()
     (tmp_path / "tgrpo/rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "world").symlink_to(world / "world")
-    done = subprocess.run([sys.executable, "docs/picture.py", "--run", str(tmp_path), "--out", str(tmp_path / "m.png")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "docs/picture.py", "--run", str(tmp_path), "--out", str(tmp_path / "m.png")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "p 0.875, p̃ 0.5" in done.stdout, done.stderr[-1500:]
     assert (tmp_path / "m.png").stat().st_size > 10_000

@@ -10,9 +10,25 @@ import time
 import pytest
 
 import rewards
-from rewards import (ACCURACY, CORRECT, accuracy_reward, common_subsequence, edit_distance, extract_answer, format_reward,
-                     length_reward, mean_relative_accuracy, parse_letter, parse_number, parse_solution, relative_accuracy,
-                     rouge_l, rouge_n, temporal_reward, word_error_rate)
+from rewards import (
+    ACCURACY,
+    CORRECT,
+    accuracy_reward,
+    common_subsequence,
+    edit_distance,
+    extract_answer,
+    format_reward,
+    length_reward,
+    mean_relative_accuracy,
+    parse_letter,
+    parse_number,
+    parse_solution,
+    relative_accuracy,
+    rouge_l,
+    rouge_n,
+    temporal_reward,
+    word_error_rate,
+)
 
 
 def tagged(answer):
@@ -26,28 +42,38 @@ def score(problem_type, answer, truth):
 # ------------------------------------------------------------------------------------------------- finding the answer
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("<answer>B</answer>", "B"),
-    ("<answer>\n B \t</answer>", "B"),                                            # stripped
-    ("<answer></answer>", ""), ("", None), ("B", None), ("<answer>B", None), ("B</answer>", None),
-    ("<answer>A</answer><answer>B</answer>", "B"),                                # last
-    ("<answer>A</answer><answer>B", "A"),                                         # last complete
-    ("<think><answer>A</answer></think>", None),                                  # inside think
-    ("<think><answer>A</answer></think><answer>B</answer>", "B"),
-    ("<answer>B</answer><think><answer>A</answer></think>", "B"),
-    ("<think><answer>A</answer>", None),                                          # think never closes
-    ("<answer>A</answer><think><answer>B</answer>", "A"),
-    ("<think>x</think><answer>A</answer><think>y</think><answer>B</answer>", "B"),
-    ("<think>x</think><answer>A</answer><think>y</think>", "A"),
-    ("<answer>A</answer></think><answer>B</answer>", "B"),                        # think opened by the prompt
-    ("<answer>A</answer></think>", None),
-    ("<think><think>x</think><answer>A</answer></think>", None),                  # nested think
-    ("<answer>A<answer>B</answer></answer>", "B"),                                # nested answer: innermost
-    ("<answer>A<think>B</think></answer>", None),                                 # answer torn by a think block
-    ("<think>x<answer></think>A</answer>", None),                                 # opened inside, closed outside
-    ("<answer>A<think></answer></think>", None),
-    ("<Answer>A</Answer>", None), ("< answer>A</ answer>", None), ("<<answer>A<</answer>>", "A<"), ("<answer>1<2</answer>", "1<2"),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<answer>B</answer>", "B"),
+        ("<answer>\n B \t</answer>", "B"),  # stripped
+        ("<answer></answer>", ""),
+        ("", None),
+        ("B", None),
+        ("<answer>B", None),
+        ("B</answer>", None),
+        ("<answer>A</answer><answer>B</answer>", "B"),  # last
+        ("<answer>A</answer><answer>B", "A"),  # last complete
+        ("<think><answer>A</answer></think>", None),  # inside think
+        ("<think><answer>A</answer></think><answer>B</answer>", "B"),
+        ("<answer>B</answer><think><answer>A</answer></think>", "B"),
+        ("<think><answer>A</answer>", None),  # think never closes
+        ("<answer>A</answer><think><answer>B</answer>", "A"),
+        ("<think>x</think><answer>A</answer><think>y</think><answer>B</answer>", "B"),
+        ("<think>x</think><answer>A</answer><think>y</think>", "A"),
+        ("<answer>A</answer></think><answer>B</answer>", "B"),  # think opened by the prompt
+        ("<answer>A</answer></think>", None),
+        ("<think><think>x</think><answer>A</answer></think>", None),  # nested think
+        ("<answer>A<answer>B</answer></answer>", "B"),  # nested answer: innermost
+        ("<answer>A<think>B</think></answer>", None),  # answer torn by a think block
+        ("<think>x<answer></think>A</answer>", None),  # opened inside, closed outside
+        ("<answer>A<think></answer></think>", None),
+        ("<Answer>A</Answer>", None),
+        ("< answer>A</ answer>", None),
+        ("<<answer>A<</answer>>", "A<"),
+        ("<answer>1<2</answer>", "1<2"),
+    ],
+)
 def test_extract_answer(text, answer):
     """Bug: an answer tried out while thinking is taken, or the first of two, or half a block."""
     assert extract_answer(text) == answer
@@ -55,21 +81,44 @@ def test_extract_answer(text, answer):
 
 def test_a_text_without_tags_never_matches():
     """Bug (released code): without tags it compares whole texts, so "B" meets the solution "B"."""
-    for problem_type, truth in (("multiple choice", "B"), ("numerical", "4"), ("OCR", "no exit"), ("free-form", "a cat"), ("regression", "4")):
+    for problem_type, truth in (
+        ("multiple choice", "B"),
+        ("numerical", "4"),
+        ("OCR", "no exit"),
+        ("free-form", "a cat"),
+        ("regression", "4"),
+    ):
         assert accuracy_reward(truth, f"<answer>{truth}</answer>", problem_type) == 0
-        assert accuracy_reward(f"<think><answer>{truth}</answer></think>", f"<answer>{truth}</answer>", problem_type) == 0
-        assert accuracy_reward(truth, truth, problem_type) == 0                       # a bare solution is read, a bare answer is not
+        assert (
+            accuracy_reward(f"<think><answer>{truth}</answer></think>", f"<answer>{truth}</answer>", problem_type) == 0
+        )
+        assert accuracy_reward(truth, truth, problem_type) == 0  # a bare solution is read, a bare answer is not
 
 
-@pytest.mark.parametrize("text, reward", [
-    ("<think>a</think><answer>B</answer>", 1), ("\n <think>a</think> \n\t<answer>B</answer>\n", 1), ("<think></think><answer></answer>", 1),
-    ("<think>1 < 2, <b></think><answer>x > y</answer>", 1),                       # other angle brackets are text
-    ("x<think>a</think><answer>B</answer>", 0), ("<think>a</think>x<answer>B</answer>", 0), ("<think>a</think><answer>B</answer>.", 0),
-    ("<think>a</think><answer>B</answer>\x00", 0), ("<answer>B</answer><think>a</think>", 0), ("<answer>B</answer>", 0), ("<think>a</think>", 0),
-    ("<think>a</think><answer>A</answer><answer>B</answer>", 0), ("<think>a</think><think>b</think><answer>B</answer>", 0),
-    ("<think>a<think></think><answer>B</answer>", 0), ("<think>a</think><answer>B</answer></answer>", 0),
-    ("<think><answer>B</answer></think>", 0), ("<think>a<answer></think>B</answer>", 0), ("<THINK>a</THINK><answer>B</answer>", 0), ("", 0),
-])
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        ("<think>a</think><answer>B</answer>", 1),
+        ("\n <think>a</think> \n\t<answer>B</answer>\n", 1),
+        ("<think></think><answer></answer>", 1),
+        ("<think>1 < 2, <b></think><answer>x > y</answer>", 1),  # other angle brackets are text
+        ("x<think>a</think><answer>B</answer>", 0),
+        ("<think>a</think>x<answer>B</answer>", 0),
+        ("<think>a</think><answer>B</answer>.", 0),
+        ("<think>a</think><answer>B</answer>\x00", 0),
+        ("<answer>B</answer><think>a</think>", 0),
+        ("<answer>B</answer>", 0),
+        ("<think>a</think>", 0),
+        ("<think>a</think><answer>A</answer><answer>B</answer>", 0),
+        ("<think>a</think><think>b</think><answer>B</answer>", 0),
+        ("<think>a<think></think><answer>B</answer>", 0),
+        ("<think>a</think><answer>B</answer></answer>", 0),
+        ("<think><answer>B</answer></think>", 0),
+        ("<think>a<answer></think>B</answer>", 0),
+        ("<THINK>a</THINK><answer>B</answer>", 0),
+        ("", 0),
+    ],
+)
 def test_format_reward(text, reward):
     """Bug: a pattern like <think>.*</think> that swallows repeated tags, or does not look outside the blocks."""
     assert format_reward(text) == reward
@@ -78,27 +127,133 @@ def test_format_reward(text, reward):
 # ------------------------------------------------------------------------------------------------------ multiple choice
 
 
-@pytest.mark.parametrize("text, letter", [
-    *[(text, "B") for text in ("B", "b", "B.", "B)", "(B)", "(b)", "[B]", "B:", " B ", "**B**", "**B.**", "`B`", "\"B\"", "$B$", "\xa0B", "B!")],
-    *[(text, "B") for text in ("B. the cat", "B) the cat", "B: the cat", "(B) the cat", "(B)the cat", "**B.** the cat", "**B**. the cat", "B.\nthe cat")],
-    *[(text, "B") for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")],   # option texts
-    *[(text, "B") for text in ("Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat")],
-    # the lead-ins that Video-MME's extractor strips
-    *[(f"{lead} B", "B") for lead in ("The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is",
-                                      "The correct option is", "Best answer:", "Best option:", "Answer:", "Option:")],
-    ("best", None), ("The best of B", None),
-    ("D. Both A and B", "D"), ("n", "N"), ("Z", "Z"), ("I. think", "I"),
-    *[(text, None) for text in ("", " ", ".", "()", "A or B", "A and B", "A, B", "A/B", "A & B", "A; B", "A B", "AB", "A\nB", "a or b", "Options A, B")],
-    *[(text, None) for text in ("A. B", "A.B", "A) or B)", "(A) and (B)", "A. cat, B. dog", "A. cat\nB. dog", "A. cat or B. dog", "A: cat / B: dog")],
-    *[(text, None) for text in ("A cat", "a cat", "I think B", "not B", "B because", "Bear", "the cat", "e.g. this", "U.S. Navy", "4", "4. B")],
-    *[(text, "B") for text in ("Ｂ", "ⓑ", "（Ｂ）", "B．猫", "B、猫", "B：猫", "【B】")],
-    *[(text, None) for text in ("ß", "é", "Б", "\ud800", "\x00")],
-])
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        *[
+            (text, "B")
+            for text in (
+                "B",
+                "b",
+                "B.",
+                "B)",
+                "(B)",
+                "(b)",
+                "[B]",
+                "B:",
+                " B ",
+                "**B**",
+                "**B.**",
+                "`B`",
+                '"B"',
+                "$B$",
+                "\xa0B",
+                "B!",
+            )
+        ],
+        *[
+            (text, "B")
+            for text in (
+                "B. the cat",
+                "B) the cat",
+                "B: the cat",
+                "(B) the cat",
+                "(B)the cat",
+                "**B.** the cat",
+                "**B**. the cat",
+                "B.\nthe cat",
+            )
+        ],
+        *[
+            (text, "B") for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")
+        ],  # option texts
+        *[
+            (text, "B")
+            for text in ("Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat")
+        ],
+        # the lead-ins that Video-MME's extractor strips
+        *[
+            (f"{lead} B", "B")
+            for lead in (
+                "The best answer is",
+                "The correct answer is",
+                "The answer is",
+                "The answer",
+                "The best option is",
+                "The correct option is",
+                "Best answer:",
+                "Best option:",
+                "Answer:",
+                "Option:",
+            )
+        ],
+        ("best", None),
+        ("The best of B", None),
+        ("D. Both A and B", "D"),
+        ("n", "N"),
+        ("Z", "Z"),
+        ("I. think", "I"),
+        *[
+            (text, None)
+            for text in (
+                "",
+                " ",
+                ".",
+                "()",
+                "A or B",
+                "A and B",
+                "A, B",
+                "A/B",
+                "A & B",
+                "A; B",
+                "A B",
+                "AB",
+                "A\nB",
+                "a or b",
+                "Options A, B",
+            )
+        ],
+        *[
+            (text, None)
+            for text in (
+                "A. B",
+                "A.B",
+                "A) or B)",
+                "(A) and (B)",
+                "A. cat, B. dog",
+                "A. cat\nB. dog",
+                "A. cat or B. dog",
+                "A: cat / B: dog",
+            )
+        ],
+        *[
+            (text, None)
+            for text in (
+                "A cat",
+                "a cat",
+                "I think B",
+                "not B",
+                "B because",
+                "Bear",
+                "the cat",
+                "e.g. this",
+                "U.S. Navy",
+                "4",
+                "4. B",
+            )
+        ],
+        *[(text, "B") for text in ("Ｂ", "ⓑ", "（Ｂ）", "B．猫", "B、猫", "B：猫", "【B】")],
+        *[(text, None) for text in ("ß", "é", "Б", "\ud800", "\x00")],
+    ],
+)
 def test_parse_letter(text, letter):
     """Bug (released code): "B.", "(B)", "b" earn 0. Bug (others): "A or B" is right for both, and the article in "A cat" for A."""
     assert parse_letter(text) == letter
     if letter:
-        assert score("multiple choice", text, letter) == 1 and parse_solution(f"<answer>{text}</answer>", "multiple choice") == letter
+        assert (
+            score("multiple choice", text, letter) == 1
+            and parse_solution(f"<answer>{text}</answer>", "multiple choice") == letter
+        )
     for wrong in {"A", "B", "C", "I", "E"} - {letter}:
         assert score("multiple choice", text, wrong) == 0
 
@@ -112,18 +267,147 @@ def test_every_letter_alone_is_itself():
 # --------------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("text, number", [
-    ("4", 4), ("4.0", 4), ("4.", 4), ("004", 4), ("+4", 4), ("-3", -3), ("−3", -3), ("- 3", None), ("0", 0), ("-0.0", 0), (".5", 0.5), ("-.5", -0.5),
-    ("1,000", 1000), ("12,345,678.9", 12345678.9), ("1e3", 1000), ("1E3", 1000), ("2.5e-1", 0.25), ("1e+2", 100), ("50%", 50), ("50 %", 50), ("$5", 5),
-    ("$1,000.50", 1000.5), ("€5", 5), ("$4$", 4), ("**4**", 4), (" 4\n", 4), ("3.5.", 3.5), ("4" + " " * 600, 4), ("1e-999999", 0), ("0." + "3" * 9999, 1 / 3),
-    ("3.5 meters", 3.5), ("3.5m", 3.5), ("3.5 m.", 3.5), ("12 m^2", 12), ("12 m2", 12), ("12 m²", 12), ("12 square meters", 12), ("9.8 m/s^2", 9.8),
-    ("60 km/h", 60), ("60 miles per hour", 60), ("20 °C", 20), ("20 degrees Celsius", 20), ("3 cats", 3), ("3\ncats", 3), ("50 percent", 50),
-    *[(text, None) for text in ("", " ", ".", "-", "+", "%", ",", "e", "e3", ".e3", "four", "meters", "nan", "NaN", "inf", "-inf", "Infinity")],
-    *[(text, None) for text in ("1,00", "3,5", "1,0000", "1000,000", "1,000,00", "1,,000", ",000", "0,500", "1,000,", "1.000.000", "1 000", "1,2,3", "1_000")],
-    *[(text, None) for text in ("4, not 5", "4 not five", "between 3 and 4", "3 and 4", "3 or four", "3 to 4", "3-4", "3–4", "3 4", "3 meters 4", "4 5 meters")],
-    *[(text, None) for text in ("about 4", "4 (four)", "4 maybe five", "2x3", "2x", "2 x 3", "2^3", "4²", "5:30", "1e", "1e+", "0x10")],
-    *[(text, None) for text in ("4 million", "4 thousand", "4k", "4 dozen", "--4", "+-4", "4-", "1e999", "-1e999999", "9" * 400, "٤", "²", "4₂")],
-])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("4", 4),
+        ("4.0", 4),
+        ("4.", 4),
+        ("004", 4),
+        ("+4", 4),
+        ("-3", -3),
+        ("−3", -3),
+        ("- 3", None),
+        ("0", 0),
+        ("-0.0", 0),
+        (".5", 0.5),
+        ("-.5", -0.5),
+        ("1,000", 1000),
+        ("12,345,678.9", 12345678.9),
+        ("1e3", 1000),
+        ("1E3", 1000),
+        ("2.5e-1", 0.25),
+        ("1e+2", 100),
+        ("50%", 50),
+        ("50 %", 50),
+        ("$5", 5),
+        ("$1,000.50", 1000.5),
+        ("€5", 5),
+        ("$4$", 4),
+        ("**4**", 4),
+        (" 4\n", 4),
+        ("3.5.", 3.5),
+        ("4" + " " * 600, 4),
+        ("1e-999999", 0),
+        ("0." + "3" * 9999, 1 / 3),
+        ("3.5 meters", 3.5),
+        ("3.5m", 3.5),
+        ("3.5 m.", 3.5),
+        ("12 m^2", 12),
+        ("12 m2", 12),
+        ("12 m²", 12),
+        ("12 square meters", 12),
+        ("9.8 m/s^2", 9.8),
+        ("60 km/h", 60),
+        ("60 miles per hour", 60),
+        ("20 °C", 20),
+        ("20 degrees Celsius", 20),
+        ("3 cats", 3),
+        ("3\ncats", 3),
+        ("50 percent", 50),
+        *[
+            (text, None)
+            for text in (
+                "",
+                " ",
+                ".",
+                "-",
+                "+",
+                "%",
+                ",",
+                "e",
+                "e3",
+                ".e3",
+                "four",
+                "meters",
+                "nan",
+                "NaN",
+                "inf",
+                "-inf",
+                "Infinity",
+            )
+        ],
+        *[
+            (text, None)
+            for text in (
+                "1,00",
+                "3,5",
+                "1,0000",
+                "1000,000",
+                "1,000,00",
+                "1,,000",
+                ",000",
+                "0,500",
+                "1,000,",
+                "1.000.000",
+                "1 000",
+                "1,2,3",
+                "1_000",
+            )
+        ],
+        *[
+            (text, None)
+            for text in (
+                "4, not 5",
+                "4 not five",
+                "between 3 and 4",
+                "3 and 4",
+                "3 or four",
+                "3 to 4",
+                "3-4",
+                "3–4",
+                "3 4",
+                "3 meters 4",
+                "4 5 meters",
+            )
+        ],
+        *[
+            (text, None)
+            for text in (
+                "about 4",
+                "4 (four)",
+                "4 maybe five",
+                "2x3",
+                "2x",
+                "2 x 3",
+                "2^3",
+                "4²",
+                "5:30",
+                "1e",
+                "1e+",
+                "0x10",
+            )
+        ],
+        *[
+            (text, None)
+            for text in (
+                "4 million",
+                "4 thousand",
+                "4k",
+                "4 dozen",
+                "--4",
+                "+-4",
+                "4-",
+                "1e999",
+                "-1e999999",
+                "9" * 400,
+                "٤",
+                "²",
+                "4₂",
+            )
+        ],
+    ],
+)
 def test_parse_number(text, number):
     """Bug (released code): "4.0" for "4" and "1000" for "1,000" earn 0. Bug (first number found): "4, not 5" earns for 4."""
     if number is None:
@@ -147,27 +431,126 @@ def test_numbers_survive_being_written():
 # Text, and what is read of it: a letter, a number, or nothing.
 READ = [
     # Unicode forms
-    ("Ｂ", "B"), ("（ｂ）", "B"), ("答案：B", "B"), ("答案是B。", "B"), ("正确答案为（C）", "C"), ("故选D", "D"), ("选项 B", "B"), ("答え：Ｂ", "B"),
-    ("５", 5), ("１，０００", 1000), ("－５", -5), ("答案：5", 5), ("5个", 5), ("３.５米", 3.5), ("5千克", 5), ("½", 0.5), ("3½", 3.5), ("℃", None),
-    ("5万", None), ("3亿元", None), ("12点", None), ("4²", None), ("10⁻³", None), ("12 m²", 12), ("5 ㎝", 5), ("20℃", 20),
+    ("Ｂ", "B"),
+    ("（ｂ）", "B"),
+    ("答案：B", "B"),
+    ("答案是B。", "B"),
+    ("正确答案为（C）", "C"),
+    ("故选D", "D"),
+    ("选项 B", "B"),
+    ("答え：Ｂ", "B"),
+    ("５", 5),
+    ("１，０００", 1000),
+    ("－５", -5),
+    ("答案：5", 5),
+    ("5个", 5),
+    ("３.５米", 3.5),
+    ("5千克", 5),
+    ("½", 0.5),
+    ("3½", 3.5),
+    ("℃", None),
+    ("5万", None),
+    ("3亿元", None),
+    ("12点", None),
+    ("4²", None),
+    ("10⁻³", None),
+    ("12 m²", 12),
+    ("5 ㎝", 5),
+    ("20℃", 20),
     # LaTeX
-    (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"), (r"\boxed{\text{(B)}}", "B"), (r"\text{B}", "B"), (r"$$B$$", "B"), (r"\(B\)", "B"), (r"\textbf{B.} cat", "B"),
-    (r"\boxed{5}", 5), (r"$5$", 5), (r"$\boxed{5\text{ cm}}$", 5), (r"\(5\)", 5), (r"5\%", 5), (r"\$5", 5), (r"1{,}000", 1000), (r"30^\circ", 30),
-    (r"\mathrm{5}", 5), (r"\boxed{\boxed{\boxed{5}}}", 5), (r"\boxed{5", None), (r"\boxed{5} \boxed{6}", None), (r"\sqrt{5}", None),
+    (r"\boxed{B}", "B"),
+    (r"$\boxed{B}$", "B"),
+    (r"\boxed{\text{(B)}}", "B"),
+    (r"\text{B}", "B"),
+    (r"$$B$$", "B"),
+    (r"\(B\)", "B"),
+    (r"\textbf{B.} cat", "B"),
+    (r"\boxed{5}", 5),
+    (r"$5$", 5),
+    (r"$\boxed{5\text{ cm}}$", 5),
+    (r"\(5\)", 5),
+    (r"5\%", 5),
+    (r"\$5", 5),
+    (r"1{,}000", 1000),
+    (r"30^\circ", 30),
+    (r"\mathrm{5}", 5),
+    (r"\boxed{\boxed{\boxed{5}}}", 5),
+    (r"\boxed{5", None),
+    (r"\boxed{5} \boxed{6}", None),
+    (r"\sqrt{5}", None),
     # fractions
-    ("3/4", 0.75), ("-3/4", -0.75), ("3 / 4", 0.75), (r"\frac{3}{4}", 0.75), (r"$-\frac{3}{4}$", -0.75), (r"\dfrac{1}{2}", 0.5), (r"\frac34", 0.75),
-    ("1 3/4", 1.75), (r"1\frac{3}{4}", 1.75), ("3/4 cup", 0.75), ("3⁄4", 0.75), ("1.5/2", 0.75), ("3/0", None), ("3/4/2020", None), ("1/2 or 1/3", None),
-    (r"\frac{a}{b}", None), (r"\frac{1}{2", None), ("3/", None), ("/4", None), ("1//2", None),
+    ("3/4", 0.75),
+    ("-3/4", -0.75),
+    ("3 / 4", 0.75),
+    (r"\frac{3}{4}", 0.75),
+    (r"$-\frac{3}{4}$", -0.75),
+    (r"\dfrac{1}{2}", 0.5),
+    (r"\frac34", 0.75),
+    ("1 3/4", 1.75),
+    (r"1\frac{3}{4}", 1.75),
+    ("3/4 cup", 0.75),
+    ("3⁄4", 0.75),
+    ("1.5/2", 0.75),
+    ("3/0", None),
+    ("3/4/2020", None),
+    ("1/2 or 1/3", None),
+    (r"\frac{a}{b}", None),
+    (r"\frac{1}{2", None),
+    ("3/", None),
+    ("/4", None),
+    ("1//2", None),
     # names, parentheses, leads
-    ("x = 5", 5), ("x=5", 5), ("(5)", 5), ("[5]", 5), ("(-5)", -5), ("x = (5)", 5), ("= 5", 5), (r"\theta = 5", 5), ("x_1 = 5", 5), ("Answer: 5", 5),
-    ("The answer is 5.", 5), ("x = 5, y = 3", None), ("x = y", None), ("2x = 5", None), ("((5", None), ("x == 5", None),
+    ("x = 5", 5),
+    ("x=5", 5),
+    ("(5)", 5),
+    ("[5]", 5),
+    ("(-5)", -5),
+    ("x = (5)", 5),
+    ("= 5", 5),
+    (r"\theta = 5", 5),
+    ("x_1 = 5", 5),
+    ("Answer: 5", 5),
+    ("The answer is 5.", 5),
+    ("x = 5, y = 3", None),
+    ("x = y", None),
+    ("2x = 5", None),
+    ("((5", None),
+    ("x == 5", None),
     # scales and times are other numbers, or none
-    ("$1.2M", None), ("$5m", None), ("€3bn", None), ("1.2M", None), ("2 thirds", None), ("two thirds", None), ("3 lakh", None), ("3 crore", None),
-    ("₹3 lakh", None), ("5 hundred", None), ("3 halves", None), ("3 quarters", None), ("4 squared", None), ("12 AM", None), ("12 a.m.", None),
-    ("3pm", None), ("12 noon", None), ("12:30", None), ("300 BC", None),
-    ("3.5m", 3.5), ("3 ms", 3), ("4 MB", 4), ("5 trees", 5), ("4 pm2", 4), ("5 Ω", 5), ("5 μm", 5), ("5 Å", 5),
+    ("$1.2M", None),
+    ("$5m", None),
+    ("€3bn", None),
+    ("1.2M", None),
+    ("2 thirds", None),
+    ("two thirds", None),
+    ("3 lakh", None),
+    ("3 crore", None),
+    ("₹3 lakh", None),
+    ("5 hundred", None),
+    ("3 halves", None),
+    ("3 quarters", None),
+    ("4 squared", None),
+    ("12 AM", None),
+    ("12 a.m.", None),
+    ("3pm", None),
+    ("12 noon", None),
+    ("12:30", None),
+    ("300 BC", None),
+    ("3.5m", 3.5),
+    ("3 ms", 3),
+    ("4 MB", 4),
+    ("5 trees", 5),
+    ("4 pm2", 4),
+    ("5 Ω", 5),
+    ("5 μm", 5),
+    ("5 Å", 5),
     # an option's own text may begin with an initial
-    ("B. E. coli", "B"), ("B. E. coli and S. aureus", "B"), ("C. J. S. Bach", "C"), ("A. B", None), ("A. cat, B. dog", None), ("A) B) cat", None),
+    ("B. E. coli", "B"),
+    ("B. E. coli and S. aureus", "B"),
+    ("C. J. S. Bach", "C"),
+    ("A. B", None),
+    ("A. cat, B. dog", None),
+    ("A) B) cat", None),
 ]
 
 
@@ -181,47 +564,106 @@ def test_what_is_read(text, read):
         with pytest.raises(ValueError, match="number"):
             parse_number(text)
     else:
-        assert parse_number(text) == parse_solution(f"<answer>{text}</answer>", "numerical") == pytest.approx(read, rel=1e-12)
+        assert (
+            parse_number(text)
+            == parse_solution(f"<answer>{text}</answer>", "numerical")
+            == pytest.approx(read, rel=1e-12)
+        )
 
 
 def test_bare_and_numeric_solutions_are_read():
     """Bug: a row refused because its solution is 3, "3" or "B" instead of "<answer>3</answer>"."""
     assert parse_solution(3, "numerical") == parse_solution("3", "numerical") == parse_solution(3.0, "regression") == 3
-    assert parse_solution("B", "multiple choice", ["left", "right"]) == "B" and parse_solution("NO EXIT", "OCR") == "NO EXIT"
+    assert (
+        parse_solution("B", "multiple choice", ["left", "right"]) == "B"
+        and parse_solution("NO EXIT", "OCR") == "NO EXIT"
+    )
     for solution in ("<answer>3", "3</answer>", "<think>3</think>"):
         with pytest.raises(ValueError, match="no answer"):
             parse_solution(solution, "numerical")
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["left", "right"], ["A. left", "B. right"]), (["A. left", "B. right"], ["A. left", "B. right"]), (["(A) left", "(B) right"], ["(A) left", "(B) right"]),
-    (["C) x", "D) y"], ["C) x", "D) y"]), (["A. x", "C. y"], ["A. x", "C. y"]),
-    (["E. coli", "S. aureus", "B. subtilis"], ["A. E. coli", "B. S. aureus", "C. B. subtilis"]), (["A dog", "A cat"], ["A. A dog", "B. A cat"]), ([], []),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["left", "right"], ["A. left", "B. right"]),
+        (["A. left", "B. right"], ["A. left", "B. right"]),
+        (["(A) left", "(B) right"], ["(A) left", "(B) right"]),
+        (["C) x", "D) y"], ["C) x", "D) y"]),
+        (["A. x", "C. y"], ["A. x", "C. y"]),
+        (["E. coli", "S. aureus", "B. subtilis"], ["A. E. coli", "B. S. aureus", "C. B. subtilis"]),
+        (["A dog", "A cat"], ["A. A dog", "B. A cat"]),
+        ([], []),
+    ],
+)
 def test_options_get_letters_only_where_they_have_none(options, expected):
     """Bug: a prompt without letters whose answer is a letter; the genus of "E. coli" taken for option E."""
     assert rewards.lettered(options) == expected == rewards.lettered(expected)
     assert rewards.option_letters(expected) == rewards.option_letters(options)
 
 
-@pytest.mark.parametrize("answer, truth, expected", [
-    ("4.0", "4", 1), ("4", "4.0", 1), ("1000", "1,000", 1), ("1,000", "1000", 1), ("50%", "50", 1), ("0.0", "0", 1), ("-0", "0", 1), ("1e308", "1e308", 1),
-    ("3.141", "3.14", 1), ("3.14159", "3.1416", 1), ("0.001", "0.004", 1), ("-0.001", "0", 1),
-    ("2.68", "2.675", 1), ("2.67", "2.675", 0), ("0.13", "0.125", 1), ("1.01", "1.005", 1), ("-2.68", "-2.675", 1),   # halves, as on paper
-    ("9007199254740993", "9007199254740992", 1), ("4503599627370496.5", "4503599627370496", 1), ("123456789012.35", "123456789012.345", 1),
-    ("4.01", "4", 0), ("3", "-3", 0), ("0.01", "0", 0), ("1e308", "4", 0), ("nan", "4", 0), ("inf", "4", 0), ("", "4", 0), ("4 or 5", "4", 0),
-])
+@pytest.mark.parametrize(
+    "answer, truth, expected",
+    [
+        ("4.0", "4", 1),
+        ("4", "4.0", 1),
+        ("1000", "1,000", 1),
+        ("1,000", "1000", 1),
+        ("50%", "50", 1),
+        ("0.0", "0", 1),
+        ("-0", "0", 1),
+        ("1e308", "1e308", 1),
+        ("3.141", "3.14", 1),
+        ("3.14159", "3.1416", 1),
+        ("0.001", "0.004", 1),
+        ("-0.001", "0", 1),
+        ("2.68", "2.675", 1),
+        ("2.67", "2.675", 0),
+        ("0.13", "0.125", 1),
+        ("1.01", "1.005", 1),
+        ("-2.68", "-2.675", 1),  # halves, as on paper
+        ("9007199254740993", "9007199254740992", 1),
+        ("4503599627370496.5", "4503599627370496", 1),
+        ("123456789012.35", "123456789012.345", 1),
+        ("4.01", "4", 0),
+        ("3", "-3", 0),
+        ("0.01", "0", 0),
+        ("1e308", "4", 0),
+        ("nan", "4", 0),
+        ("inf", "4", 0),
+        ("", "4", 0),
+        ("4 or 5", "4", 0),
+    ],
+)
 def test_numerical(answer, truth, expected):
     """Bug: text compared, not numbers; round(2.675, 2) = 2.67; an overflow for large numbers."""
     assert score("numerical", answer, truth) == expected
 
 
-@pytest.mark.parametrize("answer, truth, expected", [
-    ("10", "10", 1), ("9", "10", 0.9), ("11", "10", 0.9), ("-9", "-10", 0.9), ("20", "10", 0), ("30", "10", 0), ("-10", "10", 0),
-    ("0", "0", 1), ("0.0", "0", 1), ("1e-9", "0", 0),                                                 # released code: 0 for 0 earns 0
-    ("nan", "10", 0), ("inf", "10", 0), ("-inf", "-10", 0), ("1e999", "10", 0), ("ten", "10", 0),     # released code: nan earns 1
-    ("1e308", "-1e308", 0), ("1e308", "1e-308", 0), ("5e-324", "5e-324", 1), ("9.0 m", "10 m", 0.9),
-])
+@pytest.mark.parametrize(
+    "answer, truth, expected",
+    [
+        ("10", "10", 1),
+        ("9", "10", 0.9),
+        ("11", "10", 0.9),
+        ("-9", "-10", 0.9),
+        ("20", "10", 0),
+        ("30", "10", 0),
+        ("-10", "10", 0),
+        ("0", "0", 1),
+        ("0.0", "0", 1),
+        ("1e-9", "0", 0),  # released code: 0 for 0 earns 0
+        ("nan", "10", 0),
+        ("inf", "10", 0),
+        ("-inf", "-10", 0),
+        ("1e999", "10", 0),
+        ("ten", "10", 0),  # released code: nan earns 1
+        ("1e308", "-1e308", 0),
+        ("1e308", "1e-308", 0),
+        ("5e-324", "5e-324", 1),
+        ("9.0 m", "10 m", 0.9),
+    ],
+)
 def test_regression(answer, truth, expected):
     """Bug (released code): "nan" earns 1.0, and 0 answered to 0 earns nothing."""
     assert score("regression", answer, truth) == pytest.approx(expected, abs=1e-12)
@@ -252,14 +694,37 @@ def test_mean_relative_accuracy_is_the_official_one():
     thresholds = np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))
     for prediction in range(200):
         for truth in range(1, 120):
-            assert mean_relative_accuracy(prediction, truth) == (abs(prediction - truth) / truth <= 1 - thresholds).mean()
+            assert (
+                mean_relative_accuracy(prediction, truth) == (abs(prediction - truth) / truth <= 1 - thresholds).mean()
+            )
     assert mean_relative_accuracy(3, 2) == 0.1 and mean_relative_accuracy(3, 4) == mean_relative_accuracy(-3, -4) == 0.6
 
 
 # ------------------------------------------------------------------------------------------ words: OCR and free-form
 
 
-VOCABULARY = ["the", "The", "cat", "cat's", "sat", "on", "mats", "3.5", "e-mail", "naïve", "漢字", "İstanbul", "K", "ﬁn", "x_y", "ǅ", "\ud800", "--", "", "½"]
+VOCABULARY = [
+    "the",
+    "The",
+    "cat",
+    "cat's",
+    "sat",
+    "on",
+    "mats",
+    "3.5",
+    "e-mail",
+    "naïve",
+    "漢字",
+    "İstanbul",
+    "K",
+    "ﬁn",
+    "x_y",
+    "ǅ",
+    "\ud800",
+    "--",
+    "",
+    "½",
+]
 
 
 def text_pairs(seed, n=400):
@@ -268,28 +733,54 @@ def text_pairs(seed, n=400):
     for _ in range(n):
         words = rng.sample(VOCABULARY, rng.choice([1, 2, 5, len(VOCABULARY)]))
         spaces = rng.choice([[" "], [" ", "  ", "\t", "\n", " \n", "\xa0", "\u3000", "\x1f", "\r\n"]])
-        yield tuple("".join(rng.choice(words) + rng.choice(spaces) for _ in range(rng.choice([0, 1, 2, 8, 30]))) for _ in range(2))
+        yield tuple(
+            "".join(rng.choice(words) + rng.choice(spaces) for _ in range(rng.choice([0, 1, 2, 8, 30])))
+            for _ in range(2)
+        )
 
 
 def test_rouge_is_googles_on_ascii():
     """Bug: another tokeniser, stemming, n-grams counted once, precision for F1, a wrong LCS."""
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rouge3", "rougeL"], use_stemmer=False)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(
+        ["rouge1", "rouge2", "rouge3", "rougeL"], use_stemmer=False
+    )
     total = 0.0
-    for pair in [*text_pairs(2), ("", ""), ("a", ""), ("", "a"), ("a b a b", "b a b a b"), ("a", "a"), ("x_y", "x y"), ("A-b", "a b")]:
+    for pair in [
+        *text_pairs(2),
+        ("", ""),
+        ("a", ""),
+        ("", "a"),
+        ("a b a b", "b a b a b"),
+        ("a", "a"),
+        ("x_y", "x y"),
+        ("A-b", "a b"),
+    ]:
         reference, hypothesis = ("".join(c for c in text if c.isascii()) for text in pair)
         theirs = scorer.score(reference, hypothesis)
         for n in (1, 2, 3):
             assert rouge_n(reference, hypothesis, n) == pytest.approx(theirs[f"rouge{n}"].fmeasure, abs=1e-9)
         assert rouge_l(reference, hypothesis) == pytest.approx(theirs["rougeL"].fmeasure, abs=1e-9)
         total += rouge_l(reference, hypothesis)
-    assert total > 50                                                             # the pairs do overlap
+    assert total > 50  # the pairs do overlap
 
 
-@pytest.mark.parametrize("text, words", [
-    ("naïve Straße", ["naïve", "straße"]), ("кошка спит", ["кошка", "спит"]), ("القطة نائمة", ["القطة", "نائمة"]), ("고양이가 잔다", ["고양이가", "잔다"]),
-    ("हिन्दी में", ["हिन्दी", "में"]), ("猫在睡觉。", ["猫", "在", "睡", "觉"]), ("猫が2匹", ["猫", "が", "2", "匹"]), ("ＡＢＣ １２", ["abc", "12"]),
-    ("nai\u0308ve", ["naïve"]), ("a猫b", ["a", "猫", "b"]), ("😀 — …", []), ("x_y é_z", ["x", "y", "é", "z"]),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("naïve Straße", ["naïve", "straße"]),
+        ("кошка спит", ["кошка", "спит"]),
+        ("القطة نائمة", ["القطة", "نائمة"]),
+        ("고양이가 잔다", ["고양이가", "잔다"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("猫在睡觉。", ["猫", "在", "睡", "觉"]),
+        ("猫が2匹", ["猫", "が", "2", "匹"]),
+        ("ＡＢＣ １２", ["abc", "12"]),
+        ("nai\u0308ve", ["naïve"]),
+        ("a猫b", ["a", "猫", "b"]),
+        ("😀 — …", []),
+        ("x_y é_z", ["x", "y", "é", "z"]),
+    ],
+)
 def test_rouge_sees_words_of_any_script(text, words):
     """Bug (Google's tokeniser, the released code): "кошка" has no words at all and "naïve" two, so right answers earn nothing."""
     assert rewards.rouge_words(text) == words
@@ -304,7 +795,10 @@ def test_word_error_rate_is_jiwers():
     """Bug: edits per word of the longer text, free substitutions, words cut at a lone tab (jiwer does not), no empty reference."""
     jiwer = pytest.importorskip("jiwer")
     for reference, hypothesis in [*text_pairs(3), ("", ""), ("", "a b"), ("a b", ""), (" \n ", "a"), ("a\nb", "a b")]:
-        assert word_error_rate(reference, hypothesis) == pytest.approx(jiwer.wer(reference, hypothesis), abs=1e-9), (reference, hypothesis)
+        assert word_error_rate(reference, hypothesis) == pytest.approx(jiwer.wer(reference, hypothesis), abs=1e-9), (
+            reference,
+            hypothesis,
+        )
 
 
 def test_edits_and_common_words_by_their_properties():
@@ -313,7 +807,9 @@ def test_edits_and_common_words_by_their_properties():
     for _ in range(300):
         a, b, c = ([rng.choice("xyz") for _ in range(rng.randint(0, 12))] for _ in range(3))
         assert edit_distance(a, b) == edit_distance(b, a) == edit_distance(a[::-1], b[::-1]) <= max(len(a), len(b))
-        assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c) and (edit_distance(a, b) == 0) == (a == b)
+        assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c) and (edit_distance(a, b) == 0) == (
+            a == b
+        )
         common = common_subsequence(a, b)
         assert common == common_subsequence(b, a) == common_subsequence(a[::-1], b[::-1]) <= min(len(a), len(b))
         assert common_subsequence(a, a + b) == len(a) and common_subsequence(a + c, b + c) >= common + len(c)
@@ -322,11 +818,25 @@ def test_edits_and_common_words_by_their_properties():
     assert common_subsequence(long_a, long_a + long_b) == 300
 
 
-@pytest.mark.parametrize("answer, truth, expected", [
-    ("NO EXIT", "NO EXIT", 1), ("NO\nEXIT", "NO EXIT", 1), ("NO  EXIT", "NO\tEXIT", 1), ("NO EXIT HERE", "NO EXIT", 0.5), ("NO", "NO EXIT", 0.5),
-    ("no exit", "NO EXIT", 0), ("", "NO EXIT", 0), ("EXIT NO", "NO EXIT", 0), ("NO EXIT a b", "NO EXIT", 0), ("a b c d e NO EXIT", "NO EXIT", 0),
-    ("出口", "出口", 1), ("cafe\u0301", "café", 1), ("ＮＯ", "NO", 0), ("x²", "x2", 0),
-])
+@pytest.mark.parametrize(
+    "answer, truth, expected",
+    [
+        ("NO EXIT", "NO EXIT", 1),
+        ("NO\nEXIT", "NO EXIT", 1),
+        ("NO  EXIT", "NO\tEXIT", 1),
+        ("NO EXIT HERE", "NO EXIT", 0.5),
+        ("NO", "NO EXIT", 0.5),
+        ("no exit", "NO EXIT", 0),
+        ("", "NO EXIT", 0),
+        ("EXIT NO", "NO EXIT", 0),
+        ("NO EXIT a b", "NO EXIT", 0),
+        ("a b c d e NO EXIT", "NO EXIT", 0),
+        ("出口", "出口", 1),
+        ("cafe\u0301", "café", 1),
+        ("ＮＯ", "NO", 0),
+        ("x²", "x2", 0),
+    ],
+)
 def test_ocr(answer, truth, expected):
     """Bug: a negative score for a long answer; a line break counted as an error."""
     assert score("OCR", answer, truth) == pytest.approx(expected)
@@ -343,7 +853,7 @@ def test_ocr_shortcut_changes_no_score():
 def test_free_form():
     """Bug: one of the three ROUGE scores missing, or one counted twice."""
     assert score("free-form", "The cat, sat!", "the cat sat") == 1
-    assert score("free-form", "sat", "sat") == pytest.approx(2 / 3)               # one word: no pairs
+    assert score("free-form", "sat", "sat") == pytest.approx(2 / 3)  # one word: no pairs
     assert score("free-form", "dogs", "the cat sat") == score("free-form", "", "the cat sat") == 0
     assert score("free-form", "sat cat the", "the cat sat") == pytest.approx((1 + 0 + 1 / 3) / 3)
     assert score("free-form", "the cat", "the cat sat") == pytest.approx((4 / 5 + 2 / 3 + 4 / 5) / 3)
@@ -355,27 +865,46 @@ def test_free_form():
 TEN = [f"{chr(65 + i)}. text {i}" for i in range(14)]
 
 
-@pytest.mark.parametrize("solution, problem_type, options, truth", [
-    ("<answer>B</answer>", "multiple choice", ["A. x", "B. y"], "B"), ("<answer>(b)</answer>", "multiple choice", None, "B"),
-    ("<answer>N</answer>", "multiple choice", TEN, "N"), ("<answer>B</answer>", "multiple choice", ["left", "A dog"], "B"),   # texts only
-    ("<answer>D</answer>", "multiple choice", ["C) x", "D) y"], "D"), ("<answer>1,000 m</answer>", "numerical", [], 1000.0),
-    ("<answer>0</answer>", "regression", None, 0.0), ("<answer> NO EXIT </answer>", "OCR", None, "NO EXIT"), ("<answer>A cat.</answer>", "free-form", None, "A cat."),
-])
+@pytest.mark.parametrize(
+    "solution, problem_type, options, truth",
+    [
+        ("<answer>B</answer>", "multiple choice", ["A. x", "B. y"], "B"),
+        ("<answer>(b)</answer>", "multiple choice", None, "B"),
+        ("<answer>N</answer>", "multiple choice", TEN, "N"),
+        ("<answer>B</answer>", "multiple choice", ["left", "A dog"], "B"),  # texts only
+        ("<answer>D</answer>", "multiple choice", ["C) x", "D) y"], "D"),
+        ("<answer>1,000 m</answer>", "numerical", [], 1000.0),
+        ("<answer>0</answer>", "regression", None, 0.0),
+        ("<answer> NO EXIT </answer>", "OCR", None, "NO EXIT"),
+        ("<answer>A cat.</answer>", "free-form", None, "A cat."),
+    ],
+)
 def test_parse_solution(solution, problem_type, options, truth):
     """Bug: a good record refused: options without letters, fourteen of them, or an "A" that is an article."""
     assert parse_solution(solution, problem_type, options) == truth
 
 
-@pytest.mark.parametrize("solution, problem_type, options, message", [
-    ("<answer>B", "multiple choice", None, "no answer"), ("", "OCR", None, "no answer"), ("<answer> </answer>", "free-form", None, "no answer"),
-    ("<answer>A or B</answer>", "multiple choice", None, "letter"), ("<answer>cat</answer>", "multiple choice", None, "letter"),
-    ("<answer>C</answer>", "multiple choice", ["A. x", "B. y"], "C is not among the options A, B"), ("<answer>O</answer>", "multiple choice", TEN, "O is not"),
-    ("<answer>C</answer>", "multiple choice", ["x", "y"], "C is not"), ("<answer>A</answer>", "multiple choice", ["C) x", "D) y"], "A is not"),
-    ("<answer>many</answer>", "numerical", None, "number"), ("<answer>nan</answer>", "regression", None, "number"),
-    ("<answer>1e999</answer>", "numerical", None, "finite"), ("<answer>1,00</answer>", "numerical", None, "number"),
-    ("<answer>√ 😀</answer>", "free-form", None, "ROUGE"), ("<answer>B</answer>", "multiple-choice", None, "no problem type 'multiple-choice'"),
-    ("<answer>" + "x\n" * 9999 + "</answer>", "numerical", None, "number"),
-])
+@pytest.mark.parametrize(
+    "solution, problem_type, options, message",
+    [
+        ("<answer>B", "multiple choice", None, "no answer"),
+        ("", "OCR", None, "no answer"),
+        ("<answer> </answer>", "free-form", None, "no answer"),
+        ("<answer>A or B</answer>", "multiple choice", None, "letter"),
+        ("<answer>cat</answer>", "multiple choice", None, "letter"),
+        ("<answer>C</answer>", "multiple choice", ["A. x", "B. y"], "C is not among the options A, B"),
+        ("<answer>O</answer>", "multiple choice", TEN, "O is not"),
+        ("<answer>C</answer>", "multiple choice", ["x", "y"], "C is not"),
+        ("<answer>A</answer>", "multiple choice", ["C) x", "D) y"], "A is not"),
+        ("<answer>many</answer>", "numerical", None, "number"),
+        ("<answer>nan</answer>", "regression", None, "number"),
+        ("<answer>1e999</answer>", "numerical", None, "finite"),
+        ("<answer>1,00</answer>", "numerical", None, "number"),
+        ("<answer>√ 😀</answer>", "free-form", None, "ROUGE"),
+        ("<answer>B</answer>", "multiple-choice", None, "no problem type 'multiple-choice'"),
+        ("<answer>" + "x\n" * 9999 + "</answer>", "numerical", None, "number"),
+    ],
+)
 def test_a_solution_nobody_can_meet_is_an_error(solution, problem_type, options, message):
     """Bug: our own bad record scores 0 for ever, in silence (released code: every exception is a 0)."""
     with pytest.raises(ValueError, match=message) as caught:
@@ -397,16 +926,84 @@ def test_each_type_pays_its_own_truth():
 # ------------------------------------------------------------------------------------------------------ hostile text
 
 
-TRUTHS = {"multiple choice": "B", "numerical": "4", "OCR": "no exit on this side " * 20, "free-form": "the cat sat on the mat " * 20, "regression": "4"}
-UNITS = ["<", "<answer>", "</answer>", "<think>", "</think>", "<think></think>", "<answer></answer>", "<answer>B</answer>", "<think><answer>", "<answ", "</",
-         "\\boxed{", "\\text{x}", "\\frac{", "\\frac{1}{2}", "$", "1/2", "x=", "½", "²", " ", "\n", "\x00", "\ud800", "é", "９", "0", "9", "1,", ",000", "1e", "e", ".", "-", "+", "%", "$", "*", "(", "B", "B ", "B.", "B. ", "A) or ", ",B. x",
-         "the ", "answer is ", "option", "the cat ", "m/", "m^2", "square ", " per m", "x y\n", "\t\t", "𝟗", "\u0301\u0327"]
+TRUTHS = {
+    "multiple choice": "B",
+    "numerical": "4",
+    "OCR": "no exit on this side " * 20,
+    "free-form": "the cat sat on the mat " * 20,
+    "regression": "4",
+}
+UNITS = [
+    "<",
+    "<answer>",
+    "</answer>",
+    "<think>",
+    "</think>",
+    "<think></think>",
+    "<answer></answer>",
+    "<answer>B</answer>",
+    "<think><answer>",
+    "<answ",
+    "</",
+    "\\boxed{",
+    "\\text{x}",
+    "\\frac{",
+    "\\frac{1}{2}",
+    "$",
+    "1/2",
+    "x=",
+    "½",
+    "²",
+    " ",
+    "\n",
+    "\x00",
+    "\ud800",
+    "é",
+    "９",
+    "0",
+    "9",
+    "1,",
+    ",000",
+    "1e",
+    "e",
+    ".",
+    "-",
+    "+",
+    "%",
+    "$",
+    "*",
+    "(",
+    "B",
+    "B ",
+    "B.",
+    "B. ",
+    "A) or ",
+    ",B. x",
+    "the ",
+    "answer is ",
+    "option",
+    "the cat ",
+    "m/",
+    "m^2",
+    "square ",
+    " per m",
+    "x y\n",
+    "\t\t",
+    "𝟗",
+    "\u0301\u0327",
+]
 
 
 def score_all(text):
-    scores = [accuracy_reward(text, f"<answer>{truth}</answer>", problem_type) for problem_type, truth in TRUTHS.items()]
+    scores = [
+        accuracy_reward(text, f"<answer>{truth}</answer>", problem_type) for problem_type, truth in TRUTHS.items()
+    ]
     parse_letter(text)
-    assert all(0 <= s <= 1 for s in scores) and format_reward(text) in (0, 1) and (extract_answer(text) is None or "</answer>" not in extract_answer(text))
+    assert (
+        all(0 <= s <= 1 for s in scores)
+        and format_reward(text) in (0, 1)
+        and (extract_answer(text) is None or "</answer>" not in extract_answer(text))
+    )
 
 
 def fastest(text, repeats=3):
@@ -424,7 +1021,12 @@ def test_long_repeats_are_scored_in_linear_time(unit):
 
     Below 0.2 s nothing is compared: a machine's noise is not our bug, and no quadratic scan of 100 kB is that quick.
     """
-    for before, after in (("<answer>", "</answer>"), ("<answer>4", "</answer>"), ("<answer>B. ", "x</answer>"), ("", "")):
+    for before, after in (
+        ("<answer>", "</answer>"),
+        ("<answer>4", "</answer>"),
+        ("<answer>B. ", "x</answer>"),
+        ("", ""),
+    ):
         small, large = (before + unit * (size // len(unit)) + after for size in (100_000 // 16, 100_000))
         seconds = fastest(large, 1)
         if seconds > 0.2:
@@ -433,6 +1035,7 @@ def test_long_repeats_are_scored_in_linear_time(unit):
 
 def test_tags_are_found_in_one_pass(monkeypatch):
     """Bug: from each opening tag a search to the end of the text. Counted, so no clock is needed."""
+
     class Counting(str):
         looked_at = 0
 
@@ -440,6 +1043,7 @@ def test_tags_are_found_in_one_pass(monkeypatch):
             found = str.find(self, part, start, *rest)
             Counting.looked_at += (found if found >= 0 else len(self)) - start + 1
             return found
+
     for unit in ("<answer>", "<think>", "</answer>", "<", "<answer>x</answer>", "x"):
         text, Counting.looked_at = Counting(unit * (100_000 // len(unit))), 0
         assert len(list(rewards.tags_in(text))) == (0 if unit in "<x" else text.count("<"))
@@ -458,7 +1062,7 @@ def test_random_pieces_of_tags_and_text_always_have_a_score():
         try:
             assert math.isfinite(parse_number(text))
         except ValueError as error:
-            str(error).encode("utf-8")                                            # a lone surrogate must not break the log
+            str(error).encode("utf-8")  # a lone surrogate must not break the log
     assert answered > 200
 
 
@@ -466,13 +1070,26 @@ def test_random_characters_always_have_a_score():
     """Bug: a character class (digits, spaces, letters of other scripts) that one function admits and the next cannot read."""
     rng = random.Random(7)
     for _ in range(3000):
-        characters = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(rng.randint(0, 8)))
+        characters = "".join(
+            chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)]))
+            for _ in range(rng.randint(0, 8))
+        )
         score_all(tagged(characters))
         score_all(tagged(f"4{characters}"))
         score_all(tagged(f"B{characters}"))
 
 
-@pytest.mark.parametrize("answer", ["9" * 100_000, "-" + "9" * 100_000, "0." + "9" * 100_000, "1e" + "9" * 100_000, "1e-" + "9" * 100_000, "9" * 100_000 + "e-99999"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9" * 100_000,
+        "-" + "9" * 100_000,
+        "0." + "9" * 100_000,
+        "1e" + "9" * 100_000,
+        "1e-" + "9" * 100_000,
+        "9" * 100_000 + "e-99999",
+    ],
+)
 def test_huge_numbers_have_a_score(answer):
     """Bug: Python's limit of 4,300 digits for int(), an OverflowError, or inf that equals inf."""
     assert score("numerical", answer, "4") == 0 == score("regression", answer, "-4")
@@ -481,14 +1098,27 @@ def test_huge_numbers_have_a_score(answer):
 # ----------------------------------------------------------------------------------------------- temporal and length
 
 
-@pytest.mark.parametrize("p, p_shuffled, margin, paper, released", [
-    (1.0, 0.0, 0.3, 0.3, 0.3), (0.75, 0.25, 0.15, 0.3, 0.3), (0.5, 0.5, 0, 0.3, 0.3), (0.0, 0.0, 0, 0.3, 0.3), (1.0, 1.0, 0, 0.3, 0.3),
-    (0.45, 0.5, 0, 0, 0.3), (0.4, 0.5, 0, 0, 0.3), (0.375, 0.5, 0, 0, 0), (0.0, 0.25, 0, 0, 0),
-])
+@pytest.mark.parametrize(
+    "p, p_shuffled, margin, paper, released",
+    [
+        (1.0, 0.0, 0.3, 0.3, 0.3),
+        (0.75, 0.25, 0.15, 0.3, 0.3),
+        (0.5, 0.5, 0, 0.3, 0.3),
+        (0.0, 0.0, 0, 0.3, 0.3),
+        (1.0, 1.0, 0, 0.3, 0.3),
+        (0.45, 0.5, 0, 0, 0.3),
+        (0.4, 0.5, 0, 0, 0.3),
+        (0.375, 0.5, 0, 0, 0),
+        (0.0, 0.25, 0, 0, 0),
+    ],
+)
 def test_temporal_rules(p, p_shuffled, margin, paper, released):
     """Bug: one source's rule under another's name, above all at ties."""
     assert temporal_reward(p, p_shuffled) == temporal_reward(p, p_shuffled, rule="margin") == pytest.approx(margin)
-    assert temporal_reward(p, p_shuffled, rule="paper") == paper and temporal_reward(p, p_shuffled, rule="released") == released
+    assert (
+        temporal_reward(p, p_shuffled, rule="paper") == paper
+        and temporal_reward(p, p_shuffled, rule="released") == released
+    )
     assert temporal_reward(p, p_shuffled, rule="none") == 0
     for rule in ("margin", "paper", "released", "none"):
         assert temporal_reward(p, p_shuffled, 0.6, rule) == pytest.approx(2 * temporal_reward(p, p_shuffled, 0.3, rule))
@@ -496,7 +1126,10 @@ def test_temporal_rules(p, p_shuffled, margin, paper, released):
         temporal_reward(p, p_shuffled, rule="magic")
 
 
-@pytest.mark.parametrize("n_tokens, correct, expected", [(319, True, 0), (320, True, 0.2), (512, True, 0.2), (513, True, 0), (400, False, 0), (0, True, 0)])
+@pytest.mark.parametrize(
+    "n_tokens, correct, expected",
+    [(319, True, 0), (320, True, 0.2), (512, True, 0.2), (513, True, 0), (400, False, 0), (0, True, 0)],
+)
 def test_length_reward(n_tokens, correct, expected):
     """Bug: an end of the range left out, or wrong answers paid for their length."""
     assert length_reward(n_tokens, correct) == expected

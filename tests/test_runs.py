@@ -36,14 +36,17 @@ def started(run, world, tmp_path):
 # ------------------------------------------------------------------------------------------------- what is resumed
 
 
-@pytest.mark.parametrize("change, line", [
-    ({"lr": 1e-3}, "lr was 0.0005, is 0.001"),
-    ({"seed": 7}, "seed was 0, is 7"),
-    ({"batch_size": 8}, "batch_size was 4, is 8"),
-    ({"prompt": "{problem}"}, "prompt was"),
-    ({"temporal_rule": "none"}, "temporal_rule was 'margin', is 'none'"),
-    ({"steps": 5}, "steps was 2, is 5, which the linear schedule depends on"),
-])
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"lr": 1e-3}, "lr was 0.0005, is 0.001"),
+        ({"seed": 7}, "seed was 0, is 7"),
+        ({"batch_size": 8}, "batch_size was 4, is 8"),
+        ({"prompt": "{problem}"}, "prompt was"),
+        ({"temporal_rule": "none"}, "temporal_rule was 'margin', is 'none'"),
+        ({"steps": 5}, "steps was 2, is 5, which the linear schedule depends on"),
+    ],
+)
 def test_a_run_does_not_go_on_as_another_run(run, started, change, line):
     """Guards: a run of two halves, trained with different settings, whose config.yaml tells of the second only."""
     folder, settings = started
@@ -66,9 +69,13 @@ def test_changed_records_and_weights_are_noticed_by_their_content(run, started, 
     (tmp_path / "rl.json").write_text(json.dumps(records, indent=3))
     shutil.copy(world / "world/rl.json", tmp_path / "rl.json")
     weights = load_file(tmp_path / "base/model.safetensors")
-    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"}
+    )
     common.fingerprint.cache_clear()
-    with pytest.raises(UserError, match="the weights in .*base have changed, so this policy belongs to another SFT model"):
+    with pytest.raises(
+        UserError, match="the weights in .*base have changed, so this policy belongs to another SFT model"
+    ):
         run("tgrpo", **settings)
 
 
@@ -78,7 +85,11 @@ def test_settings_that_change_no_result_may_change(run, started, world, tmp_path
     os.rename(tmp_path / "base", tmp_path / "moved")
     os.rename(tmp_path / "rl.json", tmp_path / "moved.json")
     whole = without_times(folder)
-    run("tgrpo", **settings | {"model": tmp_path / "moved", "records": tmp_path / "moved.json", "micro_batch_size": 2, "print_every": 0})
+    run(
+        "tgrpo",
+        **settings
+        | {"model": tmp_path / "moved", "records": tmp_path / "moved.json", "micro_batch_size": 2, "print_every": 0},
+    )
     assert "resumed from" in capsys.readouterr().out and (folder / "final").is_dir()
     again = without_times(folder)
     assert [row["step"] for row in again] == [row["step"] for row in whole] and again[0] == whole[0]
@@ -109,7 +120,9 @@ def test_a_finished_run_is_not_trained_again_over_its_model(run, started, save_e
     run("tgrpo", **settings)
     weights = (folder / "final/model.safetensors").read_bytes()
     for change in ({}, {"lr": 1e-3, "resume_changed": "true"}):
-        with pytest.raises(UserError, match="a run of 2 steps is finished here, its model is .*final; start anew with --resume false"):
+        with pytest.raises(
+            UserError, match="a run of 2 steps is finished here, its model is .*final; start anew with --resume false"
+        ):
             run("tgrpo", **settings | change)
     if save_every:
         run("tgrpo", **settings | {"steps": 3})
@@ -133,7 +146,7 @@ def test_resume_false_moves_the_old_run_aside(run, started, capsys):
     assert read_jsonl(folder / "earlier-1/metrics.jsonl") == first != read_jsonl(folder / "metrics.jsonl")
     assert [p.name for p in common.checkpoints(folder)] == ["checkpoint-1"]
     shutil.rmtree(folder / "final")
-    run("tgrpo", **settings | {"seed": 5})                # the new one is resumed
+    run("tgrpo", **settings | {"seed": 5})  # the new one is resumed
     assert "resumed from" in capsys.readouterr().out
     run("tgrpo", **settings | {"resume": "false"})
     assert (folder / "earlier-2/checkpoint-1").is_dir() and (folder / "earlier-1/checkpoint-1").is_dir()
@@ -151,7 +164,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tmp_pa
     run("tgrpo", **settings)
     said = capsys.readouterr().out
     assert "checkpoint-3 is damaged: model.safetensors is not what was written" in said
-    assert "checkpoint-2 is damaged: optimizer.bin is missing" in said and f"resumed from {folder / 'checkpoint-1'}" in said
+    assert (
+        "checkpoint-2 is damaged: optimizer.bin is missing" in said
+        and f"resumed from {folder / 'checkpoint-1'}" in said
+    )
     assert without_times(folder) == whole
     for checkpoint in common.checkpoints(folder):
         (checkpoint / "state.json").write_text("{")
@@ -167,7 +183,10 @@ def test_a_checkpoint_of_the_other_kind_names_the_command_that_helps(run, starte
         (folder / "checkpoint-1/pytorch_model_fsdp_0").mkdir()
     else:
         monkeypatch.setattr(common, "is_sharded", lambda accelerator: True)
-    with pytest.raises(UserError, match=r"cannot be resumed in a run of .* weights.*python common.py --export .*checkpoint-1 --out FOLDER"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot be resumed in a run of .* weights.*python common.py --export .*checkpoint-1 --out FOLDER",
+    ):
         run("tgrpo", **settings)
 
 
@@ -199,6 +218,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(run
 
 def test_a_failed_write_names_the_file_and_promises_only_what_is_there(tmp_path):
     """Guards: "earlier checkpoints are whole" where there are none; temporary files that a full disk leaves behind."""
+
     def full():
         raise OSError(28, "No space left on device")
 
@@ -235,7 +255,9 @@ def test_weights_that_are_not_the_models_are_refused_by_name(world, tmp_path, ru
             common.load_model(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
-    with pytest.raises(UserError, match="sft.model: .*base holds a model of type qwen3_vl; these scripts train qwen2_5_vl"):
+    with pytest.raises(
+        UserError, match="sft.model: .*base holds a model of type qwen3_vl; these scripts train qwen2_5_vl"
+    ):
         run("sft", model=tmp_path / "base")
 
 
@@ -245,7 +267,9 @@ def test_weights_that_are_not_the_models_are_refused_by_name(world, tmp_path, ru
 def children(pid):
     """All processes below `pid`."""
     try:
-        direct = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+        direct = [
+            int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()
+        ]
     except OSError:
         return []
     return direct + [grandchild for child in direct for grandchild in children(child)]
@@ -265,19 +289,55 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher, number, to_group, saves", [
-    ("python", signal.SIGTERM, True, True),               # as Slurm sends it, DataLoader workers included
-    ("python", signal.SIGINT, True, True),                # Ctrl-C
-    ("python", signal.SIGKILL, False, False),
-    ("accelerate", signal.SIGTERM, False, True),          # the launcher dies at once and leaves its child behind
-    ("torchrun", signal.SIGTERM, True, True),
-], ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(
+    "launcher, number, to_group, saves",
+    [
+        ("python", signal.SIGTERM, True, True),  # as Slurm sends it, DataLoader workers included
+        ("python", signal.SIGINT, True, True),  # Ctrl-C
+        ("python", signal.SIGKILL, False, False),
+        ("accelerate", signal.SIGTERM, False, True),  # the launcher dies at once and leaves its child behind
+        ("torchrun", signal.SIGTERM, True, True),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_a_stopped_run_saves_and_leaves_no_process_behind(world, tmp_path, launcher, number, to_group, saves):
     """Guards: workers that die of the group's signal and take the run along; training, or 2 workers, orphaned for ever."""
-    command = [*LAUNCHERS[launcher], "tgrpo.py", "--config", "configs/toy.yaml", "--model", world / "base", "--records", world / "world/rl.json",
-               "--data_root", world / "world", "--output_dir", tmp_path / "out", "--num_workers", 2, "--steps", 2000, "--batch_size", 4,
-               "--micro_batch_size", 2, "--save_every", 0, "--max_new_tokens", 8, "--print_every", 0]
-    run = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        *LAUNCHERS[launcher],
+        "tgrpo.py",
+        "--config",
+        "configs/toy.yaml",
+        "--model",
+        world / "base",
+        "--records",
+        world / "world/rl.json",
+        "--data_root",
+        world / "world",
+        "--output_dir",
+        tmp_path / "out",
+        "--num_workers",
+        2,
+        "--steps",
+        2000,
+        "--batch_size",
+        4,
+        "--micro_batch_size",
+        2,
+        "--save_every",
+        0,
+        "--max_new_tokens",
+        8,
+        "--print_every",
+        0,
+    ]
+    run = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=QUIET,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     metrics = tmp_path / "out/metrics.jsonl"
     while not read_jsonl(metrics):
         assert run.poll() is None

@@ -25,7 +25,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 
 def launch(command, timeout=240, **kwargs):
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=QUIET, capture_output=True, text=True, timeout=timeout, **kwargs)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=QUIET, capture_output=True, text=True, timeout=timeout, **kwargs
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -45,23 +47,32 @@ ACCELERATE_CONFIGS = {
 def outputs(world, hub, tmp_path_factory):
     """Folders of the same runs on one process and on two, sharded."""
     for name, fsdp in ACCELERATE_CONFIGS.items():
-        config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "mixed_precision": "bf16", "num_machines": 1,
-                  "num_processes": 2, "fsdp_config": fsdp}
+        config = {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "FSDP",
+            "mixed_precision": "bf16",
+            "num_machines": 1,
+            "num_processes": 2,
+            "fsdp_config": fsdp,
+        }
         (world / f"{name}.yaml").write_text(yaml.safe_dump(config))
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     shutil.copytree(world / "world", two / "broken")
     record = next(r for r in json.loads((two / "broken/rl.json").read_text()) if r["data_type"] == "video")
     (two / "broken" / record["path"]).write_bytes(b"")
-    for stage, file in (("sft", "sft"), ("tgrpo", "rl")):                # step 0: rank 0 has a picture and a video, rank 1 two videos
+    for stage, file in (("sft", "sft"), ("tgrpo", "rl")):  # step 0: rank 0 has a picture and a video, rank 1 two videos
         records = json.loads((world / f"world/{file}.json").read_text())
         pictures, videos = ([r for r in records if (r["data_type"] == "image") == kind] for kind in (True, False))
         picked = [pictures[0], *videos[:7]]
-        order = [data_index(position, 8, 0) for position in range(8)]    # the training order of seed 0
+        order = [data_index(position, 8, 0) for position in range(8)]  # the training order of seed 0
         placed = [None] * 8
         for place, r in zip(order, picked):
             placed[place] = r
         (world / f"world/mixed_{stage}.json").write_text(json.dumps(placed))
-    for command in ([sys.executable, "tests/two_ranks.py", world, one, "none"], [*TORCHRUN, "tests/two_ranks.py", world, two, "full_shard"]):
+    for command in (
+        [sys.executable, "tests/two_ranks.py", world, one, "none"],
+        [*TORCHRUN, "tests/two_ranks.py", world, two, "full_shard"],
+    ):
         status, said = launch(command)
         assert status == 0, said[-4000:]
     return one, two
@@ -83,7 +94,7 @@ def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, s
     # A step moves a weight by 1e-3. AdamW divides a gradient by its own size, so where the gradient is almost 0, a
     # difference in rounding moves the weight by a few percent of a step.
     assert difference(weights(one / stage), weights(two / stage)) < 5e-5
-    assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4          # and it is a step
+    assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4  # and it is a step
     rows = [without_times(folder / stage) for folder in outputs]
     for a, b in zip(*rows):
         assert a.keys() == b.keys()
@@ -139,13 +150,16 @@ def test_real_rollouts_on_two_ranks_never_wait_for_each_other(outputs):
 def test_bfloat16_trains_float32_weights_and_leaves_a_bfloat16_model(outputs):
     """Guards: mixed dtypes that stop the first step on a GPU; master weights rounded to bfloat16."""
     final = weights(outputs[1] / "bf16")
-    assert {t.dtype for t in final.values()} == {torch.bfloat16} and all(torch.isfinite(t).all() for t in final.values())
+    assert {t.dtype for t in final.values()} == {torch.bfloat16} and all(
+        torch.isfinite(t).all() for t in final.values()
+    )
     assert len(read_jsonl(outputs[1] / "bf16/metrics.jsonl")) == 2
 
 
 def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):
     """Guards: DTensors or wrapper names in the exported file."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
     folder = outputs[1] / "tgrpo/final"
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -157,15 +171,32 @@ def test_a_rank_that_breaks_ends_all_and_its_traceback_stands_last(world, tmp_pa
     begin = time.perf_counter()
     status, said = launch([*TORCHRUN, "tests/two_ranks.py", world, tmp_path, "full_shard", "explode"], timeout=90)
     assert status != 0 and time.perf_counter() - begin < 60
-    assert "rank 1 broke" in said[said.rindex("Root Cause"):]
+    assert "rank 1 broke" in said[said.rindex("Root Cause") :]
 
 
 def test_two_machines_train_as_one(world, outputs, tmp_path):
     """Guards: a rank taken for the local one, or every machine writing the same files (here: two launchers on loopback)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1",
-               "--master_port", "29653", "--node_rank"]
-    other = subprocess.Popen([*command, "1", "tests/two_ranks.py", str(world), str(tmp_path), "full_shard", "one stage"], cwd=ROOT, env=QUIET,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        "29653",
+        "--node_rank",
+    ]
+    other = subprocess.Popen(
+        [*command, "1", "tests/two_ranks.py", str(world), str(tmp_path), "full_shard", "one stage"],
+        cwd=ROOT,
+        env=QUIET,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     status, said = launch([*command, "0", "tests/two_ranks.py", world, tmp_path, "full_shard", "one stage"])
     assert status == 0 and other.wait(60) == 0, said[-3000:]
     assert difference(weights(outputs[1] / "sft"), weights(tmp_path / "sft")) < 1e-5
@@ -174,7 +205,9 @@ def test_two_machines_train_as_one(world, outputs, tmp_path):
 def test_a_sharded_checkpoint_becomes_a_plain_model_by_one_command(outputs, tmp_path):
     """Guards: shards that only the same number of GPUs can read."""
     folder = outputs[1] / "stopped"
-    status, said = launch([sys.executable, "common.py", "--export", folder / "checkpoint-1", "--out", tmp_path / "plain"])
+    status, said = launch(
+        [sys.executable, "common.py", "--export", folder / "checkpoint-1", "--out", tmp_path / "plain"]
+    )
     assert status == 0, said[-2000:]
     plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(folder)
-    assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02           # one step before the end
+    assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02  # one step before the end

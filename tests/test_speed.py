@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 def mixed_pack(policy):
     """Three prompts, one of them a picture, with completions of very unequal length."""
     generator = torch.Generator().manual_seed(0)
-    groups = [[torch.randint(3, 50, (n,), generator=generator) for n in lengths] for lengths in ((1, 60, 7), (12, 2, 3), (5, 5, 33))]
+    groups = [
+        [torch.randint(3, 50, (n,), generator=generator) for n in lengths]
+        for lengths in ((1, 60, 7), (12, 2, 3), (5, 5, 33))
+    ]
     return tgrpo.pack(policy, naive.mixed_prompts(), groups, naive.PAD), groups
 
 
@@ -28,10 +31,15 @@ def test_the_text_layers_never_read_a_value_from_the_device():
     policy = naive.tiny_policy()
     (inputs, _, _), _ = mixed_pack(policy)
     B, L = inputs["input_ids"].shape
-    layers = policy.model.language_model.to("meta")     # tensors without values: whoever reads one raises
+    layers = policy.model.language_model.to("meta")  # tensors without values: whoever reads one raises
     inputs = common.to_device(inputs, "meta")
     hidden_BLD = torch.empty(B, L, policy.config.text_config.hidden_size, device="meta")
-    output = layers(inputs_embeds=hidden_BLD, position_ids=inputs["position_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    output = layers(
+        inputs_embeds=hidden_BLD,
+        position_ids=inputs["position_ids"],
+        attention_mask=inputs["attention_mask"],
+        use_cache=False,
+    )
     assert output.last_hidden_state.shape == hidden_BLD.shape
 
 
@@ -44,7 +52,7 @@ def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeyp
     policy.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     policy(**inputs, predict=predict, targets=targets)
     tgrpo.rollout(policy, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, 1.0, 2)
-    assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 1, 2]      # the loss; the prefill's picture, its videos
+    assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 1, 2]  # the loss; the prefill's picture, its videos
     for kwargs in seen:
         grid = kwargs["grid_thw"]
         index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
@@ -107,7 +115,9 @@ def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypat
         plain = tgrpo.rollout(policy, [x], [4], naive.tokenizer, 1.0, 6)
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
     layers, keys_and_values = 2, 2
-    assert {room: len(found) for room, found in addresses.items()} == dict.fromkeys((512, 1024, 1536), layers * keys_and_values)
+    assert {room: len(found) for room, found in addresses.items()} == dict.fromkeys(
+        (512, 1024, 1536), layers * keys_and_values
+    )
     assert len(graphs) == 3
 
 

@@ -29,15 +29,32 @@ def test_a_group_by_hand():
     """Guards: a reward left out or counted twice, p̃ of the wrong group, a bonus for wrong answers, metrics of something else."""
     group = scored([RIGHT, BARE, WRONG, RIGHT], [WRONG, RIGHT], lengths=[6, 2, 6, 20])
     assert {name: values.tolist() for name, values in group.terms.items()} == {
-        "accuracy": [1, 1, 0, 1], "format": [1, 0, 1, 1], "length": [pytest.approx(0.2), 0, 0, 0], "temporal": [pytest.approx(0.075)] * 2 + [0, pytest.approx(0.075)]}
-    rewards = torch.tensor([2.2, 1.0, 1.0, 2.0])          # p 3/4, p̃ 1/2, r_t 0.3 · 1/4
+        "accuracy": [1, 1, 0, 1],
+        "format": [1, 0, 1, 1],
+        "length": [pytest.approx(0.2), 0, 0, 0],
+        "temporal": [pytest.approx(0.075)] * 2 + [0, pytest.approx(0.075)],
+    }
+    rewards = torch.tensor([2.2, 1.0, 1.0, 2.0])  # p 3/4, p̃ 1/2, r_t 0.3 · 1/4
     expected = (rewards - 1.55) / (rewards.std() + 1e-4) + torch.tensor([0.075, 0.075, 0.0, 0.075])
     assert torch.allclose(group.advantages_G, expected, atol=1e-6)
-    se = (0.75 * 0.25 / 3 + 0.25 / 1)
-    want = {"temporal/p": 0.75, "temporal/p_shuffled": 0.5, "temporal/gap": 0.25, "temporal/gap_se": se, "temporal/order_helped": 1.0,
-            "temporal/advantage_change": 0.075 * 3 / 4, "reward/accuracy": 0.75, "reward/format": 0.75, "reward/length": 0.05,
-            "reward/temporal": 0.075 * 3 / 4, "reward/total": 1.55, "accuracy/multiple_choice": 0.75, "group/zero_std": 0.0,
-            "completion/length": 8.5, "completion/truncated": 0.0}
+    se = 0.75 * 0.25 / 3 + 0.25 / 1
+    want = {
+        "temporal/p": 0.75,
+        "temporal/p_shuffled": 0.5,
+        "temporal/gap": 0.25,
+        "temporal/gap_se": se,
+        "temporal/order_helped": 1.0,
+        "temporal/advantage_change": 0.075 * 3 / 4,
+        "reward/accuracy": 0.75,
+        "reward/format": 0.75,
+        "reward/length": 0.05,
+        "reward/temporal": 0.075 * 3 / 4,
+        "reward/total": 1.55,
+        "accuracy/multiple_choice": 0.75,
+        "group/zero_std": 0.0,
+        "completion/length": 8.5,
+        "completion/truncated": 0.0,
+    }
     assert group.parts == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
 
 
@@ -45,13 +62,21 @@ def test_settings_reach_the_score():
     """Guards: alpha, target, std, rule or omega of the config that nothing reads."""
     texts, shuffled = [RIGHT, RIGHT, WRONG, WRONG], [WRONG, WRONG]
     base = scored(texts, shuffled).advantages_G
-    for settings in ({"alpha": 1.0}, {"temporal_target": "reward"}, {"advantage_std": "none"}, {"temporal_rule": "none"}, {"temporal_rule": "paper", "alpha": 0.9}):
+    for settings in (
+        {"alpha": 1.0},
+        {"temporal_target": "reward"},
+        {"advantage_std": "none"},
+        {"temporal_rule": "none"},
+        {"temporal_rule": "paper", "alpha": 0.9},
+    ):
         assert not torch.allclose(scored(texts, shuffled, **settings).advantages_G, base, atol=1e-3), settings
     assert scored([RIGHT], lengths=[6], length_omega=0.7).parts["reward/length"] == pytest.approx(0.7)
-    assert scored(texts, shuffled, temporal_target="reward", alpha=1.0).parts["reward/total"] == pytest.approx(1.5 + 0.5 / 2)
+    assert scored(texts, shuffled, temporal_target="reward", alpha=1.0).parts["reward/total"] == pytest.approx(
+        1.5 + 0.5 / 2
+    )
     assert scored(texts, [RIGHT, RIGHT]).parts["temporal/order_helped"] == 0
-    assert "temporal/gap_se" not in scored(texts, [WRONG]).parts          # one shuffled completion tells no spread
-    assert "temporal/p" not in scored(texts).parts                        # an image
+    assert "temporal/gap_se" not in scored(texts, [WRONG]).parts  # one shuffled completion tells no spread
+    assert "temporal/p" not in scored(texts).parts  # an image
     cut = scored([RIGHT, WRONG], lengths=[3, 3])
     cut.completions[0][-1] = 7
     score(cut, TGRPOConfig(), [1])
@@ -60,26 +85,44 @@ def test_settings_reach_the_score():
 
 def test_each_prompt_is_scored_by_its_own_type():
     """Guards: the first record's problem type judging the whole batch."""
-    for kind, solution, text in (("numerical", "1000", "1,000"), ("free-form", "a red cat", "a red cat"), ("OCR", "STOP", "STOP"), ("regression", "4", "3")):
+    for kind, solution, text in (
+        ("numerical", "1000", "1,000"),
+        ("free-form", "a red cat", "a red cat"),
+        ("OCR", "STOP", "STOP"),
+        ("regression", "4", "3"),
+    ):
         record = {"problem_id": 2, "problem_type": kind, "solution": f"<answer>{solution}</answer>"}
         group = scored([f"<think></think><answer>{text}</answer>", WRONG.replace("A", "~")], record=record)
-        assert group.terms["accuracy"][0] == (0.75 if kind == "regression" else 1.0) and group.terms["accuracy"][1] < 0.5
+        assert (
+            group.terms["accuracy"][0] == (0.75 if kind == "regression" else 1.0) and group.terms["accuracy"][1] < 0.5
+        )
         assert f"accuracy/{kind}" in group.parts
 
 
 def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
     """Guards: a shuffled group that is shown the frames in order, so that p̃ is p; groups that get each other's texts."""
-    cfg = TGRPOConfig(model=str(world / "base"), data_root=str(world / "world"), prompt="{problem} {options}", min_pixels=784, max_pixels=3136,
-                      max_frames=8, num_generations=3, shuffled_generations=2)
+    cfg = TGRPOConfig(
+        model=str(world / "base"),
+        data_root=str(world / "world"),
+        prompt="{problem} {options}",
+        min_pixels=784,
+        max_pixels=3136,
+        max_frames=8,
+        num_generations=3,
+        shuffled_generations=2,
+    )
     processor = common.load_processor(cfg)
     records, _ = data.load_records(world / "world/rl.json", cfg.data_root)
     samples = [data.Samples(records, processor, cfg, ("ordered", "shuffled"), shuffle=False)[i] for i in range(12)]
     assert {s["record"]["data_type"] for s in samples} == {"video", "image"}
     asked = []
 
-    def echo(model, prompts, counts, tokenizer, *_, **__):        # says the number of the prompt it was asked with
+    def echo(model, prompts, counts, tokenizer, *_, **__):  # says the number of the prompt it was asked with
         asked.extend(prompts)
-        return [torch.tensor([processor.tokenizer.encode(str(i % 10))[0]]) for i, n in enumerate(counts) for _ in range(n)]
+        return [
+            torch.tensor([processor.tokenizer.encode(str(i % 10))[0]]) for i, n in enumerate(counts) for _ in range(n)
+        ]
+
     monkeypatch.setattr(tgrpo, "rollout", echo)
     monkeypatch.setattr(tgrpo, "score", lambda *_: None)
     groups = tgrpo.sample_groups(common.load_model(cfg), samples, processor, cfg, len(samples))
@@ -96,26 +139,38 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
 
 def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
     """Guards: a top-k, a penalty or a least length in the checkpoint's generation_config; a temperature in one place only."""
-    hostile = dict(top_k=3, top_p=0.5, temperature=9.0, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=9, min_p=0.3,
-                   bad_words_ids=[[7]], num_return_sequences=2)
+    hostile = dict(
+        top_k=3,
+        top_p=0.5,
+        temperature=9.0,
+        repetition_penalty=3.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=9,
+        min_p=0.3,
+        bad_words_ids=[[7]],
+        num_return_sequences=2,
+    )
     model, T = naive.tiny_policy(generation=hostile), 0.7
     kept, real, seen = model.generation_config.to_dict(), model.generate, {}
 
-    def watched(**inputs):                                # generate's own scores, for what rollout asks it
+    def watched(**inputs):  # generate's own scores, for what rollout asks it
         seen["output"] = real(**inputs, return_dict_in_generate=True, output_scores=True)
         return seen["output"].sequences
+
     model.generate = watched
     torch.manual_seed(1)
     prompts = naive.mixed_prompts()
     completions = rollout(model, prompts, [2, 2, 2], naive.tokenizer, T, 12)
     assert model.generation_config.to_dict() == kept and len(completions) == 6 and min(map(len, completions)) < 9
     said_BTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
-    groups, lengths = [completions[i:i + 2] for i in (0, 2, 4)], [len(c) for c in completions]
+    groups, lengths = [completions[i : i + 2] for i in (0, 2, 4)], [len(c) for c in completions]
     with torch.no_grad():
-        logps_GT, _ = token_logps(model, tgrpo.pack(model, prompts, groups, naive.PAD), lengths, T, (naive.IMAGE, naive.VIDEO))
+        logps_GT, _ = token_logps(
+            model, tgrpo.pack(model, prompts, groups, naive.PAD), lengths, T, (naive.IMAGE, naive.VIDEO)
+        )
     for row, completion in enumerate(completions):
-        expected = said_BTV[row, :len(completion)].gather(1, completion[:, None])[:, 0]
-        assert (logps_GT[row, :len(completion)] - expected).abs().max() < 1e-4
+        expected = said_BTV[row, : len(completion)].gather(1, completion[:, None])[:, 0]
+        assert (logps_GT[row, : len(completion)] - expected).abs().max() < 1e-4
 
 
 def test_a_rollout_that_fails_leaves_the_models_settings_as_they_were(monkeypatch):
@@ -141,24 +196,52 @@ def test_the_loops_gradient_is_the_plain_one(world, run, monkeypatch):
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
     real, kept = tgrpo.sample_groups, []
     monkeypatch.setattr(tgrpo, "sample_groups", lambda *args: kept.extend(real(*args)) or kept)
-    out = run("tgrpo", steps=1, batch_size=3, micro_batch_size=1, temperature=0.7, save_every=0, max_grad_norm=1e9, max_new_tokens=8, lr=1e-12,
-              adam_beta1=0.5, save_rollouts="true", num_generations=3, warmup_steps=0, records=world / "world/rl.json")
+    out = run(
+        "tgrpo",
+        steps=1,
+        batch_size=3,
+        micro_batch_size=1,
+        temperature=0.7,
+        save_every=0,
+        max_grad_norm=1e9,
+        max_new_tokens=8,
+        lr=1e-12,
+        adam_beta1=0.5,
+        save_rollouts="true",
+        num_generations=3,
+        warmup_steps=0,
+        records=world / "world/rl.json",
+    )
     model = common.load_model(common.SharedConfig(model=str(world / "base")))
     assert len(kept) == 3 and max(g.advantages_G.abs().max() for g in kept) > 0.3
     banned = tgrpo.placeholder_ids(model)
-    losses = [-advantage * naive.completion_logps(model, g.sample["ordered"], c, 0.7, banned).mean()
-              for g in kept for advantage, c in zip(g.advantages_G, g.completions)]
-    (sum(losses) / len(losses)).backward()                # at the reference the KL term has no gradient
+    losses = [
+        -advantage * naive.completion_logps(model, g.sample["ordered"], c, 0.7, banned).mean()
+        for g in kept
+        for advantage, c in zip(g.advantages_G, g.completions)
+    ]
+    (sum(losses) / len(losses)).backward()  # at the reference the KL term has no gradient
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     (row,) = read_jsonl(out / "metrics.jsonl")
     assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1e-3
-    assert row["loss"] == pytest.approx(sum(-g.advantages_G.mean().item() for g in kept) / 3, abs=1e-5) and row["policy/kl"] == 0
+    assert (
+        row["loss"] == pytest.approx(sum(-g.advantages_G.mean().item() for g in kept) / 3, abs=1e-5)
+        and row["policy/kl"] == 0
+    )
 
 
 def test_a_step_makes_rewarded_completions_likelier_and_is_held_by_the_reference(world, run, monkeypatch):
     """Guards: a loss with the wrong sign, a reference that moves with the policy, a KL that pushes away."""
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(completion.count("e") > 1))
-    settings = dict(steps=12, lr=3e-3, warmup_steps=0, lr_schedule="constant", max_new_tokens=8, temporal_rule="none", length_omega=0.0)
+    settings = dict(
+        steps=12,
+        lr=3e-3,
+        warmup_steps=0,
+        lr_schedule="constant",
+        max_new_tokens=8,
+        temporal_rule="none",
+        length_omega=0.0,
+    )
     rows = read_jsonl(run("tgrpo", "free", beta=0.0, **settings) / "metrics.jsonl")
     held = read_jsonl(run("tgrpo", "held", beta=5.0, **settings) / "metrics.jsonl")
     accuracy = lambda rows: sum(r["reward/accuracy"] for r in rows[-3:]) / 3
@@ -177,20 +260,45 @@ def test_the_loss_grows_with_the_distance_from_the_reference():
 def test_gradients_are_clipped_and_the_schedule_and_decay_are_used(run):
     """Guards: max_grad_norm, lr, weight_decay or a schedule that nothing reads."""
     from safetensors.torch import load_file
+
     weights = lambda name, **s: load_file(run("sft", name, steps=2, warmup_steps=0, **s) / "final/model.safetensors")
     distance = lambda a, b: max((a[k] - b[k]).abs().max().item() for k in a)
     base = weights("base")
-    for name, setting in {"lr": {"lr": 1e-5}, "decay": {"weight_decay": 0.5}, "schedule": {"lr_schedule": "constant"}, "clip": {"max_grad_norm": 1e-9},
-                          "beta": {"adam_beta2": 0.5}}.items():
+    for name, setting in {
+        "lr": {"lr": 1e-5},
+        "decay": {"weight_decay": 0.5},
+        "schedule": {"lr_schedule": "constant"},
+        "clip": {"max_grad_norm": 1e-9},
+        "beta": {"adam_beta2": 0.5},
+    }.items():
         assert distance(base, weights(name, **setting)) > 1e-6, name
 
 
 def test_the_toys_table_counts_what_it_says(tmp_path):
     """Guards: conflict clips that are the agreeing ones, ordered and shuffled swapped, flashes among the temporal questions."""
-    row = lambda source, cue, frames, accuracy: {"data_source": source, "cue": cue, "frames": frames, "accuracy": accuracy}
-    rows = [row("toy-direction", "lies", "ordered", 1.0), row("toy-direction", "lies", "shuffled", 0.0), row("toy-size", "agrees", "ordered", 0.0),
-            row("toy-size", "agrees", "shuffled", 0.0), row("toy-size", "neutral", "ordered", 1.0), row("toy-size", "neutral", "shuffled", 1.0),
-            row("toy-flash", "none", "ordered", 0.0), row("toy-image", "none", "ordered", 1.0)]
+    row = lambda source, cue, frames, accuracy: {
+        "data_source": source,
+        "cue": cue,
+        "frames": frames,
+        "accuracy": accuracy,
+    }
+    rows = [
+        row("toy-direction", "lies", "ordered", 1.0),
+        row("toy-direction", "lies", "shuffled", 0.0),
+        row("toy-size", "agrees", "ordered", 0.0),
+        row("toy-size", "agrees", "shuffled", 0.0),
+        row("toy-size", "neutral", "ordered", 1.0),
+        row("toy-size", "neutral", "shuffled", 1.0),
+        row("toy-flash", "none", "ordered", 0.0),
+        row("toy-image", "none", "ordered", 1.0),
+    ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     means = {name: mean for name, (mean, _) in toy.measure(tmp_path / "p.jsonl").items()}
-    assert means == {"ordered": pytest.approx(2 / 3), "shuffled": pytest.approx(1 / 3), "gap": pytest.approx(1 / 3), "conflict": 1.0, "flash": 0.0, "image": 1.0}
+    assert means == {
+        "ordered": pytest.approx(2 / 3),
+        "shuffled": pytest.approx(1 / 3),
+        "gap": pytest.approx(1 / 3),
+        "conflict": 1.0,
+        "flash": 0.0,
+        "image": 1.0,
+    }

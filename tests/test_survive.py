@@ -20,24 +20,57 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(world, output, *more):
-    return [str(x) for x in (
-        sys.executable, "tgrpo.py", "--config", "configs/toy.yaml", "--model", world / "base", "--records", world / "world/rl.json",
-        "--data_root", world / "world", "--output_dir", output, "--steps", 12, "--batch_size", 4, "--micro_batch_size", 4, "--save_every", 2,
-        "--num_workers", 1, "--max_new_tokens", 12, "--lr_schedule", "constant", *more)]
+    return [
+        str(x)
+        for x in (
+            sys.executable,
+            "tgrpo.py",
+            "--config",
+            "configs/toy.yaml",
+            "--model",
+            world / "base",
+            "--records",
+            world / "world/rl.json",
+            "--data_root",
+            world / "world",
+            "--output_dir",
+            output,
+            "--steps",
+            12,
+            "--batch_size",
+            4,
+            "--micro_batch_size",
+            4,
+            "--save_every",
+            2,
+            "--num_workers",
+            1,
+            "--max_new_tokens",
+            12,
+            "--lr_schedule",
+            "constant",
+            *more,
+        )
+    ]
 
 
 def start(arguments, **kwargs):
-    return subprocess.Popen(arguments, cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
 
 
 def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
     """Guards: a checkpoint that forgets optimizer, order or seeds; a log with steps twice or missing; SIGKILL while saving."""
-    whole, run = start(command(world, tmp_path / "whole")), start(command(world, tmp_path / "killed"), start_new_session=True)
+    whole, run = (
+        start(command(world, tmp_path / "whole")),
+        start(command(world, tmp_path / "killed"), start_new_session=True),
+    )
     while not (tmp_path / "killed/checkpoint-4").exists():
         assert run.poll() is None
         time.sleep(0.01)
     time.sleep(0.3)
-    os.killpg(run.pid, signal.SIGKILL)                    # its data workers too
+    os.killpg(run.pid, signal.SIGKILL)  # its data workers too
     run.wait()
     assert not (tmp_path / "killed/final").exists()
     again = start(command(world, tmp_path / "killed"))
@@ -52,15 +85,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(world, run, 
     """Guards: a checkpoint cut short that is later resumed from, or a traceback from inside a library."""
     settings = dict(save_every=2, max_new_tokens=12, lr_schedule="constant")
     run("tgrpo", steps=3, **settings)
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))         # weights are larger than this
-    for lock in common.held_locks.values():               # this process is done with the folder
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # weights are larger than this
+    for lock in common.held_locks.values():  # this process is done with the folder
         lock.close()
     full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
     said, _ = full.communicate(timeout=120)
     assert full.returncode == 1 and "make room on the disk" in said and "Traceback" not in said, said[-1500:]
     assert [p.name for p in common.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     common.held_locks.clear()
-    run("tgrpo", steps=6, **settings)                     # the same command, with room
+    run("tgrpo", steps=6, **settings)  # the same command, with room
     assert len(without_times(tmp_path / "out")) == 6
 
 
@@ -68,12 +101,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(world, run, 
 def test_steps_without_a_finite_gradient_are_skipped_three_in_a_row_end_the_run(run, monkeypatch, bad_steps, ends):
     """Guards: one NaN that wipes out all weights, or a run that skips its way through the night."""
     import tgrpo
+
     real, calls = tgrpo.grpo_loss, []
 
     def sometimes_nan(*args):
         calls.append(None)
         loss_G, kl_GT, clipped_GT = real(*args)
         return loss_G * (float("nan") if len(calls) - 1 in bad_steps else 1.0), kl_GT, clipped_GT
+
     monkeypatch.setattr(tgrpo, "grpo_loss", sometimes_nan)
     monkeypatch.setattr(common.update, "skipped_in_a_row", 0)
     if ends == "well":

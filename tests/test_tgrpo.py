@@ -1,11 +1,10 @@
 """The objective by its properties, and the fast rollout and loss against the plain ones of naive.py."""
 
-
 import pytest
 import torch
 
 import naive
-from tgrpo import (completion_mask, group_advantages, grpo_loss, kl_k3, pack, rollout, temporal_advantages, token_logps)
+from tgrpo import completion_mask, group_advantages, grpo_loss, kl_k3, pack, rollout, temporal_advantages, token_logps
 
 torch.set_default_dtype(torch.float32)
 BANNED = (naive.IMAGE, naive.VIDEO)
@@ -31,7 +30,7 @@ def test_advantages_are_relative_to_the_group():
     rewards = double(0, 1, 1, 2.2, 0.4)
     normed = group_advantages(rewards)
     assert abs(normed.mean()) < 1e-12
-    assert normed.pow(2).sum() / (len(rewards) - 1) == pytest.approx(1, abs=1e-3)       # unbiased: n − 1
+    assert normed.pow(2).sum() / (len(rewards) - 1) == pytest.approx(1, abs=1e-3)  # unbiased: n − 1
     assert torch.allclose(group_advantages(rewards + 5), normed)
     assert torch.allclose(group_advantages(rewards * 3), normed, atol=1e-3)
     plain = group_advantages(rewards, "none")
@@ -41,16 +40,22 @@ def test_advantages_are_relative_to_the_group():
 def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
     """Guards: the published placement, under which T-GRPO is GRPO whenever rewards take two values (method.md)."""
     correct = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
-    rewards = correct.double() + 1                        # accuracy + format
+    rewards = correct.double() + 1  # accuracy + format
     grpo = group_advantages(rewards)
     as_published = temporal_advantages(rewards, correct, 0.3, "reward")
     ours = temporal_advantages(rewards, correct, 0.3, "advantage")
-    two = lambda advantages_G: [f"{a:+.4f}" for a in advantages_G[:2].tolist()]            # a correct one, a wrong one
-    assert [two(grpo), two(as_published), two(ours)] == [["+1.0952", "-0.7302"], ["+1.0953", "-0.7302"], ["+1.3952", "-0.7302"]]   # README
-    assert (as_published - grpo).abs().max() < 2e-4       # all that is left is the 1e-4 beside the std
+    two = lambda advantages_G: [f"{a:+.4f}" for a in advantages_G[:2].tolist()]  # a correct one, a wrong one
+    assert [two(grpo), two(as_published), two(ours)] == [
+        ["+1.0952", "-0.7302"],
+        ["+1.0953", "-0.7302"],
+        ["+1.3952", "-0.7302"],
+    ]  # README
+    assert (as_published - grpo).abs().max() < 2e-4  # all that is left is the 1e-4 beside the std
     assert torch.allclose((ours - grpo)[correct], double(0.3))
     assert torch.equal(ours[~correct], grpo[~correct])
-    assert (temporal_advantages(rewards, correct, 0.3, "reward", "none") - group_advantages(rewards, "none")).abs().max() > 0.1
+    assert (
+        temporal_advantages(rewards, correct, 0.3, "reward", "none") - group_advantages(rewards, "none")
+    ).abs().max() > 0.1
 
 
 def test_advantage_functions_leave_their_inputs_alone():
@@ -71,10 +76,10 @@ def test_kl_k3_is_unbiased_and_never_negative():
         reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
         estimate = kl_k3(policy, reference)
         exact = (policy.exp() * (policy - reference)).sum()
-        assert (policy.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)      # E over the policy
+        assert (policy.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)  # E over the policy
         assert (estimate >= 0).all()
     assert kl_k3(policy, policy).abs().max() == 0
-    assert torch.isfinite(kl_k3(double(-500.0, 0.0), double(0.0, -500.0))).all()               # clamped
+    assert torch.isfinite(kl_k3(double(-500.0, 0.0), double(0.0, -500.0))).all()  # clamped
 
 
 def example(seed=0, G=3, T=5):
@@ -106,7 +111,9 @@ def test_first_update_is_the_policy_gradient():
     assert torch.allclose(x.grad, -advantages[:, None] * mask / mask.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("advantage, log_ratio, moves", [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)])
+@pytest.mark.parametrize(
+    "advantage, log_ratio, moves", [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)]
+)
 def test_clipping_stops_only_what_already_went_far_enough(advantage, log_ratio, moves):
     """Guards: clipping both ways (min and max confused): a wrong move must always be pulled back."""
     x = double(-1.0)[None].requires_grad_()
@@ -129,14 +136,21 @@ def test_padding_carries_no_loss():
     logps, old, ref, advantages, mask = example()
     wild = torch.where(mask.bool(), logps, logps - 40)
     for padded in (logps, wild):
-        assert torch.allclose(grpo_loss(padded, old, ref, advantages, mask, 0.2, 0.04)[0],
-                              grpo_loss(logps, old, ref, advantages, mask, 0.2, 0.04)[0])
+        assert torch.allclose(
+            grpo_loss(padded, old, ref, advantages, mask, 0.2, 0.04)[0],
+            grpo_loss(logps, old, ref, advantages, mask, 0.2, 0.04)[0],
+        )
 
 
 def test_completion_mask_keeps_the_first_eos_and_nothing_after():
     """Guards: pad = EOS habits, under which stopping is never trained."""
     ids = torch.tensor([[7, 8, 1, 1, 2], [1, 7, 7, 7, 7], [7, 7, 7, 7, 7], [7, 9, 2, 1, 7]])
-    assert completion_mask(ids, [1]).int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert completion_mask(ids, [1]).int().tolist() == [
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0],
+    ]
     assert completion_mask(ids, [1, 9]).int().tolist()[3] == [1, 1, 0, 0, 0]
 
 
@@ -149,7 +163,7 @@ def policy():
 
 
 def trim(sequence):
-    return sequence[:int(completion_mask(sequence[None], [naive.EOS]).sum())]
+    return sequence[: int(completion_mask(sequence[None], [naive.EOS]).sum())]
 
 
 @pytest.mark.parametrize("G", [1, 3])
@@ -170,24 +184,38 @@ def test_logps_are_those_generate_sampled_from(policy):
     prompts, T = naive.mixed_prompts(), 0.7
     torch.manual_seed(0)
     batch = __import__("data").collate_prompts(prompts, naive.PAD)
-    output = policy.generate(**batch, position_ids=naive.batch_positions(policy, prompts), do_sample=True, temperature=T, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12,
-                             suppress_tokens=list(BANNED), eos_token_id=naive.EOS, pad_token_id=naive.PAD,
-                             return_dict_in_generate=True, output_scores=True)
-    completions = [trim(row) for row in output.sequences[:, batch["input_ids"].shape[1]:]]
+    output = policy.generate(
+        **batch,
+        position_ids=naive.batch_positions(policy, prompts),
+        do_sample=True,
+        temperature=T,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=12,
+        suppress_tokens=list(BANNED),
+        eos_token_id=naive.EOS,
+        pad_token_id=naive.PAD,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    completions = [trim(row) for row in output.sequences[:, batch["input_ids"].shape[1] :]]
     said = torch.stack(output.scores, 1).log_softmax(-1)
     lengths = [len(c) for c in completions]
     with torch.no_grad():
-        logps_GT, _ = token_logps(policy, pack(policy, prompts, [[c] for c in completions], naive.PAD), lengths, T, BANNED)
+        logps_GT, _ = token_logps(
+            policy, pack(policy, prompts, [[c] for c in completions], naive.PAD), lengths, T, BANNED
+        )
     for row, completion in enumerate(completions):
-        expected = said[row, :len(completion)].gather(1, completion[:, None])[:, 0]
-        assert (logps_GT[row, :len(completion)] - expected).abs().max() < 1e-4
+        expected = said[row, : len(completion)].gather(1, completion[:, None])[:, 0]
+        assert (logps_GT[row, : len(completion)] - expected).abs().max() < 1e-4
 
 
 def sampled_groups(policy, G, seed=0):
     torch.manual_seed(seed)
     prompts = naive.mixed_prompts()
     flat = rollout(policy, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
-    return prompts, [flat[i:i + G] for i in range(0, len(flat), G)]
+    return prompts, [flat[i : i + G] for i in range(0, len(flat), G)]
 
 
 def loss_of(logps_by_group):
@@ -218,7 +246,9 @@ def test_packed_logps_and_gradients_equal_the_plain_way(policy, G, temperature):
 def test_the_vision_tower_runs_once_whatever_the_batch_holds(policy, monkeypatch):
     """Guards: sharded ranks that gather its weights a different number of times, and wait for each other for ever."""
     calls, real = [], policy.model.visual.forward
-    monkeypatch.setattr(policy.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(
+        policy.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+    )
     prompts, groups = sampled_groups(policy, 2)
     for chosen in ([0], [1], [0, 2], [0, 1], [1, 2, 0]):  # videos, pictures, both
         calls.clear()
@@ -230,12 +260,14 @@ def test_the_vision_tower_runs_once_whatever_the_batch_holds(policy, monkeypatch
 def test_micro_batches_and_padding_change_nothing(policy):
     """Guards: a normalisation per micro-batch, or a long neighbour in the batch that changes a short row."""
     prompts, groups = sampled_groups(policy, 3)
-    together, _ = token_logps(policy, pack(policy, prompts, groups, naive.PAD), [len(c) for g in groups for c in g], 1.0, BANNED)
+    together, _ = token_logps(
+        policy, pack(policy, prompts, groups, naive.PAD), [len(c) for g in groups for c in g], 1.0, BANNED
+    )
     row = 0
     for x, group in zip(prompts, groups):
         alone, _ = token_logps(policy, pack(policy, [x], [group], naive.PAD), [len(c) for c in group], 1.0, BANNED)
         for logps, completion in zip(alone, group):
-            assert (logps[:len(completion)] - together[row, :len(completion)]).abs().max() < 1e-5
+            assert (logps[: len(completion)] - together[row, : len(completion)]).abs().max() < 1e-5
             row += 1
 
 

@@ -253,6 +253,21 @@ def test_the_toys_table_is_the_mean_and_the_range_of_its_seeds(tmp_path):
 
 def test_options_without_letters_have_those_of_the_prompt_on_the_page():
     """Guards: "truth: C" beside three options of which none is called C."""
-    record = {"problem_id": 1, "problem": "How many?", "problem_type": "multiple choice", "options": ["3", "2", "0"], "solution": "C"}
-    rows = [{"step": 1, "problem_id": 1, "path": "a.mp4", "frames": "ordered", "text": "<answer>C</answer>", "accuracy": 1.0}]
+    record = {
+        "problem_id": 1,
+        "problem": "How many?",
+        "problem_type": "multiple choice",
+        "options": ["3", "2", "0"],
+        "solution": "C",
+    }
+    rows = [
+        {
+            "step": 1,
+            "problem_id": 1,
+            "path": "a.mp4",
+            "frames": "ordered",
+            "text": "<answer>C</answer>",
+            "accuracy": 1.0,
+        }
+    ]
     assert rollouts.shown_prompt(rows, record)["options"] == ["A. 3", "B. 2", "C. 0"]

@@ -77,9 +77,15 @@ def test_answers_are_balanced_and_nothing_beside_the_pixels_tells_them(world):
     n = sum(letters.values())
     assert letters["A"] / n == pytest.approx(0.5, abs=0.08)
     changes = sum(a != b for a, b in zip(order, order[1:])) / (n - 1)
-    assert changes == pytest.approx(0.5, abs=0.08)        # no runs, no alternation
-    names = [Path(r["path"]).name for split in ("sft", "rl", "test") for r in json.loads((world / f"world/{split}.json").read_text())]
-    assert len(set(names)) == len(names) and all(len(Path(name).stem) == 16 and int(Path(name).stem, 16) >= 0 for name in names)
+    assert changes == pytest.approx(0.5, abs=0.08)  # no runs, no alternation
+    names = [
+        Path(r["path"]).name
+        for split in ("sft", "rl", "test")
+        for r in json.loads((world / f"world/{split}.json").read_text())
+    ]
+    assert len(set(names)) == len(names) and all(
+        len(Path(name).stem) == 16 and int(Path(name).stem, 16) >= 0 for name in names
+    )
 
 
 def test_the_records_are_valid_and_the_teacher_lies_only_to_the_cold_start(tmp_path):
@@ -108,13 +114,22 @@ def test_the_same_seed_is_the_same_world(tmp_path, world):
 
 def test_the_same_seed_gives_the_same_files_to_the_byte(tmp_path):
     """Guards: an encoder that looks at memory nobody wrote, so that a seed's result cannot be made again."""
-    code = ("import toy, random, hashlib; frames = [toy.size(random.Random(f'0/sft/{i}'), 0.8, 0.3)[0] for i in (124, 141, 146, 163)]\n"
-            "for i, f in enumerate(frames): toy.write_clip(f'OUT/{i}.mp4', f); print(hashlib.md5(open(f'OUT/{i}.mp4', 'rb').read()).hexdigest())")
+    code = (
+        "import toy, random, hashlib; frames = [toy.size(random.Random(f'0/sft/{i}'), 0.8, 0.3)[0] for i in (124, 141, 146, 163)]\n"
+        "for i, f in enumerate(frames): toy.write_clip(f'OUT/{i}.mp4', f); print(hashlib.md5(open(f'OUT/{i}.mp4', 'rb').read()).hexdigest())"
+    )
     running = []
-    for fill in ("0", "170"):                             # what unwritten memory holds
+    for fill in ("0", "170"):  # what unwritten memory holds
         (tmp_path / fill).mkdir()
-        running.append(subprocess.Popen([sys.executable, "-c", code.replace("OUT", str(tmp_path / fill))], cwd=ROOT, stdout=subprocess.PIPE,
-                                        text=True, env={**os.environ, "MALLOC_PERTURB_": fill}))
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code.replace("OUT", str(tmp_path / fill))],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "MALLOC_PERTURB_": fill},
+            )
+        )
     said = [process.communicate()[0] for process in running]
     assert said[0].count("\n") == 4 and len(set(said)) == 1
 

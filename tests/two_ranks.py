@@ -53,7 +53,7 @@ def checked_refresh(copy, model):
 
 def run(stage, output, accelerate_config=None, **settings):
     """One stage with configs/toy.yaml, in OUT/output; under the environment that an accelerate config gives, if one is named."""
-    if PartialState._shared_state:                        # a second stage in this process: let accelerate begin anew
+    if PartialState._shared_state:  # a second stage in this process: let accelerate begin anew
         kind = DistributedType.MULTI_CPU if "WORLD_SIZE" in os.environ else DistributedType.NO
         for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
             os.environ.pop(name, None)
@@ -62,10 +62,32 @@ def run(stage, output, accelerate_config=None, **settings):
     if accelerate_config:
         os.environ.update(launcher_environment(accelerate_config))
     records = {"sft": "sft", "tgrpo": "rl", "evaluate": "test"}[stage.__name__]
-    training = {"steps": 2, "micro_batch_size": 1, "save_every": 0, "lr_schedule": "constant", "adam_beta2": 0.9, "lr": 1e-3, "warmup_steps": 0}
-    settings = {"model": FOLDER / "base", "records": FOLDER / f"world/{records}.json", "data_root": FOLDER / "world", "output_dir": OUT / output,
-                "num_workers": 0, "fsdp": FSDP, "batch_size": 4, **(training if stage is not evaluate else {}), **settings}
-    sys.argv = [stage.__name__, "--config", "configs/toy.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+    training = {
+        "steps": 2,
+        "micro_batch_size": 1,
+        "save_every": 0,
+        "lr_schedule": "constant",
+        "adam_beta2": 0.9,
+        "lr": 1e-3,
+        "warmup_steps": 0,
+    }
+    settings = {
+        "model": FOLDER / "base",
+        "records": FOLDER / f"world/{records}.json",
+        "data_root": FOLDER / "world",
+        "output_dir": OUT / output,
+        "num_workers": 0,
+        "fsdp": FSDP,
+        "batch_size": 4,
+        **(training if stage is not evaluate else {}),
+        **settings,
+    }
+    sys.argv = [
+        stage.__name__,
+        "--config",
+        "configs/toy.yaml",
+        *(str(x) for k, v in settings.items() for x in (f"--{k}", v)),
+    ]
     stage.main()
 
 
@@ -92,15 +114,23 @@ def hub_stages(layout):
         return final
 
     final = trained(tgrpo, trained(sft, FOLDER / "hub" / layout), max_new_tokens=8)
-    run(tgrpo, f"{layout}/credit", model=OUT / layout / "sft/final", temporal_rule="credit", max_new_tokens=8, steps=1, **settings)
+    run(
+        tgrpo,
+        f"{layout}/credit",
+        model=OUT / layout / "sft/final",
+        temporal_rule="credit",
+        max_new_tokens=8,
+        steps=1,
+        **settings,
+    )
     run(evaluate, f"{layout}/eval", model=final, bf16="true", max_new_tokens=8, batch_size=8)
 
 
 def main():
-    Accelerator.end_training = lambda self: None          # the process group serves the next stage too
+    Accelerator.end_training = lambda self: None  # the process group serves the next stage too
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
     tgrpo.rollout, common.refresh = fixed_rollout, checked_refresh
-    if "explode" in MORE:                             # one rank breaks: see test_sharded.py
+    if "explode" in MORE:  # one rank breaks: see test_sharded.py
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
         return run(tgrpo, "explode", save_every=0)
     run(sft, "sft")
@@ -108,13 +138,13 @@ def main():
         return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     run(tgrpo, "credit", temporal_rule="credit")
-    for stage in (sft, tgrpo):                            # micro-batches of pictures beside videos on one rank, videos alone on the other
+    for stage in (sft, tgrpo):  # micro-batches of pictures beside videos on one rank, videos alone on the other
         run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
     if FSDP == "none":
         return
 
-    def stop_once(group, cfg, eos):                       # a scheduler asks one of the ranks to leave
+    def stop_once(group, cfg, eos):  # a scheduler asks one of the ranks to leave
         tgrpo.score = real_score
         if RANK == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -123,14 +153,23 @@ def main():
     tgrpo.score = stop_once
     run(tgrpo, "stopped", updates_per_rollout=2)
     assert not (OUT / "stopped/final").exists() and (OUT / "stopped/checkpoint-1/state.json").exists()
-    run(tgrpo, "stopped", updates_per_rollout=2)          # the same command goes on
+    run(tgrpo, "stopped", updates_per_rollout=2)  # the same command goes on
 
     # a user's own accelerate config asks for FSDP, and for much that would train otherwise: the same numbers all the same
     for name in ("fsdp1", "fsdp2"):
         run(tgrpo, name, accelerate_config=FOLDER / f"{name}.yaml", fsdp="none", updates_per_rollout=2)
 
-    tgrpo.rollout = real_rollout                          # ranks with other tokens, an image beside a video, an unreadable clip
-    run(tgrpo, "real", records=OUT / "broken/rl.json", data_root=OUT / "broken", steps=6, max_unreadable=0.5, batch_size=2, max_new_tokens=8)
+    tgrpo.rollout = real_rollout  # ranks with other tokens, an image beside a video, an unreadable clip
+    run(
+        tgrpo,
+        "real",
+        records=OUT / "broken/rl.json",
+        data_root=OUT / "broken",
+        steps=6,
+        max_unreadable=0.5,
+        batch_size=2,
+        max_new_tokens=8,
+    )
     run(tgrpo, "bf16", bf16="true", gradient_checkpointing="true", max_new_tokens=8)
     for layout in ("untied", "tied"):
         hub_stages(layout)
