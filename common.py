@@ -13,9 +13,7 @@ Axes: B rows · L tokens of a row · P tokens of a prompt · N predicted tokens 
       in Packed: N completions · T tokens of the longest completion · M completion tokens of all rows
 """
 
-import argparse
 import fcntl
-import functools
 import json
 import math
 import os
@@ -24,19 +22,17 @@ import re
 import shutil
 import signal
 import socket
-import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -45,38 +41,17 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model, merge_fsdp_weights
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoProcessor,
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    StaticCache,
-)
-from transformers.initialization import no_init_weights
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+from torch.utils._pytree import tree_map
 
 from settings import (
-    SharedConfig,
     UserError,
     append_rows,
     file_hash,
     fingerprint,
     read_jsonl,
-    read_yaml,
     sampled_hash,
     write_atomic,
 )
@@ -86,385 +61,13 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-TEXT, IMAGE, VIDEO = 0, 1, 2  # values of mm_token_type_ids
 
 
 # ------------------------------------------------------------------------------------- processor and model
 
 
-def check_model(cfg, stage, made_by=None):
-    """UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: a command that makes one."""
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
-    is_local = Path(cfg.model).exists() or "/" in cfg.model and Path(cfg.model).parent.is_dir()
-    if is_hub_name and not is_local:
-        return
-    config = Path(cfg.model) / "config.json"
-    if config.is_file():
-        try:
-            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{config}: not a model's config: {error}") from None
-        if kind != "qwen2_5_vl":
-            raise UserError(f"{stage}.model: {cfg.model} holds a model of type {kind}; these scripts train qwen2_5_vl")
-        return
-    hint = f"; make one with: {made_by}" if made_by else ""
-    raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
-
-
-def check_hub(model):
-    """UserError if `model` is a hub name and the hub is out of reach; transformers would try for minutes."""
-    if Path(model).exists() or is_offline_mode():
-        return
-    try:
-        HfApi().model_info(model, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"model: {model} is neither a folder here nor a model on the hub that you may read") from None
-    except (OSError, HTTPError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model: {model} is no folder here, and the hub cannot be reached: {reason:.200}; with HF_HUB_OFFLINE=1 a copy "
-            "in the hub's cache is used"
-        ) from None
-
-
-def load_processor(cfg):
-    """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
-    check_hub(cfg.model)
-    try:
-        processor = AutoProcessor.from_pretrained(cfg.model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if "Unrecognized image processor" in reason:
-            reason = (
-                "transformers does not know the image processor that preprocessor_config.json names. The hub's first revision "
-                "of Qwen2.5-VL names Qwen2_5_VLImageProcessor: write Qwen2VLImageProcessor, which is the same class"
-            )
-        raise UserError(f"{cfg.model}: its processor cannot be loaded: {reason:.300}") from error
-    # older folders have the template in the tokenizer's config only
-    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    if not processor.chat_template:
-        raise UserError(
-            f"{cfg.model}: no chat template, neither in a file chat_template.* nor in tokenizer_config.json"
-        )
-    return processor
-
-
-@dataclass
-class Packed:
-    """Says which tokens of packed rows [prompt, completion 1 … completion G] belong to which of these.
-
-    It is passed to the model in place of an attention mask. All of it is computed once, on the CPU: reading a length
-    or an index from the GPU inside a layer would make the host wait.
-    """
-
-    longest_prompt: int
-    prompt_lengths_B: torch.Tensor
-    # the row of each of the N completions
-    row_N: torch.Tensor
-    # its tokens, in the flattened (B·L); padding points at tokens spread over all rows
-    index_NT: torch.Tensor
-    # the M tokens that are no padding: their places in the flattened (N·T) and in the flattened (B·L)
-    slot_M: torch.Tensor
-    token_M: torch.Tensor
-
-    @classmethod
-    def of(cls, prompt_lengths, row_N, begins, lengths, total):
-        """`begins` and `lengths` are those of the N completions in the flattened rows, `total` = B·L.
-
-        A GPU adds the gradients of equal indices one after the other, so padding must not all point at the same token.
-        """
-        T = max(lengths)
-        steps_T = torch.arange(T)
-        index_NT = torch.tensor(begins)[:, None] + steps_T
-        valid_NT = steps_T < torch.tensor(lengths)[:, None]
-        index_NT[~valid_NT] = torch.arange(int((~valid_NT).sum())) % total
-        slot_M = valid_NT.flatten().nonzero()[:, 0]
-        token_M = index_NT.flatten()[slot_M]
-        return cls(max(prompt_lengths), torch.tensor(prompt_lengths), row_N, index_NT, slot_M, token_M)
-
-    def to(self, device, **_):
-        values = [getattr(self, f.name) for f in fields(self)]
-        return Packed(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention in which a completion sees its prompt and itself, without the (L, L) pairs of one completion with another.
-
-    Registered with transformers as "packed". query (B, H, L, D), key and value (B, H_kv, L, D); returns (B, L, H, D).
-    With an ordinary mask it is transformers' own SDPA. P is the length of the longest prompt; what is computed behind a
-    shorter prompt is overwritten.
-    """
-    mask = attention_mask
-    if not isinstance(mask, Packed):
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    (B, H, L, D), (N, T), P = query.shape, mask.index_NT.shape, mask.longest_prompt
-    prompts = F.scaled_dot_product_attention(
-        query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, scale=scaling
-    )
-
-    def own(x):
-        """The completions' own tokens (N, H, T, D)."""
-        return x.transpose(1, 2).reshape(B * L, H, D)[mask.index_NT].transpose(1, 2)
-
-    def seen(x):
-        """What a completion may look at: its prompt and itself (N, H, P + T, D)."""
-        return torch.cat([x[mask.row_N, :, :P], own(x)], 2)
-
-    is_prompt_NP = torch.arange(P, device=query.device) < mask.prompt_lengths_B[mask.row_N, None]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
-    visible_NTL = torch.cat([is_prompt_NP[:, None].expand(N, T, P), causal_TT.expand(N, T, T)], 2)
-    completions = F.scaled_dot_product_attention(
-        own(query), seen(key), seen(value), attn_mask=visible_NTL[:, None], scale=scaling
-    )
-    output = F.pad(prompts.transpose(1, 2), (0, 0, 0, 0, 0, L - P)).reshape(B * L, H, D)
-    completions_MHD = completions.transpose(1, 2).reshape(N * T, H, D)[mask.slot_M]
-    return output.index_put((mask.token_M,), completions_MHD).view(B, L, H, D), None
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
-
-
-class LogpHead(nn.Linear):
-    """The language-model head. Given targets, it returns their log-probs without ever holding (N, V) logits."""
-
-    def forward(self, hidden_ND, targets_N=None, temperature=1.0, banned=(), chunk=512):
-        if targets_N is None:
-            return super().forward(hidden_ND)
-        step = lambda h, t: self._logps(h, t, temperature, banned)
-        if torch.is_grad_enabled():  # keep the (chunk, V) logits of one chunk only
-            step = lambda h, t: checkpoint(self._logps, h, t, temperature, banned, use_reentrant=False)
-        parts = [step(h, t) for h, t in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-    def _logps(self, hidden_ND, targets_N, temperature, banned):
-        logits_NV = F.linear(hidden_ND, self.weight).float() / temperature  # log-softmax is always float32
-        # never sampled, so they have no probability here either
-        for token in banned:
-            logits_NV[:, token] = torch.finfo(torch.float32).min
-        log_norm_N = logits_NV.logsumexp(-1)
-        logps_N = logits_NV.gather(-1, targets_N[:, None])[:, 0] - log_norm_N
-        with torch.no_grad():
-            entropy_N = log_norm_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
-        return logps_N, entropy_N
-
-
-def mrope_positions(prompt, config):
-    """M-RoPE positions (3, P) of a prompt's tokens — time, row, column — by the rule Qwen2.5-VL was trained with.
-
-    Text goes on at (largest position so far, of all three axes) + 1. Patch (t, row, column) of a picture or clip that
-    starts at s stands at s + (floor(t · tokens_per_second · seconds between temporal patches), row, column); a picture
-    has t = 0. So the answer to a two-minute clip begins behind the clip's last moment. transformers 4.49 and 4.51
-    compute the same. 4.57 rounds the seconds between patches down to a whole number first. 5.24 goes on after a clip at
-    s + max(rows, columns), which lies inside any clip of more than a few seconds.
-
-    `prompt` holds mm_token_type_ids (1, P) and the grids and frame times of its media; `config` is the model's vision
-    config. With tokens_per_second 2, patches less than half a second apart share a time position, as those of 16 frames
-    of a clip under 4 seconds do.
-    """
-    grids = {IMAGE: iter(prompt.get("image_grid_thw", ())), VIDEO: iter(prompt.get("video_grid_thw", ()))}
-    seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
-    kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
-    parts = []
-    start = 0
-    for kind, length in zip(kinds.tolist(), lengths.tolist()):
-        if kind == TEXT:
-            part = torch.arange(length).expand(3, -1)
-        else:
-            T, H, W = next(grids[kind]).tolist()
-            time_T = torch.arange(T)
-            if kind == VIDEO:
-                time_T = (time_T * next(seconds_per_patch) * config.tokens_per_second).long()
-            rows = torch.arange(H // config.spatial_merge_size)
-            columns = torch.arange(W // config.spatial_merge_size)
-            part = torch.stack(torch.meshgrid(time_T, rows, columns, indexing="ij")).flatten(1)
-        parts.append(start + part)
-        start += int(part.max()) + 1
-    return torch.cat(parts, 1)
-
-
-class Policy(Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL whose forward can return log-probs of chosen tokens. Its weights are those of the base class.
-
-    forward(**inputs, position_ids=, predict=, targets=) returns (logps_N, entropy_N) in nats: `predict` (N,) points
-    into the flattened (B·L) positions whose next token is wanted, `targets` (N,) are these tokens. The head runs inside
-    forward, because under FSDP its weight exists only there. Without `targets` it is the plain model.
-    """
-
-    @classmethod
-    def of(cls, model):
-        """The loaded base model, turned into a Policy in place (transformers knows only the base class's file layout).
-
-        Of the checkpoint's generation settings only the end of a turn is kept: with a penalty or a top-k, rollouts
-        would be sampled from another distribution than the one whose log-probs are trained.
-        """
-        model.__class__ = cls
-        model.lm_head.__class__ = LogpHead
-        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-        return model
-
-    @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)  # generate() looks at the signature
-    def forward(self, *args, predict=None, targets=None, temperature=1.0, banned=(), **inputs):
-        if targets is None:
-            return super().forward(*args, **inputs, **vision_lengths(inputs, self.config.vision_config))
-        if inputs.get("position_ids") is None:
-            raise TypeError(
-                "position_ids are missing; make them with common.mrope_positions (transformers 5.24 has other ones)"
-            )
-        inputs.pop("second_per_grid_ts", None)
-        if "pixel_values" in inputs:
-            inputs = self.pictures_as_videos(**inputs)
-        inputs |= vision_lengths(inputs, self.config.vision_config)
-        hidden_BLD = self.model(*args, use_cache=False, **inputs).last_hidden_state
-        return self.lm_head(hidden_BLD.flatten(0, 1)[predict], targets, temperature, banned)
-
-    def pictures_as_videos(self, input_ids, **inputs):
-        """The same inputs with pictures as videos of one moment, so that the vision tower runs once, whatever the
-        batch holds.
-
-        The model would run it once for pictures and once for videos. Sharded, all ranks gather its weights together,
-        so a rank with both kinds would wait for ever for a rank with videos alone. One picture or video per row.
-        """
-        media = {}
-        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            pixels = inputs.pop(name, None)
-            grid = inputs.pop(f"{kind}_grid_thw", None)
-            media[kind] = iter(() if pixels is None else zip(pixels.split(grid.prod(1).tolist()), grid))
-        is_picture_BL = input_ids == self.config.image_token_id
-        kinds = ["image" if row else "video" for row in is_picture_BL.any(1).tolist()]
-        pixels, grids = zip(*(next(media[kind]) for kind in kinds))
-        return {
-            "input_ids": input_ids.masked_fill(is_picture_BL, self.config.video_token_id),
-            **inputs,
-            "pixel_values_videos": torch.cat(pixels),
-            "video_grid_thw": torch.stack(grids),
-        }
-
-
-def vision_lengths(inputs, config):
-    """The lengths of the windows in which the vision blocks attend, on the CPU, as arguments of the model's forward.
-
-    Every vision block reads them as numbers. That is free on the CPU; on the GPU the host would wait in every block.
-    """
-    lengths = {}
-    for kind in ("image", "video"):
-        grid = inputs.get(f"{kind}_grid_thw")
-        if grid is not None:
-            grid = grid.cpu()
-            index, windows = get_vision_window_index(
-                grid, config.spatial_merge_size, config.window_size, config.patch_size
-            )
-            lengths[f"{kind}_cu_seqlens"] = get_vision_cu_seqlens(grid)
-            lengths[f"{kind}_window_index"] = index
-            lengths[f"{kind}_cu_window_seqlens"] = windows
-    return lengths
-
-
-def load_model(cfg, dtype=torch.float32, accelerator=None, device=None):
-    """Policy, with PyTorch's own attention kernels. Master weights are float32: bfloat16 would lose updates of 1e-6.
-
-    The model is loaded on the CPU; accelerate then moves or shards it. With `device`, the weights are read straight
-    onto that device, for inference. When the model will be sharded, only rank 0 reads the weights and sends them to
-    the others, so a machine holds one copy. Raises UserError if the checkpoint's tensors are not the model's.
-    """
-    if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
-        with init_empty_weights():
-            model = empty_model(Qwen2_5_VLConfig.from_pretrained(cfg.model), dtype)
-        model.tie_weights()  # the context above has parted them
-        model.generation_config = generation_config(cfg.model, model.config)
-    else:
-        device_map = None if device is None else {"": device}
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model,
-            dtype=dtype,
-            attn_implementation="packed",
-            device_map=device_map,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-        refuse_other_tensors(cfg.model, report)
-    if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return Policy.of(model)
-
-
-def generation_config(model, config):
-    """The checkpoint's generation config; if it has none, what from_pretrained makes of its config then."""
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
-
-
-def refuse_other_tensors(model, report):
-    """UserError that names tensors which the checkpoint lacks or should not have. Missing ones would be random."""
-    problems = []
-    for kind in ("missing", "unexpected", "mismatched"):
-        names = sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{kind} {', '.join(names[:3])}{more}")
-    if problems:
-        raise UserError(f"{model}: these weights are not the model's: {'; '.join(problems)}")
-
-
-def empty_model(config, dtype):
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="packed")
-
-
-def load_frozen(accelerator, cfg):
-    """A frozen copy of the starting checkpoint: the reference. Sharded like the policy, but without optimizer state."""
-    model = load_model(cfg, compute_dtype(cfg), accelerator).eval().requires_grad_(False)
-    return fsdp2_prepare_model(accelerator, model) if is_sharded(accelerator) else model.to(accelerator.device)
-
-
 def compute_dtype(cfg):
     return torch.bfloat16 if cfg.bf16 else torch.float32
-
-
-@functools.lru_cache(maxsize=4)
-def kept_cache(model, rows, room):
-    """A static cache for `rows` rows of `room` tokens. The same arguments return the same cache, for up to four shapes.
-
-    A CUDA graph is recorded for fixed addresses, and a new cache at each rollout would have it recorded anew. The cache
-    still holds the last rollout: call reset() first.
-    """
-    return StaticCache(config=model.config.get_text_config(), max_cache_len=room)
-
-
-def compiled_room(tokens):
-    """Tokens that a cache for compiled decoding has room for: multiples of 512, as each size is compiled once."""
-    return -(-tokens // 512) * 512
-
-
-def rollout_copy(accelerator, model, cfg):
-    """The model to sample from: the policy itself, or, where it is sharded or trained in bfloat16, a whole copy to refresh().
-
-    generate() on sharded weights would gather all of them for every token. The copy also lets ranks finish on their own.
-    """
-    policy = accelerator.unwrap_model(model)
-    if not is_sharded(accelerator) and not cfg.bf16:
-        return policy
-    with torch.device(accelerator.device), no_init_weights():
-        copy = Policy.of(empty_model(policy.config, compute_dtype(cfg)))
-    copy.tie_weights()  # skipped with the initial weights
-    copy.generation_config = policy.generation_config
-    return copy.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def refresh(copy, model):
-    """Copy the weights of `model` into `copy`, one parameter at a time: extra memory of the largest one only.
-
-    Every rank must call it: full_tensor() gathers a parameter's shards from all ranks. The shard is cast first.
-    """
-    if copy is model:
-        return
-    target = dict(copy.named_parameters())
-    for name, parameter in model.named_parameters():
-        parameter = parameter.detach().to(target[name].dtype)
-        target[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
 
 # ---------------------------------------------------------------------------------- Accelerate, sharded or not
@@ -555,7 +158,7 @@ def seed_everything(*numbers):
 
 
 def to_device(inputs, device):
-    return tree_map_only((torch.Tensor, Packed), lambda x: x.to(device, non_blocking=True), inputs)
+    return tree_map(lambda x: x.to(device, non_blocking=True) if hasattr(x, "to") else x, inputs)
 
 
 def learning_rate(step, cfg):
@@ -618,180 +221,8 @@ def all_sum(accelerator, values):
 
 # ------------------------------------------------------------------------------------------- memory, told beforehand
 
-# The published shapes, for --plan where the checkpoint is not at hand yet.
-PUBLISHED_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
-SHAPES = {
-    "7b": (
-        dict(
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            vocab_size=152064,
-        ),
-        dict(out_hidden_size=3584),
-        False,
-    ),
-    "3b": (
-        dict(
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-            vocab_size=151936,
-        ),
-        dict(out_hidden_size=2048),
-        True,
-    ),
-}
-
-
-def model_shape(name):
-    """Config of the checkpoint, or the published one if its name says 3B or 7B. UserError otherwise."""
-    if (Path(name) / "config.json").is_file():
-        return Qwen2_5_VLConfig.from_pretrained(name)
-    size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
-    if not size:
-        raise UserError(
-            f"tgrpo.model: no checkpoint at {name}, and its name says neither 3B nor 7B: nothing to plan with"
-        )
-    text, vision, tied = SHAPES[size.group()]
-    text = {**text, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=PUBLISHED_VISION | vision, tie_word_embeddings=tied)
-
-
-def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
-    """Bytes that one GPU holds in a T-GRPO step, by name, with the longest completions the settings allow.
-
-    Weights and caches are exact; activations are counted tensor by tensor for the saved inputs of each layer (measured with
-    saved-tensor hooks: per token 11 widths + 4 feed-forward widths in float32, 13 and 15 with bfloat16's float32 norms).
-    """
-    with torch.device("meta"):
-        model = empty_model(config, torch.float32)
-    text, vision = config.get_text_config(), config.vision_config
-    N = sum(p.numel() for p in model.parameters())
-    trained = N - sum(p.numel() for p in model.model.visual.parameters()) * cfg.freeze_vision
-    layer = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
-    shards, size = (gpus if cfg.fsdp == "full_shard" else 1), 2 if cfg.bf16 else 4
-    D, G, S, T = text.hidden_size, cfg.num_generations, cfg.shuffled_generations, cfg.max_new_tokens
-    rows = max(1, cfg.batch_size // gpus)
-    B = min(cfg.micro_batch_size, rows)
-    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // 196  # of one clip: 14 x 14 pixels of a pair of frames
-    P = prompt_tokens or patches // 4 + 200
-
-    norms = 2 if cfg.bf16 else 0
-    L = P + G * T  # one packed row
-    text_layer = size * B * (L * ((11 + norms) * D + 4 * text.intermediate_size) + G * T * D + 2 * G * (P + T) * D)
-    vision_layer = size * B * patches * ((13 + norms) * vision.hidden_size + 4 * vision.intermediate_size)
-    if cfg.gradient_checkpointing:  # the inputs of all layers, and one layer in full
-        activations = size * B * (text.num_hidden_layers * L * D + vision.depth * patches * vision.hidden_size) + max(
-            text_layer, vision_layer
-        )
-    else:
-        activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
-    cache_token = 2 * text.num_hidden_layers * text.num_key_value_heads * D // text.num_attention_heads * size
-    parts = {
-        "parameters (float32)": 4 * N / shards,
-        "gradients": 4 * trained / shards,
-        "optimizer (AdamW)": 8 * trained / shards,
-        "reference": size * N / shards if cfg.beta else 0,
-        "rollout copy": size * N if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
-    }
-    if shards > 1:
-        # two layers of the policy, its embedding and head; the reference's head stays gathered after its forward
-        heads = (1 if tied else 2) + (1 if cfg.beta else 0)
-        parts["gathered layers"] = (2 * layer + heads * embedding) * size
-    rollout = {"KV cache (rollout)": cache_token * rows * ((G + S) * (P + T) + (1 + (S > 0)) * P)}
-    if cfg.rollout_compile:
-        # compiled decoding keeps its caches: one for long prompts and one for short ones, with the same rows
-        parts["KV caches (compiled)"] = 2 * cache_token * rows * (G + S) * compiled_room(P + T)
-        rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
-    training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
-    # AdamW over all tensors together holds the root of the second moments while it steps
-    stepping = {"optimizer step": 4 * trained / shards}
-    phases = (rollout, training, stepping)
-    return parts | rollout | training | stepping, sum(parts.values()) + max(sum(phase.values()) for phase in phases)
-
-
-def print_plan(cfg, gpus, card=80e9):
-    """The plan as a table, and whether it fits on cards of `card` bytes (a tenth is left to CUDA and fragments)."""
-    parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
-    print(
-        f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes). The KV cache, the activations with logits, and the optimizer step\n"
-        "never exist together; the peak counts only the largest of the three."
-    )
-    print("\n".join(f"  {name:<24}{size / 1e9:>8.1f}" for name, size in parts.items()))
-    verdict = "fits" if peak < 0.9 * card else "does not fit: more GPUs, fewer max_frames, max_pixels or max_new_tokens"
-    print(f"  {'peak':<24}{peak / 1e9:>8.1f}   {verdict} in {card / 1e9:.0f} GB (with a tenth to spare)")
-
 
 # ------------------------------------------------------------------------------------ checkpoints and the end
-
-
-# The files of a checkpoint, besides its weights, from which a model and its processor are loaded.
-STARTING_FILES = (
-    "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
-    "added_tokens.json special_tokens_map.json"
-).split()
-
-
-def starting_files(model):
-    """{name: bytes} of a checkpoint's own config, generation config, preprocessor, chat template and tokenizer files.
-
-    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so whatever loads the
-    starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
-    """
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
-    found = {path for pattern in STARTING_FILES for path in folder.glob(pattern) if path.is_file()}
-    return {path.name: path.read_bytes() for path in sorted(found)}
-
-
-def with_dtype(config, dtype):
-    """A copy of a config.json's dict in which every dtype entry (torch_dtype until transformers 4.55) is `dtype`."""
-    name = str(dtype).removeprefix("torch.")
-    named = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
-    return named | {key: name for key in ("dtype", "torch_dtype") if key in config}
-
-
-def save_model(accelerator, model, files, folder, dtype=None):
-    """`folder` becomes a checkpoint laid out like the one that `files` (starting_files) are from.
-
-    Collective: every rank must call it. Written whole or not at all.
-    """
-    state = accelerator.get_state_dict(model)  # gathers the shards; full on rank 0
-    if accelerator.is_main_process:
-        write_model(state, accelerator.unwrap_model(model).config, files, folder, dtype)
-    accelerator.wait_for_everyone()
-
-
-def write_model(state, config, files, folder, dtype=None):
-    """The files of save_model from a full state dict; `dtype` None keeps the weights' own."""
-    # the base class, empty: it knows the names of the weights in files
-    with torch.device("meta"):
-        shell = Qwen2_5_VLForConditionalGeneration(config)
-    for name in shell.all_tied_weights_keys:  # the embedding once more; gathered shards hide that
-        state.pop(name, None)
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    dtype = next(iter(state.values())).dtype
-    temporary = Path(f"{folder}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with room_on_disk(folder):
-        shell.save_pretrained(temporary, state_dict=state)
-        for written in temporary.glob("*config*.json"):
-            written.unlink()
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        settings = json.loads(files["config.json"])
-        if "dtype" not in settings:
-            settings.setdefault("torch_dtype", None)
-        settings = with_dtype(settings, dtype)
-        (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        replace_folder(temporary, Path(folder))
 
 
 @contextmanager
@@ -807,23 +238,6 @@ def room_on_disk(path):
         if there:
             advice += f": it goes on from {there[-1].name}, which is whole"
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; {advice}") from error
-
-
-def export(checkpoint, folder):
-    """Make a checkpoint of a training run, sharded or not, a plain model in `folder`. On one CPU process, no GPU needed."""
-    checkpoint = Path(checkpoint)
-    (settings,) = read_yaml(checkpoint.parent / "config.yaml").values()
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as merged:
-        if (checkpoint / "pytorch_model_fsdp_0").is_dir():
-            merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), merged)
-        source = Path(merged) if any(Path(merged).iterdir()) else checkpoint
-        state = {
-            name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()
-        }
-    cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
-    check_model(cfg, f"{checkpoint}, whose run started from: export")
-    config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
-    write_model(state, config, starting_files(cfg.model), folder, compute_dtype(cfg))
 
 
 def replace_folder(new, old):
@@ -1042,7 +456,7 @@ def check_resumable(accelerator, cfg, checkpoint, now):
         kinds = ("of whole weights", "of sharded weights")
         raise UserError(
             f"{path}: a checkpoint {kinds[was_sharded]} cannot be resumed in a run {kinds[not was_sharded]}: start it as "
-            f"before, or make it a model to start from: python common.py --export {path} --out FOLDER"
+            f"before, or make it a model to start from: python -m tools.export {path} FOLDER"
         )
     try:
         before = json.loads((path / "run.json").read_text(encoding="utf-8"))
@@ -1167,9 +581,7 @@ class Skipped:
 
     def drop(self, accelerator, batch):
         """The readable samples of this rank's batch. Collective: all ranks learn of every unusable record."""
-        found = gather_object(
-            [(f"{s['record']['problem_id']} ({s['record']['path']})", s["error"]) for s in batch if "error" in s]
-        )
+        found = gather_object([(f"{s.record['problem_id']} ({s.record['path']})", s.error) for s in batch if s.error])
         for name, reason in found:
             if name not in self.seen:
                 accelerator.print(f"skipped {name}: {reason}")
@@ -1179,7 +591,7 @@ class Skipped:
                 f"{len(self.seen)} of {self.n_records} records are unusable, more than max_unreadable "
                 f"{self.limit} allows; `python data.py --check` lists them. The last: {found[-1][1]}"
             )
-        return [s for s in batch if "error" not in s]
+        return [s for s in batch if not s.error]
 
     def report(self, accelerator):
         if self.seen:
@@ -1272,13 +684,3 @@ def trackers(cfg):
     if find_spec(cfg.log_with) is None:
         raise UserError(f"log_with: {cfg.log_with} is not installed: pip install {cfg.log_with}, or log_with: none")
     return {"log_with": cfg.log_with, "project_dir": cfg.output_dir}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Make a training run's checkpoint a plain model that from_pretrained loads."
-    )
-    parser.add_argument("--export", required=True, metavar="CHECKPOINT", help="for example runs/7b/tgrpo/checkpoint-50")
-    parser.add_argument("--out", required=True, help="folder to write")
-    arguments = parser.parse_args()
-    export(arguments.export, arguments.out)

@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -346,49 +346,75 @@ def target_ids(processor, record):
 # ------------------------------------------------------------------------------------------ from files to batches
 
 
-class Samples(Dataset):
-    """Item `position` of the endless training order (or of the file, with shuffle=False), encoded for the model.
+@dataclass
+class Sample:
+    """One record, encoded for the model; or its record and the `error` that makes its media unusable.
 
-    An item is a dict: record, `ordered` inputs, `shuffled` inputs (None for images and one-frame clips) with their
-    `frame_order`, `target` for the cold start; or record and `error` if its media are unusable. `shuffles`, for credit, is a
-    list of inputs in `n_shuffles` more orders (empty for images and one-frame clips). Frames are shuffled by the
-    seed and the position; in evaluation by the seed and the question, so that they do not depend on what else is asked.
+    `ordered`, `shuffled` and each of `extra_shuffles` (for temporal credit) are model inputs of encode(). `shuffled` is
+    None and `extra_shuffles` empty for a picture and for a clip of one frame. `target` holds the token ids that SFT learns.
+    """
+
+    record: dict
+    position: int = -1
+    ordered: dict | None = None
+    shuffled: dict | None = None
+    frame_order: list | None = None
+    extra_shuffles: list = field(default_factory=list)
+    target: torch.Tensor | None = None
+    error: str | None = None
+
+
+class Samples(Dataset):
+    """Item `position` of the endless training order (or of the file, with shuffle=False) as a Sample.
+
+    `orders` says which of "ordered" and "shuffled" are encoded; `n_shuffles` is the number of extra shuffles. Frames are
+    shuffled by the seed and the position; in evaluation by the seed and the question, so that their order does not depend
+    on which other questions are asked.
     """
 
     def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, n_shuffles=0):
-        self.records, self.processor, self.cfg = records, processor, cfg
-        self.orders, self.targets, self.shuffle, self.n_shuffles = orders, targets, shuffle, n_shuffles
+        self.records = records
+        self.processor = processor
+        self.cfg = cfg
+        self.orders = orders
+        self.targets = targets
+        self.shuffle = shuffle
+        self.n_shuffles = n_shuffles
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, position):
-        record = self.records[data_index(position, len(self.records), self.cfg.seed) if self.shuffle else position]
-        sample = {"record": record, "position": position}
+        index = data_index(position, len(self.records), self.cfg.seed) if self.shuffle else position
+        record = self.records[index]
+        # evaluation keeps bad rows, to count them
         if "error" in record:
-            # evaluation keeps bad rows, to count them
-            return sample | {"error": record["error"]}
+            return Sample(record, position, error=record["error"])
         try:
-            media, metadata = load_media(record, self.cfg)
-            question = position
-            if not self.shuffle and "benchmark" in record:
-                question = f"{record['benchmark']}/{record['id']}"
-            rng = random.Random(f"{self.cfg.seed}/{question}/frames")
-            draw = lambda: None if metadata is None else self.permutation(record, len(media), rng)
-            if "ordered" in self.orders:
-                sample["ordered"] = encode(self.processor, record, media, metadata, self.cfg)
-            if "shuffled" in self.orders:
-                sample["frame_order"] = permutation = draw()
-                sample["shuffled"] = permutation and encode(
-                    self.processor, record, media[permutation], metadata, self.cfg
-                )
-            if self.n_shuffles:
-                drawn = [p for p in (draw() for _ in range(self.n_shuffles)) if p]
-                sample["shuffles"] = [encode(self.processor, record, media[p], metadata, self.cfg) for p in drawn]
+            return self.encoded(record, position)
         except Unusable as error:
-            return {"record": record, "position": position, "error": str(error)}
+            return Sample(record, position, error=str(error))
+
+    def encoded(self, record, position):
+        """The Sample of a record. Raises Unusable."""
+        media, metadata = load_media(record, self.cfg)
+        question = position
+        if not self.shuffle and "benchmark" in record:
+            question = f"{record['benchmark']}/{record['id']}"
+        rng = random.Random(f"{self.cfg.seed}/{question}/frames")
+        sample = Sample(record, position)
+        if "ordered" in self.orders:
+            sample.ordered = encode(self.processor, record, media, metadata, self.cfg)
+        if metadata is not None and "shuffled" in self.orders:
+            sample.frame_order = self.permutation(record, len(media), rng)
+            if sample.frame_order is not None:
+                sample.shuffled = encode(self.processor, record, media[sample.frame_order], metadata, self.cfg)
+        for _ in range(self.n_shuffles if metadata is not None else 0):
+            order = self.permutation(record, len(media), rng)
+            if order is not None:
+                sample.extra_shuffles.append(encode(self.processor, record, media[order], metadata, self.cfg))
         if self.targets:
-            sample["target"] = target_ids(self.processor, record)
+            sample.target = target_ids(self.processor, record)
         return sample
 
     def permutation(self, record, n_frames, rng):
@@ -410,11 +436,8 @@ def blank_sample(processor, cfg):
     }
     frames_FHWC = np.zeros((2, 28, 28, 3), dtype=np.uint8)
     metadata = VideoMetadata(total_num_frames=2, fps=1.0, frames_indices=[0, 1])
-    return {
-        "record": record,
-        "ordered": encode(processor, record, frames_FHWC, metadata, cfg),
-        "target": torch.tensor([processor.tokenizer.eos_token_id]),
-    }
+    ordered = encode(processor, record, frames_FHWC, metadata, cfg)
+    return Sample(record, ordered=ordered, target=torch.tensor([processor.tokenizer.eos_token_id]))
 
 
 def data_index(position, n, seed):
@@ -434,7 +457,12 @@ def loader(samples, batches, cfg):
     """
     prefetch = 4 if cfg.num_workers else None
     for batch in with_workers(samples, cfg, batch_sampler=batches, prefetch_factor=prefetch, collate_fn=as_numpy):
-        yield tree_map_only(np.ndarray, torch.from_numpy, batch)
+        yield [convert_arrays(sample, np.ndarray, torch.from_numpy) for sample in batch]
+
+
+def convert_arrays(sample, kind, function):
+    """A copy of a Sample with `function` applied to every array of type `kind` in it."""
+    return Sample(**tree_map_only(kind, function, vars(sample)))
 
 
 def with_workers(dataset, cfg, **settings):
@@ -446,7 +474,7 @@ def with_workers(dataset, cfg, **settings):
 
 def as_numpy(batch):
     """A function of the module's own: what workers get must be picklable (Python 3.14 starts them by forkserver)."""
-    return tree_map_only(torch.Tensor, torch.Tensor.numpy, batch)
+    return [convert_arrays(sample, torch.Tensor, torch.Tensor.numpy) for sample in batch]
 
 
 def start_worker(_):

@@ -155,13 +155,13 @@ def asked(record):
 
 def answer_batch(model, samples, order, processor, cfg):
     """Rows of one batch with its frames in `order`; a question without that order (a still, shuffled) has no row."""
-    from tgrpo import eos_ids, rollout
+    from policy import eos_ids, rollout
 
-    samples = [s for s in samples if s.get(order) is not None]
+    samples = [s for s in samples if getattr(s, order) is not None]
     completions = (
         rollout(
             model,
-            [s[order] for s in samples],
+            [getattr(s, order) for s in samples],
             [1] * len(samples),
             processor.tokenizer,
             cfg.temperature,
@@ -175,10 +175,10 @@ def answer_batch(model, samples, order, processor, cfg):
     ends = eos_ids(model, processor.tokenizer)
     rows = []
     for sample, ids, text in zip(samples, completions, texts):
-        record = sample["record"]
+        record = sample.record
         row = {
             **asked(record),
-            "index": sample["position"],
+            "index": sample.position,
             "frames": order,
             "prediction": text,
             "accuracy": accuracy_reward(text, record["solution"], record["problem_type"]),
@@ -188,7 +188,7 @@ def answer_batch(model, samples, order, processor, cfg):
             "truncated": int(ids[-1]) not in ends,
             "settings": settings_of(cfg),
         }
-        rows.append(row | ({"frame_order": sample["frame_order"]} if order == "shuffled" else {}))
+        rows.append(row | ({"frame_order": sample.frame_order} if order == "shuffled" else {}))
     return rows
 
 
@@ -220,8 +220,9 @@ def answer(cfg):
     """Answer every question that has no answer yet; all rows, in order, on the main process, None on the others."""
     import common
     import data
+    import policy
 
-    common.check_model(
+    policy.check_model(
         cfg, "evaluate", made_by="accelerate launch tgrpo.py --config " + settings.given("config", "CONFIG")
     )
     records, missing, n_missing = load_questions(cfg)
@@ -236,8 +237,8 @@ def answer(cfg):
         accelerator.print(
             "\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing])
         )
-    processor = common.load_processor(cfg)
-    model = common.load_model(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
+    processor = policy.load_processor(cfg)
+    model = policy.load_model(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
 
     orders = ("ordered", "shuffled") if cfg.temporal_gap else ("shuffled",) if cfg.shuffle_frames else ("ordered",)
     if cfg.shuffle_frames and (stills := sum(r["data_type"] == "image" for r in records)):
@@ -269,15 +270,15 @@ def answer(cfg):
     ) as bar:
         for b, batch in zip(mine, data.loader(samples, [batches[b] for b in mine], cfg)):
             rows = [
-                {**asked(s["record"]), "index": s["position"], "error": s["error"], "settings": settings_of(cfg)}
+                {**asked(s.record), "index": s.position, "error": s.error, "settings": settings_of(cfg)}
                 for s in batch
-                if "error" in s
+                if s.error
             ]
             for order in orders:
                 common.seed_everything(
                     cfg.seed, b
                 )  # sampled answers do not depend on what ran before, nor on the order
-                rows += answer_batch(model, [s for s in batch if "error" not in s], order, processor, cfg)
+                rows += answer_batch(model, [s for s in batch if not s.error], order, processor, cfg)
             settings.append_rows(part, [{**row, "batch": b, "batch_rows": len(rows)} for row in rows])
             bar.update(len(batch))
 
@@ -418,7 +419,7 @@ def main():
     print_gaps(summary)
     print(f"every answer: {cfg.score or folder / 'predictions.jsonl'}\nall numbers:  {folder / 'summary.json'}")
     if cfg.report:
-        from report import write_report
+        from tools.report import write_report
 
         write_report(cfg.report, rows, summary, cfg)
         print(f"page:         {cfg.report}")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import common
 import data
+import policy
 import settings
 
 
@@ -34,14 +35,14 @@ def collate(samples, pad_id, vision_config):
 
     Returns (inputs, predict, targets): predict (N,) are flattened (B·L) positions, targets (N,) the tokens that follow.
     """
-    prompts = [s["ordered"] for s in samples]
-    rows = [torch.cat([x["input_ids"][0], s["target"]]) for x, s in zip(prompts, samples)]
+    prompts = [s.ordered for s in samples]
+    rows = [torch.cat([x["input_ids"][0], s.target]) for x, s in zip(prompts, samples)]
     lengths = [len(row) for row in rows]
     longest = max(lengths)
-    kinds = [torch.cat([x["mm_token_type_ids"][0], torch.zeros_like(s["target"])]) for x, s in zip(prompts, samples)]
+    kinds = [torch.cat([x["mm_token_type_ids"][0], torch.zeros_like(s.target)]) for x, s in zip(prompts, samples)]
     positions = []
     for x, row_kinds in zip(prompts, kinds):
-        positions.append(common.mrope_positions({**x, "mm_token_type_ids": row_kinds[None]}, vision_config).T)
+        positions.append(policy.mrope_positions({**x, "mm_token_type_ids": row_kinds[None]}, vision_config).T)
     inputs = {
         "input_ids": data.pad(rows, pad_id, "right"),
         "attention_mask": data.pad([torch.ones(n, dtype=torch.long) for n in lengths], 0, "right"),
@@ -49,25 +50,25 @@ def collate(samples, pad_id, vision_config):
         **data.join_media(prompts),
     }
     predict = [
-        b * longest + torch.arange(n - len(s["target"]) - 1, n - 1) for b, (n, s) in enumerate(zip(lengths, samples))
+        b * longest + torch.arange(n - len(s.target) - 1, n - 1) for b, (n, s) in enumerate(zip(lengths, samples))
     ]
-    return inputs, torch.cat(predict), torch.cat([s["target"] for s in samples])
+    return inputs, torch.cat(predict), torch.cat([s.target for s in samples])
 
 
 @record  # under a launcher: this rank's traceback stands last
 def main():
     cfg = settings.load_config(SFTConfig, "sft", doc=__doc__)
     settings.require(cfg, "sft", "model", "records", "output_dir")
-    common.check_model(cfg, "sft")
+    policy.check_model(cfg, "sft")
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=True)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
     checkpoint = common.claim_folder(accelerator, cfg, "sft")
     common.seed_everything(cfg.seed)
 
-    processor = common.load_processor(cfg)
-    files = common.starting_files(cfg.model)
-    model = common.load_model(cfg, accelerator=accelerator).train()
+    processor = policy.load_processor(cfg)
+    files = policy.starting_files(cfg.model)
+    model = policy.load_model(cfg, accelerator=accelerator).train()
     vision_config = model.config.vision_config
     model, optimizer = common.prepare(accelerator, model, cfg)
     resumed = common.resume(accelerator, checkpoint)
@@ -86,7 +87,7 @@ def main():
     for step, batch in enumerate(bar, start):
         timer.lap("data_wait")
         batch = skipped.drop(accelerator, batch)  # 1. a batch
-        total = common.all_sum(accelerator, {"tokens": sum(len(s["target"]) for s in batch)})["tokens"]
+        total = common.all_sum(accelerator, {"tokens": sum(len(s.target) for s in batch)})["tokens"]
         loss_sum = 0.0
         for micro, weight in common.micro_batches(batch, cfg, accelerator, blank):
             inputs, predict, targets = collate(micro, processor.tokenizer.pad_token_id, vision_config)
@@ -114,7 +115,7 @@ def main():
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
 
-    common.save_model(accelerator, model, files, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
+    policy.save_model(accelerator, model, files, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
     skipped.report(accelerator)
     accelerator.print(f"cold start: {cfg.output_dir}/final")
     accelerator.end_training()

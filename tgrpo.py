@@ -29,11 +29,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 import common
 import data
+import policy
 import settings
+from policy import eos_ids, pack, placeholder_ids, rollout, token_logps
 from rewards import CORRECT, accuracy_reward, format_reward, length_reward, temporal_reward
 from settings import UserError, option
 
@@ -81,8 +82,6 @@ class TGRPOConfig(settings.TrainConfig):
     rollout_compile: bool = option(
         False, "compile the decoding step (CUDA only); pays for long completions of equal batch shape"
     )
-    plan: bool = option(False, "print the memory that one GPU would hold, and leave; no GPU needed")
-    gpus: int = option(8, "GPUs that --plan counts with", low=1)
     print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
     save_rollouts: bool = option(False, "write every completion with its rewards and advantage into rollouts.jsonl")
 
@@ -148,12 +147,6 @@ def kl_k3(logps, ref_logps):
     return torch.expm1(d) - d
 
 
-def completion_mask(ids_GT, eos_ids):
-    """True up to and including the first end-of-turn token: stopping is an action, so it is trained too."""
-    is_eos_GT = torch.isin(ids_GT, torch.tensor(eos_ids, device=ids_GT.device)).int()
-    return is_eos_GT.cumsum(1) - is_eos_GT == 0
-
-
 def grpo_loss(logps_GT, old_logps_GT, ref_logps_GT, advantages_G, mask_GT, epsilon, beta):
     """Loss of each completion (G,): −mean over its tokens of min(ρA, clip(ρ, 1±ε)A) − β KL, ρ = π / π_old.
 
@@ -176,125 +169,6 @@ def masked_mean(values_GT, mask_GT):
 # ---------------------------------------------------------------------------------------------- rollout and log-probs
 
 
-@torch.no_grad()
-def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_p=1.0, compiled_rows=0):
-    """Sample `counts[n]` completions of prompt n, all prompts in one batch. temperature 0 is greedy.
-
-    The vision tower and the prompt run once per prompt; the cache is then repeated and HF generate goes on from there.
-    Positions are handed over, so the model's own `rope_deltas` (state of whatever ran last) are never used.
-    `compiled_rows` > 0 compiles decoding, for batches filled up to this many rows: a shape is compiled once, and a
-    row more costs almost no time on a GPU.
-    Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
-    """
-    was_training = model.training
-    model.eval()  # generate() under gradient checkpointing drops its cache
-    positions_NP3 = [common.mrope_positions(x, model.config.vision_config).T for x in prompts]
-    positions = data.pad(positions_NP3, 0, "left").permute(2, 0, 1).to(model.device)
-    batch = common.to_device(data.collate_prompts(prompts, tokenizer.pad_token_id), model.device)
-    ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
-    prefix = DynamicCache(config=model.config.get_text_config())
-    model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[..., :-1],
-        **batch,
-        cache=prefix,
-        use_cache=True,
-        logits_to_keep=1,
-    )  # the last prompt token is left to generate()
-
-    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(torch.tensor(counts, device=model.device))
-    room = ids.shape[1] + max_new_tokens
-    if compiled_rows:
-        rows = torch.cat([rows, rows.new_zeros(max(0, compiled_rows - len(rows)))])
-        cache = common.kept_cache(model, len(rows), common.compiled_room(room))
-        cache.reset()
-    else:
-        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
-    for layer, filled in zip(cache.layers, prefix.layers):  # room for all tokens once: a growing cache is
-        layer.update(filled.keys[rows], filled.values[rows])  # copied whole for every token
-    ends = eos_ids(model, tokenizer)
-    sampling = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        suppress_tokens=placeholder_ids(model),
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        disable_compile=not compiled_rows,
-    )
-    if compiled_rows:
-        sampling.compile_config = CompileConfig(dynamic=False)
-    if temperature > 0:
-        # top_k 0 and top_p 1 must be said: unsaid, top_k is 50
-        sampling.update(temperature=temperature, top_k=0, top_p=top_p)
-    output = model.generate(
-        input_ids=ids[rows],
-        attention_mask=mask[rows],
-        position_ids=positions[:, rows],
-        cache=cache,
-        generation_config=sampling,
-    )
-    model.train(was_training)
-    completions_BT = output[: sum(counts), ids.shape[1] :]
-    lengths_B = completion_mask(completions_BT, ends).sum(1)
-    return [row[:n] for row, n in zip(completions_BT, lengths_B)]
-
-
-def placeholder_ids(model):
-    """Tokens that stand for pixels: a completion that held one would have no pixels for it. Banned in sampling."""
-    return [model.config.image_token_id, model.config.video_token_id]
-
-
-def eos_ids(model, tokenizer):
-    """Tokens that end a completion: the tokenizer's, and those of the checkpoint's generation config."""
-    listed = model.generation_config.eos_token_id
-    return sorted(
-        {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])}
-    )
-
-
-def pack(model, prompts, completions, pad_id):
-    """Rows [prompt, completion 1 … completion G]: every prompt is computed once for its whole group.
-
-    `prompts` B inputs, `completions` B lists of 1-D tensors, N in all. A completion sees the prompt and itself (see
-    common.packed_attention), and its positions go on from the prompt's. Returns (inputs, predict, targets), which are
-    arguments of Policy.forward.
-    """
-    ids, positions, lengths = [], [], [len(c) for group in completions for c in group]
-    for x, group in zip(prompts, completions):
-        prompt_positions = common.mrope_positions(x, model.config.vision_config)
-        own = torch.cat([torch.arange(len(c)) for c in group]) + prompt_positions.max() + 1
-        ids.append(torch.cat([x["input_ids"][0], *(c.cpu() for c in group)]))
-        positions.append(torch.cat([prompt_positions, own.expand(3, -1)], 1))
-    L = max(len(row) for row in ids)
-
-    prompt_lengths = [x["input_ids"].shape[1] for x in prompts]
-    begins = []
-    for b, (P, group) in enumerate(zip(prompt_lengths, completions)):
-        for i in range(len(group)):
-            begins.append(b * L + P + sum(len(c) for c in group[:i]))
-    row_N = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(group) for group in completions]))
-    packed = common.Packed.of(prompt_lengths, row_N, begins, lengths, len(prompts) * L)
-    # a completion's first token is predicted by the last of its prompt, each other one by the token before it
-    last_N = row_N * L + packed.prompt_lengths_B[row_N] - 1
-    predict_NT = torch.cat([last_N[:, None], packed.index_NT[:, :-1]], 1)
-
-    inputs = {
-        "input_ids": data.pad(ids, pad_id, "right"),
-        "attention_mask": {"full_attention": packed},
-        "position_ids": data.pad([p.T for p in positions], 0, "right").permute(2, 0, 1),
-        **data.join_media(prompts),
-    }
-    return inputs, predict_NT.flatten()[packed.slot_M], torch.cat([c.cpu() for group in completions for c in group])
-
-
-def token_logps(model, packed, lengths, temperature, banned):
-    """Log-probs and entropies (G, T) of the packed completions, zero-padded to the longest; G over all packed groups."""
-    inputs, predict, targets = packed
-    logps_N, entropy_N = model(**inputs, predict=predict, targets=targets, temperature=temperature, banned=banned)
-    return data.pad(logps_N.split(lengths), 0.0, "right"), data.pad(entropy_N.split(lengths), 0.0, "right")
-
-
 # ------------------------------------------------------------------------------------------------- scoring a group
 
 
@@ -315,7 +189,7 @@ class Group:
 
 def score(group, cfg, eos):
     """Rewards, p and p̃, the temporal term, advantages of one group (steps 3 and 4)."""
-    record = group.sample["record"]
+    record = group.sample.record
     judge = lambda texts: torch.tensor([accuracy_reward(t, record["solution"], record["problem_type"]) for t in texts])
     accuracy_G, accuracy_S = judge(group.texts), judge(group.shuffled_texts)
     correct_G, lengths = accuracy_G > CORRECT, [len(c) for c in group.completions]
@@ -381,7 +255,7 @@ def add_credit(model, groups, cfg, pad_id):
 
     `model` has whole weights (it is the one that sampled), so no rank waits for another here, whatever its prompts are.
     """
-    videos = [g for g in groups if g.sample["shuffles"]]
+    videos = [g for g in groups if g.sample.extra_shuffles]
     for first in range(0, len(videos), cfg.micro_batch_size):
         micro = videos[first : first + cfg.micro_batch_size]
         completions, sizes = [g.completions for g in micro], [len(g.completions) for g in micro]
@@ -391,9 +265,9 @@ def add_credit(model, groups, cfg, pad_id):
             lengths = [len(c) for group in completions for c in group]
             return token_logps(model, packed, lengths, cfg.temperature, tuple(placeholder_ids(model)))[0].sum(1).cpu()
 
-        logps_N = logps_of([g.sample["ordered"] for g in micro])
+        logps_N = logps_of([g.sample.ordered for g in micro])
         shuffled_logps_KN = torch.stack(
-            [logps_of([g.sample["shuffles"][k] for g in micro]) for k in range(cfg.credit_shuffles)]
+            [logps_of([g.sample.extra_shuffles[k] for g in micro]) for k in range(cfg.credit_shuffles)]
         )
         for group, credit_G in zip(micro, temporal_credit(logps_N, shuffled_logps_KN).split(sizes)):
             group.credit_G = credit_G
@@ -403,8 +277,8 @@ def sample_groups(model, samples, processor, cfg, n_prompts):
     """Steps 2 to 4 for this rank's prompts: a list of scored Groups. `n_prompts`: how many prompts it has at most."""
     if not samples:  # all of this rank's records were unusable
         return []
-    shuffled = [s for s in samples if cfg.shuffled_generations and s["shuffled"] is not None]
-    prompts = [s["ordered"] for s in samples] + [s["shuffled"] for s in shuffled]
+    shuffled = [s for s in samples if cfg.shuffled_generations and s.shuffled is not None]
+    prompts = [s.ordered for s in samples] + [s.shuffled for s in shuffled]
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
     compiled_rows = n_prompts * (cfg.num_generations + cfg.shuffled_generations) if cfg.rollout_compile else 0
     completions = rollout(
@@ -424,39 +298,9 @@ def sample_groups(model, samples, processor, cfg, n_prompts):
     return groups
 
 
-def bandwidth_share(model, groups, seconds):
-    """Bytes that decoding these groups had to read at least, as a share of what the GPU's memory could give; {} on a CPU.
-
-    Read are all text weights once a token, and every row's cache.
-    """
-    if model.device.type != "cuda":
-        return {}
-    gpu = torch.cuda.get_device_properties(model.device)
-    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8  # bytes a second
-    text = model.config.get_text_config()
-    weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
-    # an untied head is read for every token; of the embedding only single rows are
-    if model.lm_head.weight is not model.get_input_embeddings().weight:
-        weights += model.lm_head.weight.nbytes - model.get_input_embeddings().weight.nbytes
-    per_token = (
-        2
-        * text.num_hidden_layers
-        * text.num_key_value_heads
-        * (text.hidden_size // text.num_attention_heads)
-        * model.dtype.itemsize
-    )
-    rows = [
-        (g.sample["ordered"]["input_ids"].shape[1], n)
-        for g in groups
-        for n in [*map(len, g.completions), *g.shuffled_lengths]
-    ]
-    read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
-    return {"rollout/bandwidth_share": read / seconds / peak}
-
-
 def rollout_rows(group):
     """A group's completions as rows of rollouts.jsonl: text, every reward term and the advantage of those in order."""
-    said = {"problem_id": group.sample["record"]["problem_id"], "path": group.sample["record"]["path"]}
+    said = {"problem_id": group.sample.record["problem_id"], "path": group.sample.record["path"]}
     columns = (
         group.terms | {"advantage": group.advantages_G} | ({} if group.credit_G is None else {"credit": group.credit_G})
     )
@@ -468,13 +312,13 @@ def rollout_rows(group):
             **{name: float(f"{values_G[i].item():.5g}") for name, values_G in columns.items()},
         }
     for text in group.shuffled_texts:
-        yield {**said, "frames": "shuffled", "text": text, "frame_order": group.sample["frame_order"]}
+        yield {**said, "frames": "shuffled", "text": text, "frame_order": group.sample.frame_order}
 
 
 def print_rollouts(step, groups):
     """One ordered and one shuffled completion of the first group, as text."""
     group = groups[0]
-    record = group.sample["record"]
+    record = group.sample.record
     lines = [
         f"step {step}: {record['problem']} {' '.join(record.get('options') or [])}  truth {record['solution']}",
         f"  in order (A = {group.advantages_G[0]:+.2f}): {group.texts[0]}",
@@ -489,24 +333,21 @@ def print_rollouts(step, groups):
 @record  # under a launcher: this rank's traceback stands last
 def main():
     cfg = settings.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
-    if cfg.plan:
-        settings.require(cfg, "tgrpo", "model")
-        return common.print_plan(cfg, cfg.gpus)
     settings.require(cfg, "tgrpo", "model", "records", "output_dir")
-    common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.given("config", "CONFIG"))
+    policy.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config " + settings.given("config", "CONFIG"))
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
     accelerator = common.make_accelerator(cfg, **common.trackers(cfg))
     common.check_batches(cfg, accelerator)
     checkpoint = common.claim_folder(accelerator, cfg, "tgrpo")
 
-    processor = common.load_processor(cfg)
-    files = common.starting_files(cfg.model)
-    model = common.load_model(cfg, accelerator=accelerator).train()
+    processor = policy.load_processor(cfg)
+    files = policy.starting_files(cfg.model)
+    model = policy.load_model(cfg, accelerator=accelerator).train()
     model, optimizer = common.prepare(accelerator, model, cfg)
-    reference = common.load_frozen(accelerator, cfg) if cfg.beta else None  # after the policy has left the CPU
-    policy = accelerator.unwrap_model(model)
-    sampler = common.rollout_copy(accelerator, policy, cfg)
-    banned, pad_id = tuple(placeholder_ids(policy)), processor.tokenizer.pad_token_id
+    reference = policy.load_frozen(accelerator, cfg) if cfg.beta else None  # after the policy has left the CPU
+    unwrapped = accelerator.unwrap_model(model)
+    sampler = policy.rollout_copy(accelerator, unwrapped, cfg)
+    banned, pad_id = tuple(placeholder_ids(unwrapped)), processor.tokenizer.pad_token_id
     resumed = common.resume(accelerator, checkpoint)
     start = resumed["step"]
     log = common.Log(accelerator, cfg, "tgrpo", start)
@@ -518,7 +359,7 @@ def main():
         records, processor, cfg, orders, n_shuffles=cfg.credit_shuffles if cfg.temporal_rule == "credit" else 0
     )
     blank = data.blank_sample(processor, cfg)
-    blank = Group(blank, [blank["target"]], [""], [], advantages_G=torch.zeros(1))
+    blank = Group(blank, [blank.target], [""], [], advantages_G=torch.zeros(1))
     batches = data.loader(
         samples, data.rank_batches(cfg, start, accelerator.process_index, accelerator.num_processes), cfg
     )
@@ -527,7 +368,7 @@ def main():
     for step, batch in enumerate(bar, start):
         timer.lap("data_wait")
         batch = skipped.drop(accelerator, batch)  # 1. prompts
-        common.refresh(sampler, policy)
+        policy.refresh(sampler, unwrapped)
         common.seed_everything(cfg.seed, step, accelerator.process_index)
         # 2. rollout, 3. score, 4. advantages
         groups = sample_groups(sampler, batch, processor, cfg, cfg.batch_size // accelerator.num_processes)
@@ -539,16 +380,14 @@ def main():
             n_tokens = sum(map(len, (c for g in groups for c in g.completions))) + sum(
                 n for g in groups for n in g.shuffled_lengths
             )
-            means.add(
-                {"rollout/tokens_per_s": n_tokens / seconds, **bandwidth_share(sampler, groups, seconds)}
-            )  # of one process
+            means.add({"rollout/tokens_per_s": n_tokens / seconds})  # of one process
         total = common.all_sum(accelerator, {"completions": len(groups) * cfg.num_generations})["completions"]
 
         old_logps = {}  # of each micro-batch of this step
         for _ in range(cfg.updates_per_rollout):
             for i, (micro, weight) in enumerate(common.micro_batches(groups, cfg, accelerator, blank)):
                 lengths = [len(c) for g in micro for c in g.completions]
-                packed = pack(policy, [g.sample["ordered"] for g in micro], [g.completions for g in micro], pad_id)
+                packed = pack(unwrapped, [g.sample.ordered for g in micro], [g.completions for g in micro], pad_id)
                 packed = common.to_device(packed, accelerator.device)
                 advantages_G = torch.cat([g.advantages_G for g in micro]).to(accelerator.device)
                 mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(accelerator.device)
@@ -598,7 +437,7 @@ def main():
         if common.after_step(accelerator, cfg, step, stop, {"skipped": skipped.seen}):
             return
 
-    common.save_model(accelerator, model, files, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
+    policy.save_model(accelerator, model, files, f"{cfg.output_dir}/final", common.compute_dtype(cfg))
     skipped.report(accelerator)
     accelerator.print(f"trained policy: {cfg.output_dir}/final")
     accelerator.end_training()

@@ -4,7 +4,7 @@
     python toy.py --seed 1 --out runs/one
     python toy.py --fresh             # the same again, from nothing
     python toy.py --world two_rationales          # a cold start that knows a shortcut and a skill: which will RL choose?
-    python toy.py --ablate            # that question, for seven ways of rewarding and many seeds (hours; see ablate.py)
+    python toy.py --ablate            # that question, for seven ways of rewarding and many seeds (hours; see experiments/ablation.py)
 
     1. render clips and stills with questions about them, as records in the released format
     2. train a tokenizer on their words and build a random Qwen2.5-VL of 0.45 million parameters
@@ -656,7 +656,7 @@ def main():
     )
     args = parser.parse_args()
     if args.ablate:
-        from ablate import ablate
+        from experiments.ablation import ablate
 
         return ablate((args.out or here / "runs/ablate").resolve(), args.seeds, args.jobs)
     two = args.world == "two_rationales"

@@ -21,14 +21,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_checkpoint import write_hub_checkpoint
 
-collect_ignore = [
-    "two_ranks.py",
-    "soak.py",
-    "bench_tgrpo.py",
-    "hub_checkpoint.py",
-    "gpu.py",
-    "real_width.py",
-]  # programs
+collect_ignore = ["two_ranks.py", "hub_checkpoint.py"]  # programs
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 

@@ -5,7 +5,8 @@ import types
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import Policy, mrope_positions, seed_everything
+from common import seed_everything
+from policy import Policy, mrope_positions
 from settings import read_jsonl
 
 IMAGE, VIDEO, START, END, EOS, PAD = 60, 61, 62, 63, 1, 2

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from test_benchmarks import VIDEOMME, write, write_parquet
 
 import benchmarks
 import common
 import data
+import policy
 import sft
 import tgrpo
 from settings import UserError, load_config
-from test_benchmarks import VIDEOMME, write, write_parquet
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +47,7 @@ def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, line):
 def test_a_missing_logger_is_said_before_the_model_is_loaded(run, monkeypatch, tmp_path, package):
     """Guards: a traceback from inside accelerate, after minutes of loading; metrics that go nowhere."""
     monkeypatch.setattr(common, "find_spec", lambda name: None)
-    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=f"log_with: {package} is not installed: pip install {package}"):
         run("sft", log_with=package)
 
@@ -106,9 +107,9 @@ def test_a_hub_out_of_reach_is_said_at_once(monkeypatch, world, error, line):
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
     with pytest.raises(UserError, match=line.replace("(", r"\(")) as raised:
-        common.load_processor(sft.SFTConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
+        policy.load_processor(sft.SFTConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
     assert "\n" not in str(raised.value) and asked == [("Qwen/Qwen2.5-VL-3B-Instruct", 10)]
-    common.load_processor(sft.SFTConfig(model=str(world / "base")))
+    policy.load_processor(sft.SFTConfig(model=str(world / "base")))
     assert len(asked) == 1  # a folder is not looked up
 
 
@@ -163,7 +164,7 @@ def test_a_question_is_shuffled_alike_whatever_is_asked_beside_it(world):
     cfg = sft.SFTConfig(
         model=str(world / "base"), data_root=str(world / "world"), max_frames=8, min_pixels=784, max_pixels=3136
     )
-    processor = common.load_processor(cfg)
+    processor = policy.load_processor(cfg)
     records = [r for r in json.loads((world / "world/test.json").read_text()) if r["data_type"] == "video"]
     records = [r | {"benchmark": "mine", "id": r["problem_id"]} for r in records]
 
@@ -171,7 +172,7 @@ def test_a_question_is_shuffled_alike_whatever_is_asked_beside_it(world):
         samples = data.Samples(
             records, processor, sft.SFTConfig(**(vars(cfg) | settings)), ("shuffled",), shuffle=False
         )
-        return {(r["benchmark"], r["id"]): samples[i]["frame_order"] for i, r in enumerate(records)}
+        return {(r["benchmark"], r["id"]): samples[i].frame_order for i, r in enumerate(records)}
 
     alone = orders(records)
     assert len({str(order) for order in alone.values()}) == len(records)

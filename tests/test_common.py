@@ -14,9 +14,11 @@ from accelerate.state import AcceleratorState
 import common
 import data
 import evaluate
+import policy
 import sft
 import tgrpo
 from settings import load_config, read_jsonl, write_atomic
+from tools import plan_memory
 
 STAGES = {"sft": sft.SFTConfig, "tgrpo": tgrpo.TGRPOConfig, "evaluate": evaluate.EvalConfig}
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
@@ -111,9 +113,9 @@ def test_missing_cold_start_names_the_command(tmp_path):
     for path in ("runs/nowhere/final", "configs/nowhere", "./nowhere", str(tmp_path)):
         cfg = load(tmp_path, f"tgrpo:\n  model: {path}")
         with pytest.raises(common.UserError) as error:
-            common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
+            policy.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
         assert f"no checkpoint at {path}" in str(error.value) and "accelerate launch sft.py" in str(error.value)
-    common.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
+    policy.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
@@ -249,18 +251,18 @@ def test_what_workers_get_can_be_pickled(monkeypatch, tmp_path):
 
 def test_a_plan_asks_for_nothing_but_the_model(monkeypatch, capsys):
     """Guards: --plan that demands records and an output folder, which it does not use."""
-    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--model", "Qwen/Qwen2.5-VL-3B-Instruct", "--plan"])
-    tgrpo.main()
+    monkeypatch.setattr("sys.argv", ["plan_memory", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    plan_memory.main()
     assert "peak" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--plan"])
+    monkeypatch.setattr("sys.argv", ["plan_memory"])
     with pytest.raises(common.UserError, match="tgrpo.model: missing"):
-        tgrpo.main()
+        plan_memory.main()
 
 
 def test_a_config_names_one_dtype_in_all_its_parts():
     """Guards: a config.json that says float32 over bfloat16 weights: half the GPU's memory, or a model that is loaded twice as large."""
     config = {"torch_dtype": "float32", "hidden_size": 4, "text_config": {"dtype": "float32"}, "vision_config": {}}
-    assert common.with_dtype(config, torch.bfloat16) == {
+    assert policy.with_dtype(config, torch.bfloat16) == {
         "torch_dtype": "bfloat16",
         "hidden_size": 4,
         "text_config": {"dtype": "bfloat16"},
@@ -270,13 +272,13 @@ def test_a_config_names_one_dtype_in_all_its_parts():
 
 def test_only_evaluation_reads_weights_straight_onto_its_device(world, run, monkeypatch):
     """Guards: an evaluation on the CPU of a machine with a GPU; weights for training placed before accelerate shards them."""
-    real, devices = common.load_model, {}
+    real, devices = policy.load_model, {}
 
     def watched(cfg, dtype=torch.float32, accelerator=None, device=None):
         devices.setdefault(type(cfg).__name__, set()).add(device and device.type)
         return real(cfg, dtype, accelerator, device)
 
-    monkeypatch.setattr(common, "load_model", watched)
+    monkeypatch.setattr(policy, "load_model", watched)
     run("sft", "sft", steps=1)
     run("tgrpo", "tgrpo", steps=1, max_new_tokens=4)
     run("evaluate", "eval", max_new_tokens=4)

@@ -2,11 +2,12 @@
 
 import shutil
 
+import naive
 import pytest
 import torch
 
-import naive
-from common import Policy
+from data import Sample
+from policy import Policy
 from settings import read_jsonl
 from tgrpo import Group, TGRPOConfig, add_credit, credit_or_control, rollout, score, temporal_credit
 
@@ -26,44 +27,44 @@ def groups_of(prompts, completions, shuffle=shuffled):
     """Unscored groups; an image has no shuffles."""
     shuffles = [[shuffle(x, k) for k in range(3)] if "video_grid_thw" in x else [] for x in prompts]
     return [
-        Group({"ordered": x, "shuffles": s, "record": RECORD}, c, [""] * len(c), [])
+        Group(Sample(RECORD, ordered=x, extra_shuffles=s), c, [""] * len(c), [])
         for x, s, c in zip(prompts, shuffles, completions)
     ]
 
 
-def sampled(policy, prompts, G=3):
+def sampled(model, prompts, G=3):
     torch.manual_seed(0)
-    flat = rollout(policy, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
+    flat = rollout(model, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
     return [flat[i : i + G] for i in range(0, len(flat), G)]
 
 
 @pytest.fixture(scope="module")
-def policy():
+def model():
     return naive.tiny_policy()
 
 
-def test_credit_equals_the_plain_computation_and_images_have_none(policy):
+def test_credit_equals_the_plain_computation_and_images_have_none(model):
     """Guards: log-probs of a neighbour's completion or clip, a mean of logs for a log of means, a forgotten temperature."""
     prompts = naive.mixed_prompts()  # video, image, video, of different lengths
-    completions = sampled(policy, prompts)
+    completions = sampled(model, prompts)
     groups = groups_of(prompts, completions)
-    add_credit(policy, groups, TGRPOConfig(**CFG), naive.PAD)
+    add_credit(model, groups, TGRPOConfig(**CFG), naive.PAD)
     assert groups[1].credit_G is None
     for group in (groups[0], groups[2]):
         for credit, completion in zip(group.credit_G, group.completions, strict=True):
-            logp = lambda x: naive.completion_logps(policy, x, completion, 0.7).double().sum()
+            logp = lambda x: naive.completion_logps(model, x, completion, 0.7).double().sum()
             with torch.no_grad():
-                mean = torch.stack([logp(x).exp() for x in group.sample["shuffles"]]).mean()
-                assert credit.item() == pytest.approx((logp(group.sample["ordered"]) - mean.log()).item(), abs=2e-5)
+                mean = torch.stack([logp(x).exp() for x in group.sample.extra_shuffles]).mean()
+                assert credit.item() == pytest.approx((logp(group.sample.ordered) - mean.log()).item(), abs=2e-5)
     assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) > 0.01
     assert all(not g.credit_G.requires_grad for g in (groups[0], groups[2]))
 
 
-def test_no_credit_where_order_cannot_matter(policy):
+def test_no_credit_where_order_cannot_matter(model):
     """Guards: credit out of rounding, or out of shuffles paired with the wrong prompt."""
     prompts = naive.mixed_prompts()
-    groups = groups_of(prompts, sampled(policy, prompts), shuffle=lambda x, seed: dict(x))
-    add_credit(policy, groups, TGRPOConfig(**CFG), naive.PAD)
+    groups = groups_of(prompts, sampled(model, prompts), shuffle=lambda x, seed: dict(x))
+    add_credit(model, groups, TGRPOConfig(**CFG), naive.PAD)
     assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) < 2e-5
 
 
@@ -99,7 +100,7 @@ def test_credit_is_not_moved_by_one_wild_shuffle():
 def scored(credit, texts, **settings):
     cfg = TGRPOConfig(**CFG | {"length_omega": 0.0} | settings)
     group = Group(
-        {"ordered": None, "record": RECORD},
+        Sample(RECORD),
         [torch.tensor([3, 1])] * len(texts),
         texts,
         [],
@@ -192,8 +193,8 @@ def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
     """Guards: arms that are not what their labels say; an invalid seed that vanishes; a second run that does everything again."""
     import json
 
-    import ablate
     import toy
+    from experiments import ablation as ablate
 
     launched = []
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-import common
-import data
-import evaluate
-from benchmarks import NAMES, load_benchmark
-from evaluate import EvalConfig, bootstrap, summarise
-from settings import SharedConfig, UserError, read_jsonl
 from test_benchmarks import MMVU, MVBENCH, TEMPCOMPASS, VIDEOMME, VIDEOMMMU, VSI, row, write
 from test_data import numbers, write_video
 from test_sharded import QUIET, ROOT
+
+import data
+import evaluate
+import policy
+from benchmarks import NAMES, load_benchmark
+from evaluate import EvalConfig, bootstrap, summarise
+from settings import SharedConfig, UserError, read_jsonl
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
 
@@ -249,8 +249,8 @@ def test_what_the_model_sees_of_clipped_frame_folder_and_question_image(six, wor
     )
     orders = [
         data.Samples(
-            [{**adaptation, "id": i} for i in range(6)], common.load_processor(cfg), cfg, ("shuffled",), shuffle=False
-        )[i]["frame_order"]
+            [{**adaptation, "id": i} for i in range(6)], policy.load_processor(cfg), cfg, ("shuffled",), shuffle=False
+        )[i].frame_order
         for i in range(6)
     ]
     assert all(order[-1] == 3 and order[:3] != [0, 1, 2] for order in orders)  # shuffling leaves it at the end

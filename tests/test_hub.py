@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hub_checkpoint import write_hub_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import common
+import data
+import policy
 import tgrpo
-from hub_checkpoint import write_hub_checkpoint
+from bench.gpu import bandwidth_share
 from settings import SharedConfig, UserError, read_jsonl
+from tools import export, plan_memory
 
 LAYOUTS = ("untied", "tied")
 
@@ -72,14 +75,14 @@ def test_every_stage_runs_on_the_hubs_layout(hub, run, monkeypatch, capsys, tmp_
     for folder in (tmp_path / f"tgrpo/{layout}", credit):
         assert all(math.isfinite(v) for row in read_jsonl(folder / "metrics.jsonl") for v in row.values())
 
-    common.export(tmp_path / f"tgrpo/{layout}/checkpoint-1", tmp_path / "exported")
+    export.export(tmp_path / f"tgrpo/{layout}/checkpoint-1", tmp_path / "exported")
     exported = checked_final(tmp_path / "exported", hub / layout, torch.float32)
     assert any(not torch.equal(exported[name], tensor) for name, tensor in weights(final).items())
 
     run("evaluate", "eval", model=final, max_new_tokens=8, batch_size=8)
     assert len(read_jsonl(tmp_path / "eval/predictions.jsonl")) > 12
-    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--model", str(final), "--plan"])
-    tgrpo.main()
+    monkeypatch.setattr("sys.argv", ["plan_memory", "--model", str(final)])
+    plan_memory.main()
     assert "peak" in capsys.readouterr().out
 
 
@@ -88,7 +91,9 @@ def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
     head = 640 * 96 * 4
     for beta, heads in ((0.04, 1), (0.0, 0)):
         cfg = tgrpo.TGRPOConfig(fsdp="full_shard", beta=beta)
-        sizes = {layout: common.memory_plan(cfg, common.model_shape(str(hub / layout)), 2)[0] for layout in LAYOUTS}
+        sizes = {
+            layout: plan_memory.memory_plan(cfg, plan_memory.model_shape(str(hub / layout)), 2)[0] for layout in LAYOUTS
+        }
         assert sizes["untied"]["rollout copy"] - sizes["tied"]["rollout copy"] == head
         assert sizes["untied"]["gathered layers"] - sizes["tied"]["gathered layers"] == head
         layer = sizes["tied"]["gathered layers"] - (1 + heads) * head
@@ -120,7 +125,7 @@ def test_only_files_that_a_model_is_loaded_from_are_copied(hub, tmp_path):
         "chat_template.jinja",
         "special_tokens_map.json",
     }
-    assert set(common.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
+    assert set(policy.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
 
 
 def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
@@ -131,16 +136,16 @@ def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
     cfg = SharedConfig(model=str(tmp_path / "start"))
     config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
     assert (
-        common.generation_config(cfg.model, config).eos_token_id
-        == common.load_model(cfg).generation_config.eos_token_id
+        policy.generation_config(cfg.model, config).eos_token_id
+        == policy.load_model(cfg).generation_config.eos_token_id
     )
-    processor = common.load_processor(cfg)
+    processor = policy.load_processor(cfg)
     assert processor.chat_template == AutoProcessor.from_pretrained(hub / "tied").chat_template
     tokenizer = json.loads((tmp_path / "start/tokenizer_config.json").read_text())
     del tokenizer["chat_template"]
     (tmp_path / "start/tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="start: no chat template"):
-        common.load_processor(cfg)
+        policy.load_processor(cfg)
 
 
 def test_an_export_whose_starting_model_is_gone_names_it(run, hub, tmp_path):
@@ -149,28 +154,28 @@ def test_an_export_whose_starting_model_is_gone_names_it(run, hub, tmp_path):
     out = run("sft", model=tmp_path / "start", save_every=1)
     os.rename(tmp_path / "start", tmp_path / "moved")
     with pytest.raises(UserError, match="checkpoint-1, whose run started from: .*no checkpoint at .*start"):
-        common.export(out / "checkpoint-1", tmp_path / "exported")
+        export.export(out / "checkpoint-1", tmp_path / "exported")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_share_of_the_bandwidth_on_a_gpu_needs_nothing_that_the_config_lacks(hub, monkeypatch, layout):
     """Guards: text_config.tie_word_embeddings in a metric of GPUs only: T-GRPO died there after its first rollout."""
-    model = common.load_model(SharedConfig(model=str(hub / layout)))
+    model = policy.load_model(SharedConfig(model=str(hub / layout)))
     gpu = SimpleNamespace(memory_clock_rate=1000, memory_bus_width=8000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     prompt = {"input_ids": torch.zeros(1, 10)}
-    group = tgrpo.Group({"ordered": prompt}, [torch.zeros(5)], [], [])
+    group = tgrpo.Group(data.Sample({}, ordered=prompt), [torch.zeros(5)], [], [])
     peak = 2 * 1e6 * 1000
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + 96
     cache_per_token = 2 * 2 * 2 * 24
     read = 4 * (5 * (weights + 640 * 96) + cache_per_token * (5 * 10 + 15))
-    assert tgrpo.bandwidth_share(model, [group], 2.0) == {"rollout/bandwidth_share": pytest.approx(read / 2.0 / peak)}
+    assert bandwidth_share(model, [group], 2.0) == {"rollout/bandwidth_share": pytest.approx(read / 2.0 / peak)}
 
 
 def test_generation_settings_of_the_checkpoint_do_not_reach_the_rollout(hub):
     """Guards: the hub's repetition penalty of 1.05 and temperature of 1e-6 in the distribution that is sampled from."""
-    model = common.load_model(SharedConfig(model=str(hub / "untied")))
+    model = policy.load_model(SharedConfig(model=str(hub / "untied")))
     left = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
     assert left == {"eos_token_id": json.loads((hub / "untied/generation_config.json").read_text())["eos_token_id"]}
 
@@ -182,11 +187,11 @@ def test_the_first_revision_of_the_hubs_preprocessor_says_what_to_write(tmp_path
     with pytest.raises(
         UserError, match="first: its processor cannot be loaded: .* write Qwen2VLImageProcessor"
     ) as error:
-        common.load_processor(cfg)
+        policy.load_processor(cfg)
     assert "\n" not in str(error.value)
     path = tmp_path / "first/preprocessor_config.json"
     path.write_text(path.read_text().replace("Qwen2_5_VLImageProcessor", "Qwen2VLImageProcessor"))
-    common.load_processor(cfg)
+    policy.load_processor(cfg)
 
 
 def test_a_folder_without_a_preprocessor_is_one_clear_line(tmp_path):
@@ -194,4 +199,4 @@ def test_a_folder_without_a_preprocessor_is_one_clear_line(tmp_path):
     write_hub_checkpoint(tmp_path / "half", ["a b c"] * 9)
     (tmp_path / "half/preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="half.*processor"):
-        common.load_processor(SharedConfig(model=str(tmp_path / "half")))
+        policy.load_processor(SharedConfig(model=str(tmp_path / "half")))

@@ -6,16 +6,17 @@ import shutil
 
 import pytest
 import torch
+from naive import without_times
 from safetensors.torch import load_file, save_file
+from test_data import write_video
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import common
 import data
+import policy
 import sft
 import tgrpo
-from naive import without_times
 from settings import SharedConfig, fingerprint, read_jsonl
-from test_data import write_video
 
 
 def weights(folder):
@@ -223,10 +224,10 @@ def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
 def test_only_the_assistants_words_carry_loss(world):
     """Guards: training on the prompt, and on every video placeholder in it."""
     cfg = settings(world)
-    processor = common.load_processor(cfg)
+    processor = policy.load_processor(cfg)
     records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
     samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
-    model = common.load_model(cfg)
+    model = policy.load_model(cfg)
     inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id, model.config.vision_config)
     assert processor.tokenizer.decode(targets) == "".join(
         r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6]
@@ -242,7 +243,7 @@ def test_only_the_assistants_words_carry_loss(world):
 
 def one(world, record, orders=("ordered", "shuffled"), **values):
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
-    return data.Samples([record], common.load_processor(cfg), cfg, orders, shuffle=False)[0]
+    return data.Samples([record], policy.load_processor(cfg), cfg, orders, shuffle=False)[0]
 
 
 RECORD = {
@@ -261,11 +262,11 @@ def test_frame_times_reach_the_model(world, tmp_path):
     write_video(tmp_path / "clip.mp4", 40, fps=5)
     sample = one(world, RECORD | {"root": tmp_path})
     for order in ("ordered", "shuffled"):  # shuffled clips keep the clock of the ordered ones
-        x = sample[order]
+        x = getattr(sample, order)
         assert x["second_per_grid_ts"].tolist() == [2.0]
-        model = common.load_model(settings(world))
+        model = policy.load_model(settings(world))
         video = x["mm_token_type_ids"][0] == 2
-        time = common.mrope_positions(x, model.config.vision_config)[0, video]
+        time = policy.mrope_positions(x, model.config.vision_config)[0, video]
         assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]  # tokens_per_second is 2
 
 
@@ -273,11 +274,11 @@ def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
     """Guards: shuffling that loses frames, or that shuffles nothing."""
     write_video(tmp_path / "clip.mp4", 8)
     sample = one(world, RECORD | {"root": tmp_path})
-    ordered, shuffled = (sample[order]["pixel_values_videos"] for order in ("ordered", "shuffled"))
+    ordered, shuffled = (getattr(sample, order)["pixel_values_videos"] for order in ("ordered", "shuffled"))
     assert ordered.shape == shuffled.shape and not torch.equal(ordered, shuffled)
     frames = lambda x: x.view(64, 3, 2, 14, 14).mean((1, 3, 4)).view(4, 16, 2).mean(1).flatten()
     assert torch.allclose(frames(ordered).sort().values, frames(shuffled).sort().values, atol=1e-4)
-    assert torch.equal(sample["ordered"]["input_ids"], sample["shuffled"]["input_ids"])
+    assert torch.equal(sample.ordered["input_ids"], sample.shuffled["input_ids"])
 
 
 def test_each_clip_has_its_own_shuffle_of_the_unit_asked_for(world, tmp_path):
@@ -286,11 +287,11 @@ def test_each_clip_has_its_own_shuffle_of_the_unit_asked_for(world, tmp_path):
     records = [{k: v for k, v in RECORD.items()} for _ in range(6)]
     for unit in ("frame", "patch"):
         cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path), "shuffle_unit": unit})
-        samples = data.Samples(records, common.load_processor(cfg), cfg, ("shuffled",), shuffle=False, n_shuffles=4)
-        orders = [tuple(samples[i]["frame_order"]) for i in range(6)]
-        assert len(set(orders)) > 3 and orders == [tuple(samples[i]["frame_order"]) for i in range(6)]
+        samples = data.Samples(records, policy.load_processor(cfg), cfg, ("shuffled",), shuffle=False, n_shuffles=4)
+        orders = [tuple(samples[i].frame_order) for i in range(6)]
+        assert len(set(orders)) > 3 and orders == [tuple(samples[i].frame_order) for i in range(6)]
         assert all(order[i + 1] == order[i] + 1 for order in orders for i in range(0, 8, 2)) == (unit == "patch")
-        drawn = [x["pixel_values_videos"] for x in samples[0]["shuffles"]]
+        drawn = [x["pixel_values_videos"] for x in samples[0].extra_shuffles]
         assert len(drawn) == 4 and any(not torch.equal(drawn[0], x) for x in drawn[1:])
 
 
@@ -298,7 +299,7 @@ def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
     """Guards: a temporal reward for a clip without time; an endless search for a permutation of one."""
     write_video(tmp_path / "clip.mp4", 1)
     sample = one(world, RECORD | {"root": tmp_path})
-    assert sample["shuffled"] is None and sample["ordered"]["video_grid_thw"].tolist() == [[1, 4, 4]]
+    assert sample.shuffled is None and sample.ordered["video_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
@@ -307,21 +308,21 @@ def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
 
     Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
     sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
-    assert sample["shuffled"] is None
-    assert 60 <= (sample["ordered"]["mm_token_type_ids"] == 1).sum() <= 100
+    assert sample.shuffled is None
+    assert 60 <= (sample.ordered["mm_token_type_ids"] == 1).sum() <= 100
 
 
 def test_small_clips_are_not_blown_up(world, tmp_path):
     """Guards: the processor's default of at least 128 · 28 · 28 pixels a frame, nine times the tokens of a small clip."""
     write_video(tmp_path / "clip.mp4", 4)
-    assert one(world, RECORD | {"root": tmp_path})["ordered"]["video_grid_thw"].tolist() == [[2, 4, 4]]
+    assert one(world, RECORD | {"root": tmp_path}).ordered["video_grid_thw"].tolist() == [[2, 4, 4]]
 
 
 def test_long_prompts_are_skipped_not_cut(world, tmp_path):
     """Guards: left truncation, which cuts video tokens away while their pixels stay."""
     write_video(tmp_path / "clip.mp4", 4)
     sample = one(world, RECORD | {"root": tmp_path, "problem": "why " * 300}, max_prompt_tokens=200)
-    assert "max_prompt_tokens is 200" in sample["error"] and "ordered" not in sample
+    assert "max_prompt_tokens is 200" in sample.error and sample.ordered is None
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

@@ -24,9 +24,9 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-import common
 import data
 import frames
+import policy
 from settings import SharedConfig
 
 MEDIA = Path(__file__).parent.parent.parent / "shared/media"
@@ -547,7 +547,7 @@ def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world)
         min_pixels=784,
         max_pixels=3136,
     )
-    processor = common.load_processor(cfg)
+    processor = policy.load_processor(cfg)
     for row, distance in cases:
         inputs = data.encode(processor, row, *data.load_media(row, cfg), cfg)
         # of two frames in a temporal patch each

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import write_video
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import common
 import data
+import policy
 import tgrpo
 from settings import load_config
-from test_data import write_video
+from tools import plan_memory
 
 
 def plan_config(**settings):
@@ -37,14 +39,14 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
     record = next(
         r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction"
     ) | {"path": "clip.mp4"}
-    prompts = [data.Samples([record], common.load_processor(cfg), cfg)[0]["ordered"]] * cfg.micro_batch_size
-    model = common.load_model(cfg).train()
+    prompts = [data.Samples([record], policy.load_processor(cfg), cfg)[0].ordered] * cfg.micro_batch_size
+    model = policy.load_model(cfg).train()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
 
     def step():
-        logps_GT, _ = tgrpo.token_logps(
-            model, tgrpo.pack(model, prompts, completions, 0), [T] * G * len(prompts), 1.0, ()
+        logps_GT, _ = policy.token_logps(
+            model, policy.pack(model, prompts, completions, 0), [T] * G * len(prompts), 1.0, ()
         )
         logps_GT.mean().backward()
         optimizer.step()
@@ -57,7 +59,7 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
         step()
     (measured,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
     P = prompts[0]["input_ids"].shape[1]
-    _, planned = common.memory_plan(cfg, common.model_shape(cfg.model), 1, prompt_tokens=P, patches=64)
+    _, planned = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), 1, prompt_tokens=P, patches=64)
     assert planned == pytest.approx(measured, rel=0.15)
 
 
@@ -72,8 +74,8 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
 )
 def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gpus, fits):
     """Guards: a shipped config that does not fit where its first line says it does; a plan that needs a GPU or a download."""
-    monkeypatch.setattr("sys.argv", ["tgrpo.py", "--config", path, "--plan", "--gpus", str(gpus)])
-    tgrpo.main()
+    monkeypatch.setattr("sys.argv", ["plan_memory", "--config", path, "--gpus", str(gpus)])
+    plan_memory.main()
     said = capsys.readouterr().out
     assert ("fits in 80 GB" in said) == fits and ("does not fit" in said) != fits and "KV cache" in said
 
@@ -89,7 +91,7 @@ def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gp
 def test_the_readmes_table_is_the_plan(path, gpus, row):
     """Guards: a table of an earlier plan; a phase of the step that the peak forgets."""
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", path])
-    parts, peak = common.memory_plan(cfg, common.model_shape(cfg.model), gpus)
+    parts, peak = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), gpus)
     states = parts["parameters (float32)"] + parts["gradients"] + parts["optimizer (AdamW)"]
     phases = (parts["KV cache (rollout)"], parts["activations"] + parts["logits"], parts["optimizer step"])
     resident = states + parts["reference"] + parts["rollout copy"] + parts["gathered layers"]
@@ -104,7 +106,7 @@ def test_the_published_shapes_have_the_published_number_of_parameters():
     """Guards: a plan for a model that does not exist."""
     for name, billions in (("Qwen/Qwen2.5-VL-7B-Instruct", 8.292), ("Qwen/Qwen2.5-VL-3B-Instruct", 3.755)):
         with torch.device("meta"):
-            model = common.empty_model(common.model_shape(name), torch.float32)
+            model = policy.empty_model(plan_memory.model_shape(name), torch.float32)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
     with pytest.raises(common.UserError, match="neither 3B nor 7B"):
-        common.model_shape("some/other-13b")
+        plan_memory.model_shape("some/other-13b")

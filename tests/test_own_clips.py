@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import data
-
 from rewards import ACCURACY
 from settings import UserError, read_jsonl
 

@@ -1,13 +1,12 @@
 """M-RoPE positions: those the checkpoints were trained with, and the same ones in every stage, however long the clip is."""
 
+import naive
 import pytest
 import torch
 
-import common
 import data
-import naive
+import policy
 import sft
-import tgrpo
 
 # Rows of a hub-sized clip, 16 frames of 720p: 8 temporal patches of 16 x 30 (see the test of its positions).
 WIDE = (8, 16, 30)
@@ -15,7 +14,7 @@ WIDE = (8, 16, 30)
 
 def wide_prompt(seconds):
     """15 tokens, the clip, 5 tokens; only what positions depend on."""
-    kinds = [common.TEXT] * 15 + [common.VIDEO] * (8 * 8 * 15) + [common.TEXT] * 5
+    kinds = [policy.TEXT] * 15 + [policy.VIDEO] * (8 * 8 * 15) + [policy.TEXT] * 5
     return {
         "mm_token_type_ids": torch.tensor([kinds]),
         "video_grid_thw": torch.tensor([WIDE]),
@@ -24,13 +23,13 @@ def wide_prompt(seconds):
 
 
 @pytest.fixture(scope="module")
-def policy():
+def model():
     return naive.tiny_policy()
 
 
-def test_text_after_a_long_clip_starts_behind_its_last_moment(policy):
+def test_text_after_a_long_clip_starts_behind_its_last_moment(model):
     """Guards: transformers 5.24's rule, under which the text after a clip of two minutes stands inside the clip, at 30."""
-    positions = common.mrope_positions(wide_prompt(120.0), policy.config.vision_config)
+    positions = policy.mrope_positions(wide_prompt(120.0), model.config.vision_config)
     clip, after = positions[:, 15:-5], positions[:, -5:]
     assert clip[0].unique().tolist() == [15, 45, 75, 105, 135, 165, 195, 225]
     assert (clip[1].min(), clip[1].max(), clip[2].min(), clip[2].max()) == (15, 22, 15, 29)
@@ -38,14 +37,14 @@ def test_text_after_a_long_clip_starts_behind_its_last_moment(policy):
     assert positions[:, :15].tolist() == [list(range(15))] * 3
 
 
-def test_frames_of_a_short_clip_share_time_positions(policy):
+def test_frames_of_a_short_clip_share_time_positions(model):
     """Guards: a time axis that is spread over more positions than the checkpoints were trained on (2 per second)."""
     for seconds, moments in ((1.0, 2), (2.0, 4), (4.0, 8), (60.0, 8)):
-        clip = common.mrope_positions(wide_prompt(seconds), policy.config.vision_config)[0, 15:-5]
+        clip = policy.mrope_positions(wide_prompt(seconds), model.config.vision_config)[0, 15:-5]
         assert len(clip.unique()) == moments
 
 
-def test_positions_equal_transformers_where_the_two_agree(policy):
+def test_positions_equal_transformers_where_the_two_agree(model):
     """Guards: rows and columns confused, a wrong start, frame times of another clip, a picture that has a time axis."""
     generator = torch.Generator().manual_seed(0)
 
@@ -57,9 +56,9 @@ def test_positions_equal_transformers_where_the_two_agree(policy):
         T, H, W = draw(1, 9), 2 * draw(1, 9), 2 * draw(1, 9)
         kind = "image" if seed % 3 == 0 else "video"
         x = naive.prompt(kind, (1 if kind == "image" else T, H, W), draw(1, 20), seed, seconds=draw(1, 400) / 10)
-        ours = common.mrope_positions(x, policy.config.vision_config)
+        ours = policy.mrope_positions(x, model.config.vision_config)
         media = {k: v for k, v in x.items() if k not in ("input_ids", "mm_token_type_ids") and "pixel" not in k}
-        theirs = policy.model.get_rope_index(x["input_ids"], x["mm_token_type_ids"], **media)[0][:, 0]
+        theirs = model.model.get_rope_index(x["input_ids"], x["mm_token_type_ids"], **media)[0][:, 0]
         before_text = x["mm_token_type_ids"][0].nonzero().max() + 1
         assert torch.equal(ours[:, :before_text], theirs[:, :before_text])
         if ours[:, :before_text].max() < theirs[0, before_text]:
@@ -70,55 +69,55 @@ def test_positions_equal_transformers_where_the_two_agree(policy):
 
 
 @pytest.mark.parametrize("seconds", [4, 40, 120, 600, None])
-def test_sampling_training_and_sft_use_the_same_positions(policy, monkeypatch, seconds):
+def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, seconds):
     """Guards: log-probs that are trained at other positions than they were sampled at: 5 nats a token for a clip of 100 s."""
     kind, grid = ("image", (1, 4, 4)) if seconds is None else ("video", (8, 2, 4))
     x = naive.prompt(kind, grid, 7, 5, seconds)
-    seen, real = {}, policy.generate
+    seen, real = {}, model.generate
 
     def watched(**inputs):
         seen["output"] = real(**inputs, return_dict_in_generate=True, output_scores=True)
         return seen["output"].sequences
 
-    monkeypatch.setattr(policy, "generate", watched)
+    monkeypatch.setattr(model, "generate", watched)
     torch.manual_seed(1)
-    completions = tgrpo.rollout(policy, [x], [3], naive.tokenizer, 1.0, 12)
+    completions = policy.rollout(model, [x], [3], naive.tokenizer, 1.0, 12)
     said_GTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
     lengths = [len(c) for c in completions]
     banned = (naive.IMAGE, naive.VIDEO)
     with torch.no_grad():
-        packed_GT, _ = tgrpo.token_logps(
-            policy, tgrpo.pack(policy, [x], [completions], naive.PAD), lengths, 1.0, banned
+        packed_GT, _ = policy.token_logps(
+            model, policy.pack(model, [x], [completions], naive.PAD), lengths, 1.0, banned
         )
-        samples = [{"ordered": x, "target": c} for c in completions]
-        inputs, predict, targets = sft.collate(samples, naive.PAD, policy.config.vision_config)
-        sft_N, _ = policy(**inputs, predict=predict, targets=targets, banned=banned)
+        samples = [data.Sample({}, ordered=x, target=c) for c in completions]
+        inputs, predict, targets = sft.collate(samples, naive.PAD, model.config.vision_config)
+        sft_N, _ = model(**inputs, predict=predict, targets=targets, banned=banned)
         for row, (completion, sft_T) in enumerate(zip(completions, sft_N.split(lengths), strict=True)):
             T = len(completion)
-            plain_T = naive.completion_logps(policy, x, completion)
+            plain_T = naive.completion_logps(model, x, completion)
             sampled_T = said_GTV[row, :T].gather(1, completion[:, None])[:, 0]
             for other_T in (sampled_T, packed_GT[row, :T], sft_T):
                 assert (other_T - plain_T).abs().max() < 1e-5
 
 
-def test_a_forward_without_positions_is_refused(policy):
+def test_a_forward_without_positions_is_refused(model):
     """Guards: a new stage that leaves the positions to transformers, and trains long clips at others without a word."""
     x = naive.prompt("video", (2, 2, 4), 3, 1)
-    inputs, predict, targets = tgrpo.pack(policy, [x], [[torch.tensor([5, 6])]], naive.PAD)
+    inputs, predict, targets = policy.pack(model, [x], [[torch.tensor([5, 6])]], naive.PAD)
     with pytest.raises(TypeError, match="mrope_positions"):
-        policy(**inputs | {"position_ids": None}, predict=predict, targets=targets)
+        model(**inputs | {"position_ids": None}, predict=predict, targets=targets)
 
 
-def test_media_of_a_batch_keep_their_own_positions(policy):
+def test_media_of_a_batch_keep_their_own_positions(model):
     """Guards: the frame times of one clip used for another of the same batch."""
     prompts = [
         naive.prompt("video", (8, 2, 4), 3, 1, 120.0),
         naive.prompt("image", (1, 4, 4), 9, 2),
         naive.prompt("video", (8, 2, 4), 5, 3, 6.0),
     ]
-    inputs, _, _ = tgrpo.pack(policy, prompts, [[torch.tensor([5])]] * 3, naive.PAD)
+    inputs, _, _ = policy.pack(model, prompts, [[torch.tensor([5])]] * 3, naive.PAD)
     for b, x in enumerate(prompts):
-        alone = common.mrope_positions(x, policy.config.vision_config)
+        alone = policy.mrope_positions(x, model.config.vision_config)
         P = alone.shape[1]
         assert torch.equal(inputs["position_ids"][:, b, :P], alone)
         assert inputs["position_ids"][:, b, P].tolist() == [int(alone.max()) + 1] * 3

@@ -33,7 +33,7 @@ ELSEWHERE = ("needs GPUs; not run", "needs the hub; not run", "needs the data; n
 RUN_BY = {
     "pip install -r requirements.txt && python toy.py": "test_every_stage_of_the_toy_runs_as_its_command",
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run",
-    "python tgrpo.py --config configs/7b.yaml --plan --gpus 8": "test_what_the_plan_says_of_the_shipped_configs",
+    "python -m tools.plan_memory --config configs/7b.yaml --gpus 8": "test_what_the_plan_says_of_the_shipped_configs",
     "accelerate launch evaluate.py --config configs/toy.yaml": "test_every_stage_of_the_toy_runs_as_its_command",
     "python evaluate.py --score predictions.jsonl": "test_scoring_loads_no_torch",
     "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_joined_with_the_official_files",
@@ -86,7 +86,9 @@ def test_every_command_runs_in_a_test_or_says_why_not(command, comment):
 def test_everything_the_readme_names_exists():
     """Guards: a file, function, test, setting or metric that is gone, or was never there."""
     for name in set(re.findall(r"`([^`\n]+)`", README)) | set(re.findall(r"\]\(([^)]+)\)", README)):
-        if re.fullmatch(r"(rewards|tgrpo|data|common|toy)\.[a-zA-Z_]+", name) and not name.endswith((".py", ".json")):
+        if re.fullmatch(r"(rewards|tgrpo|data|policy|common|toy)\.[a-zA-Z_]+", name) and not name.endswith(
+            (".py", ".json")
+        ):
             module, attribute = name.split(".")
             assert hasattr(importlib.import_module(module), attribute), name
         elif re.fullmatch(r"[\w./]+\.(py|yaml|png|txt)", name):
@@ -131,9 +133,9 @@ def test_published_scores_are_the_same_in_the_readme_and_in_the_table():
 
 def test_the_tables_of_the_experiment_are_the_files():
     """Guards: a result typed by hand, or one of an earlier run."""
-    from ablate import tables
+    from experiments.ablation import tables
 
-    for line in tables(json.loads((ROOT / "docs/ablation.json").read_text())).split("\n"):
+    for line in tables(json.loads((ROOT / "experiments/ablation.json").read_text())).split("\n"):
         assert not line.startswith("|") or line in README, line
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
 from evaluate import EvalConfig, summarise
-from report import shorten, write_report
+from tools import report
+from tools.report import shorten, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome in PATH")

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from naive import without_times
 from safetensors.torch import load_file, save_file
+from test_sharded import QUIET
 
 import common
+import policy
 import tgrpo
-from naive import without_times
 from settings import UserError, read_jsonl
-from test_sharded import QUIET
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = dict(steps=2, save_every=1, keep_checkpoints=9, max_new_tokens=8)
@@ -185,7 +186,7 @@ def test_a_checkpoint_of_the_other_kind_names_the_command_that_helps(run, starte
         monkeypatch.setattr(common, "is_sharded", lambda accelerator: True)
     with pytest.raises(
         UserError,
-        match=r"cannot be resumed in a run of .* weights.*python common.py --export .*checkpoint-1 --out FOLDER",
+        match=r"cannot be resumed in a run of .* weights.*python -m tools.export .*checkpoint-1 FOLDER",
     ):
         run("tgrpo", **settings)
 
@@ -210,7 +211,7 @@ def test_a_second_run_in_the_folder_stops_at_once_and_a_dead_one_does_not_block(
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     """Guards: an hour of loading before the first write fails."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     for stage in ("sft", "tgrpo", "evaluate"):
         with pytest.raises(UserError, match="cannot be written"):
             run(stage, output="file/out")
@@ -252,7 +253,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(world, tmp_path, ru
     for line, tensors in changes.items():
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(UserError, match=f"base: these weights are not the model's: {line}"):
-            common.load_model(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
+            policy.load_model(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
     with pytest.raises(

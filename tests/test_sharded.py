@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-
-import common
-from data import data_index
 from naive import without_times
-from settings import read_jsonl
+from safetensors.torch import load_file
 from test_hub import checked_final
+
+from data import data_index
+from settings import read_jsonl
+from tools import export
 
 ROOT = Path(__file__).parent.parent
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
@@ -120,7 +120,7 @@ def test_the_hubs_layout_goes_through_every_stage_sharded_in_bfloat16(hub, outpu
         assert all(torch.equal(final[name], unstopped[name]) for name in final)
         assert [row["step"] for row in read_jsonl(folder / stage / "metrics.jsonl")] == [0, 1]
     checked_final(folder / "credit/final", folder / "sft/final", torch.bfloat16)
-    common.export(folder / "tgrpo/checkpoint-1", folder / "exported")
+    export.export(folder / "tgrpo/checkpoint-1", folder / "exported")
     checked_final(folder / "exported", hub / layout, torch.bfloat16)
     assert len(read_jsonl(folder / "eval/predictions.jsonl")) > 12
 
@@ -205,9 +205,7 @@ def test_two_machines_train_as_one(world, outputs, tmp_path):
 def test_a_sharded_checkpoint_becomes_a_plain_model_by_one_command(outputs, tmp_path):
     """Guards: shards that only the same number of GPUs can read."""
     folder = outputs[1] / "stopped"
-    status, said = launch(
-        [sys.executable, "common.py", "--export", folder / "checkpoint-1", "--out", tmp_path / "plain"]
-    )
+    status, said = launch([sys.executable, "-m", "tools.export", folder / "checkpoint-1", tmp_path / "plain"])
     assert status == 0, said[-2000:]
     plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(folder)
     assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02  # one step before the end

@@ -5,35 +5,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import naive
 import torch
 from transformers import CompileConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 import common
-import naive
-import tgrpo
+import policy
 
 ROOT = Path(__file__).parent.parent
 
 
-def mixed_pack(policy):
+def mixed_pack(model):
     """Three prompts, one of them a picture, with completions of very unequal length."""
     generator = torch.Generator().manual_seed(0)
     groups = [
         [torch.randint(3, 50, (n,), generator=generator) for n in lengths]
         for lengths in ((1, 60, 7), (12, 2, 3), (5, 5, 33))
     ]
-    return tgrpo.pack(policy, naive.mixed_prompts(), groups, naive.PAD), groups
+    return policy.pack(model, naive.mixed_prompts(), groups, naive.PAD), groups
 
 
 def test_the_text_layers_never_read_a_value_from_the_device():
     """Guards: int(tensor.max()) or a boolean index in a layer, which stops the host in each of 28 layers, three times a step."""
-    policy = naive.tiny_policy()
-    (inputs, _, _), _ = mixed_pack(policy)
+    model = naive.tiny_policy()
+    (inputs, _, _), _ = mixed_pack(model)
     B, L = inputs["input_ids"].shape
-    layers = policy.model.language_model.to("meta")  # tensors without values: whoever reads one raises
+    layers = model.model.language_model.to("meta")  # tensors without values: whoever reads one raises
     inputs = common.to_device(inputs, "meta")
-    hidden_BLD = torch.empty(B, L, policy.config.text_config.hidden_size, device="meta")
+    hidden_BLD = torch.empty(B, L, model.config.text_config.hidden_size, device="meta")
     output = layers(
         inputs_embeds=hidden_BLD,
         position_ids=inputs["position_ids"],
@@ -45,13 +45,13 @@ def test_the_text_layers_never_read_a_value_from_the_device():
 
 def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeypatch):
     """Guards: lengths read from the GPU by every vision block, in the loss or in the prefill; lengths of another batch."""
-    policy = naive.tiny_policy()
-    config = policy.config.vision_config
-    (inputs, predict, targets), _ = mixed_pack(policy)
+    model = naive.tiny_policy()
+    config = model.config.vision_config
+    (inputs, predict, targets), _ = mixed_pack(model)
     seen = []
-    policy.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    policy(**inputs, predict=predict, targets=targets)
-    tgrpo.rollout(policy, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, 1.0, 2)
+    model.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model(**inputs, predict=predict, targets=targets)
+    policy.rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, 1.0, 2)
     assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 1, 2]  # the loss; the prefill's picture, its videos
     for kwargs in seen:
         grid = kwargs["grid_thw"]
@@ -61,14 +61,14 @@ def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeyp
             assert torch.equal(kwargs[name], value)
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
-    common.vision_lengths({"video_grid_thw": grid}, config)
+    policy.vision_lengths({"video_grid_thw": grid}, config)
     assert len(moved) == 1 and moved[0] is grid
 
 
 def test_padding_does_not_point_at_one_token():
     """Guards: thousands of equal indices, whose gradients a GPU adds one after the other."""
-    policy = naive.tiny_policy()
-    (inputs, _, _), groups = mixed_pack(policy)
+    model = naive.tiny_policy()
+    (inputs, _, _), groups = mixed_pack(model)
     packed = inputs["attention_mask"]["full_attention"]
     total = inputs["input_ids"].numel()
     n_padding = packed.index_NT.numel() - len(packed.token_M)
@@ -81,7 +81,7 @@ def test_padding_does_not_point_at_one_token():
 
 def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypatch):
     """Guards: a new static cache per rollout, for whose addresses CUDA graphs are recorded anew at every step."""
-    policy = naive.tiny_policy()
+    model = naive.tiny_policy()
     graphs, addresses = [], {}
 
     def backend(graph, inputs):
@@ -96,7 +96,7 @@ def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypat
 
         return call
 
-    real = policy.generate
+    real = model.generate
 
     def on_a_cpu_too(**inputs):
         config = inputs["generation_config"].compile_config
@@ -106,13 +106,13 @@ def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypat
 
     for n_text in (3, 9, 600, 5, 1100, 12, 700):
         x = naive.prompt("video", (2, 2, 4), n_text, n_text)
-        monkeypatch.setattr(policy, "generate", on_a_cpu_too)
+        monkeypatch.setattr(model, "generate", on_a_cpu_too)
         torch.manual_seed(n_text)
-        compiled = tgrpo.rollout(policy, [x], [4], naive.tokenizer, 1.0, 6, compiled_rows=4)
-        assert len(tgrpo.rollout(policy, [x], [3], naive.tokenizer, 1.0, 6, compiled_rows=4)) == 3
-        monkeypatch.setattr(policy, "generate", real)
+        compiled = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6, compiled_rows=4)
+        assert len(policy.rollout(model, [x], [3], naive.tokenizer, 1.0, 6, compiled_rows=4)) == 3
+        monkeypatch.setattr(model, "generate", real)
         torch.manual_seed(n_text)
-        plain = tgrpo.rollout(policy, [x], [4], naive.tokenizer, 1.0, 6)
+        plain = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
     layers, keys_and_values = 2, 2
     assert {room: len(found) for room, found in addresses.items()} == dict.fromkeys(
@@ -123,7 +123,7 @@ def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypat
 
 def test_what_one_gpu_would_measure_runs_without_one():
     """Guards: a script for GPUs that nobody could run before there was one, and that stops at its first line there."""
-    command = [sys.executable, "tests/gpu.py", "--shape", "tiny", "--repeats", "1"]
+    command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     # memory fragments as shapes change at every step; cuDNN attention would plan each new shape anew

@@ -2,14 +2,16 @@
 
 import json
 
+import naive
 import pytest
 import torch
 
-import common
 import data
-import naive
+import policy
+import settings
 import tgrpo
 import toy
+from data import Sample
 from settings import read_jsonl
 from tgrpo import Group, TGRPOConfig, rollout, score, token_logps
 
@@ -20,7 +22,7 @@ RIGHT, WRONG, BARE = "<think>x</think><answer>B</answer>", "<think>x</think><ans
 def scored(texts, shuffled=(), record=RECORD, lengths=None, **settings):
     cfg = TGRPOConfig(**{"length_min": 5, "length_max": 9, "length_omega": 0.2, **settings})
     completions = [torch.tensor([7] * (n - 1) + [1]) for n in lengths or [2] * len(texts)]
-    group = Group({"ordered": None, "record": record}, completions, list(texts), list(shuffled))
+    group = Group(Sample(record), completions, list(texts), list(shuffled))
     score(group, cfg, [1])
     return group
 
@@ -111,10 +113,10 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
         num_generations=3,
         shuffled_generations=2,
     )
-    processor = common.load_processor(cfg)
+    processor = policy.load_processor(cfg)
     records, _ = data.load_records(world / "world/rl.json", cfg.data_root)
     samples = [data.Samples(records, processor, cfg, ("ordered", "shuffled"), shuffle=False)[i] for i in range(12)]
-    assert {s["record"]["data_type"] for s in samples} == {"video", "image"}
+    assert {s.record["data_type"] for s in samples} == {"video", "image"}
     asked = []
 
     def echo(model, prompts, counts, tokenizer, *_, **__):  # says the number of the prompt it was asked with
@@ -125,15 +127,15 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
 
     monkeypatch.setattr(tgrpo, "rollout", echo)
     monkeypatch.setattr(tgrpo, "score", lambda *_: None)
-    groups = tgrpo.sample_groups(common.load_model(cfg), samples, processor, cfg, len(samples))
+    groups = tgrpo.sample_groups(policy.load_model(cfg), samples, processor, cfg, len(samples))
     number = len(samples)
     for i, (sample, group) in enumerate(zip(samples, groups, strict=True)):
-        assert group.sample is sample and asked[i] is sample["ordered"] and group.texts == [str(i % 10)] * 3
-        if sample["shuffled"] is None:
+        assert group.sample is sample and asked[i] is sample.ordered and group.texts == [str(i % 10)] * 3
+        if sample.shuffled is None:
             assert group.shuffled_texts == []
         else:
-            assert asked[number] is sample["shuffled"] and group.shuffled_texts == [str(number % 10)] * 2
-            assert not torch.equal(sample["shuffled"]["pixel_values_videos"], sample["ordered"]["pixel_values_videos"])
+            assert asked[number] is sample.shuffled and group.shuffled_texts == [str(number % 10)] * 2
+            assert not torch.equal(sample.shuffled["pixel_values_videos"], sample.ordered["pixel_values_videos"])
             number += 1
 
 
@@ -166,7 +168,7 @@ def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
     groups, lengths = [completions[i : i + 2] for i in (0, 2, 4)], [len(c) for c in completions]
     with torch.no_grad():
         logps_GT, _ = token_logps(
-            model, tgrpo.pack(model, prompts, groups, naive.PAD), lengths, T, (naive.IMAGE, naive.VIDEO)
+            model, policy.pack(model, prompts, groups, naive.PAD), lengths, T, (naive.IMAGE, naive.VIDEO)
         )
     for row, completion in enumerate(completions):
         expected = said_BTV[row, : len(completion)].gather(1, completion[:, None])[:, 0]
@@ -212,11 +214,11 @@ def test_the_loops_gradient_is_the_plain_one(world, run, monkeypatch):
         warmup_steps=0,
         records=world / "world/rl.json",
     )
-    model = common.load_model(common.SharedConfig(model=str(world / "base")))
+    model = policy.load_model(settings.SharedConfig(model=str(world / "base")))
     assert len(kept) == 3 and max(g.advantages_G.abs().max() for g in kept) > 0.3
-    banned = tgrpo.placeholder_ids(model)
+    banned = policy.placeholder_ids(model)
     losses = [
-        -advantage * naive.completion_logps(model, g.sample["ordered"], c, 0.7, banned).mean()
+        -advantage * naive.completion_logps(model, g.sample.ordered, c, 0.7, banned).mean()
         for g in kept
         for advantage, c in zip(g.advantages_G, g.completions)
     ]

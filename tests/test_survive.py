@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from naive import without_times
 from safetensors.torch import load_file
+from test_sharded import QUIET, difference, weights
 
 import common
-from naive import without_times
-from test_sharded import QUIET, difference, weights
+from tools import export
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,6 +122,6 @@ def test_steps_without_a_finite_gradient_are_skipped_three_in_a_row_end_the_run(
 def test_an_exported_checkpoint_is_the_model_of_that_step(run, tmp_path):
     """Guards: an export of the starting model, or of names nobody can load."""
     out = run("sft", steps=2, save_every=1)
-    common.export(out / "checkpoint-1", tmp_path / "plain")
+    export.export(out / "checkpoint-1", tmp_path / "plain")
     plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(out)
     assert plain.keys() == final.keys() and difference(plain, final) > 0

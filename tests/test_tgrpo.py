@@ -1,10 +1,11 @@
 """The objective by its properties, and the fast rollout and loss against the plain ones of naive.py."""
 
+import naive
 import pytest
 import torch
 
-import naive
-from tgrpo import completion_mask, group_advantages, grpo_loss, kl_k3, pack, rollout, temporal_advantages, token_logps
+from policy import completion_mask
+from tgrpo import group_advantages, grpo_loss, kl_k3, pack, rollout, temporal_advantages, token_logps
 
 torch.set_default_dtype(torch.float32)
 BANNED = (naive.IMAGE, naive.VIDEO)
@@ -72,13 +73,13 @@ def test_kl_k3_is_unbiased_and_never_negative():
     """Guards: a sign flip, which a test that restates the formula would pass."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        policy = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
+        model = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
         reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
-        estimate = kl_k3(policy, reference)
-        exact = (policy.exp() * (policy - reference)).sum()
-        assert (policy.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)  # E over the policy
+        estimate = kl_k3(model, reference)
+        exact = (model.exp() * (model - reference)).sum()
+        assert (model.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)  # E over the model
         assert (estimate >= 0).all()
-    assert kl_k3(policy, policy).abs().max() == 0
+    assert kl_k3(model, model).abs().max() == 0
     assert torch.isfinite(kl_k3(double(-500.0, 0.0), double(0.0, -500.0))).all()  # clamped
 
 
@@ -158,7 +159,7 @@ def test_completion_mask_keeps_the_first_eos_and_nothing_after():
 
 
 @pytest.fixture(scope="module")
-def policy():
+def model():
     return naive.tiny_policy()
 
 
@@ -167,26 +168,26 @@ def trim(sequence):
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_shared_rollout_says_what_plain_generate_says(policy, G):
+def test_shared_rollout_says_what_plain_generate_says(model, G):
     """Guards: wrong positions after a repeated cache, rope_deltas of another prompt, left padding that leaks."""
     prompts = naive.mixed_prompts()
     counts = [G, 1, G + 1]
-    shared = iter(rollout(policy, prompts, counts, naive.tokenizer, temperature=0, max_new_tokens=20))
+    shared = iter(rollout(model, prompts, counts, naive.tokenizer, temperature=0, max_new_tokens=20))
     for x, n in zip(prompts, counts):
-        plain = trim(naive.generate(policy, x, do_sample=False, max_new_tokens=20)[0][0])
+        plain = trim(naive.generate(model, x, do_sample=False, max_new_tokens=20)[0][0])
         assert len(plain) > 3
         for _ in range(n):
             assert next(shared).tolist() == plain.tolist()
 
 
-def test_logps_are_those_generate_sampled_from(policy):
+def test_logps_are_those_generate_sampled_from(model):
     """Guards: top-k = 50 from generation defaults, a temperature in one place only, wrong positions, padding."""
     prompts, T = naive.mixed_prompts(), 0.7
     torch.manual_seed(0)
     batch = __import__("data").collate_prompts(prompts, naive.PAD)
-    output = policy.generate(
+    output = model.generate(
         **batch,
-        position_ids=naive.batch_positions(policy, prompts),
+        position_ids=naive.batch_positions(model, prompts),
         do_sample=True,
         temperature=T,
         top_k=0,
@@ -204,17 +205,17 @@ def test_logps_are_those_generate_sampled_from(policy):
     lengths = [len(c) for c in completions]
     with torch.no_grad():
         logps_GT, _ = token_logps(
-            policy, pack(policy, prompts, [[c] for c in completions], naive.PAD), lengths, T, BANNED
+            model, pack(model, prompts, [[c] for c in completions], naive.PAD), lengths, T, BANNED
         )
     for row, completion in enumerate(completions):
         expected = said[row, : len(completion)].gather(1, completion[:, None])[:, 0]
         assert (logps_GT[row, : len(completion)] - expected).abs().max() < 1e-4
 
 
-def sampled_groups(policy, G, seed=0):
+def sampled_groups(model, G, seed=0):
     torch.manual_seed(seed)
     prompts = naive.mixed_prompts()
-    flat = rollout(policy, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
+    flat = rollout(model, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
     return prompts, [flat[i : i + G] for i in range(0, len(flat), G)]
 
 
@@ -229,54 +230,52 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("G", [1, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_logps_and_gradients_equal_the_plain_way(policy, G, temperature):
+def test_packed_logps_and_gradients_equal_the_plain_way(model, G, temperature):
     """Guards: a completion that sees its neighbour, wrong positions, mixed image and video batches, unequal lengths."""
-    prompts, groups = sampled_groups(policy, G)
+    prompts, groups = sampled_groups(model, G)
     lengths = [len(c) for group in groups for c in group]
     assert G == 1 or len(set(lengths)) > 1
-    logps_GT, _ = token_logps(policy, pack(policy, prompts, groups, naive.PAD), lengths, temperature, BANNED)
+    logps_GT, _ = token_logps(model, pack(model, prompts, groups, naive.PAD), lengths, temperature, BANNED)
     packed = [row[:n] for row, n in zip(logps_GT, lengths)]
-    plain = [naive.completion_logps(policy, x, c, temperature) for x, group in zip(prompts, groups) for c in group]
+    plain = [naive.completion_logps(model, x, c, temperature) for x, group in zip(prompts, groups) for c in group]
     assert max((a - b).abs().max().item() for a, b in zip(packed, plain)) < 1e-5
-    for a, b in zip(gradients(policy, loss_of(packed)), gradients(policy, loss_of(plain))):
+    for a, b in zip(gradients(model, loss_of(packed)), gradients(model, loss_of(plain))):
         assert (a is None) == (b is None)
         assert a is None or (a - b).abs().max() < 1e-4 * max(1, b.abs().max().item())
 
 
-def test_the_vision_tower_runs_once_whatever_the_batch_holds(policy, monkeypatch):
+def test_the_vision_tower_runs_once_whatever_the_batch_holds(model, monkeypatch):
     """Guards: sharded ranks that gather its weights a different number of times, and wait for each other for ever."""
-    calls, real = [], policy.model.visual.forward
-    monkeypatch.setattr(
-        policy.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
-    )
-    prompts, groups = sampled_groups(policy, 2)
+    calls, real = [], model.model.visual.forward
+    monkeypatch.setattr(model.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    prompts, groups = sampled_groups(model, 2)
     for chosen in ([0], [1], [0, 2], [0, 1], [1, 2, 0]):  # videos, pictures, both
         calls.clear()
-        packed = pack(policy, [prompts[i] for i in chosen], [groups[i] for i in chosen], naive.PAD)
-        token_logps(policy, packed, [len(c) for i in chosen for c in groups[i]], 1.0, BANNED)
+        packed = pack(model, [prompts[i] for i in chosen], [groups[i] for i in chosen], naive.PAD)
+        token_logps(model, packed, [len(c) for i in chosen for c in groups[i]], 1.0, BANNED)
         assert len(calls) == 1
 
 
-def test_micro_batches_and_padding_change_nothing(policy):
+def test_micro_batches_and_padding_change_nothing(model):
     """Guards: a normalisation per micro-batch, or a long neighbour in the batch that changes a short row."""
-    prompts, groups = sampled_groups(policy, 3)
+    prompts, groups = sampled_groups(model, 3)
     together, _ = token_logps(
-        policy, pack(policy, prompts, groups, naive.PAD), [len(c) for g in groups for c in g], 1.0, BANNED
+        model, pack(model, prompts, groups, naive.PAD), [len(c) for g in groups for c in g], 1.0, BANNED
     )
     row = 0
     for x, group in zip(prompts, groups):
-        alone, _ = token_logps(policy, pack(policy, [x], [group], naive.PAD), [len(c) for c in group], 1.0, BANNED)
+        alone, _ = token_logps(model, pack(model, [x], [group], naive.PAD), [len(c) for c in group], 1.0, BANNED)
         for logps, completion in zip(alone, group):
             assert (logps[: len(completion)] - together[row, : len(completion)]).abs().max() < 1e-5
             row += 1
 
 
-def test_the_head_is_chunked_not_changed(policy):
+def test_the_head_is_chunked_not_changed(model):
     """Guards: an off-by-one at a chunk border; entropy of the banned tokens."""
     hidden, targets = torch.randn(11, 32), torch.arange(3, 14)
-    whole = policy.lm_head(hidden, targets, 0.5, BANNED, 512)
-    parts = policy.lm_head(hidden, targets, 0.5, BANNED, 4)
-    logits = (hidden @ policy.lm_head.weight.T / 0.5).clone()
+    whole = model.lm_head(hidden, targets, 0.5, BANNED, 512)
+    parts = model.lm_head(hidden, targets, 0.5, BANNED, 4)
+    logits = (hidden @ model.lm_head.weight.T / 0.5).clone()
     logits[:, list(BANNED)] = -torch.inf
     distribution = torch.distributions.Categorical(logits=logits)
     for logps, entropy in (whole, parts):

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from test_report import in_browser, needs_browser, questions_in
 
 from settings import UserError
-from test_report import in_browser, needs_browser, questions_in
 from tools import plot, rollouts, toy_table
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import common
 import data
+import policy
 import toy
 from settings import SharedConfig
 
@@ -144,7 +144,7 @@ def test_a_stopped_renderer_leaves_no_half_world(tmp_path, monkeypatch):
 
 def test_tokenizer_and_prompt_are_small_and_lossless(world):
     """Guards: letters or tags that fall apart into bytes; a processor that blows tiny frames up."""
-    processor = common.load_processor(SharedConfig(model=str(world / "base")))
+    processor = policy.load_processor(SharedConfig(model=str(world / "base")))
     for text in ("<think>the disc moves left.</think>\n<answer>B</answer>", "é 漢 unseen!"):
         ids = processor.tokenizer(text)["input_ids"]
         assert processor.tokenizer.decode(ids, skip_special_tokens=True) == text

@@ -19,14 +19,14 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
-import common
 import evaluate
+import policy
 import sft
 import tgrpo
 
 FOLDER, OUT, FSDP, MORE = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
 RANK = int(os.environ.get("RANK", 0))
-real_rollout, real_refresh, real_score = tgrpo.rollout, common.refresh, tgrpo.score
+real_rollout, real_refresh, real_score = tgrpo.rollout, policy.refresh, tgrpo.score
 
 
 def fixed_rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, **_):
@@ -129,7 +129,7 @@ def hub_stages(layout):
 def main():
     Accelerator.end_training = lambda self: None  # the process group serves the next stage too
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
-    tgrpo.rollout, common.refresh = fixed_rollout, checked_refresh
+    tgrpo.rollout, policy.refresh = fixed_rollout, checked_refresh
     if "explode" in MORE:  # one rank breaks: see test_sharded.py
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
         return run(tgrpo, "explode", save_every=0)

@@ -14,9 +14,9 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from report import evenly, write_page
 from rewards import CORRECT, accuracy_reward, extract_answer, lettered
 from settings import SharedConfig, UserError, print_utf8, read_jsonl, read_rows, read_yaml
+from tools.report import evenly, write_page
 
 # what every row of rollouts.jsonl has
 NEEDED = ("step", "problem_id", "path", "frames", "text")

@@ -1,6 +1,6 @@
 """A long run that is killed over and over must end as one never touched. Not a test of the suite: it takes about 10 minutes.
 
-    python tests/soak.py [--steps 200] [--kills 20] [--seed 0]
+    python bench/soak.py [--steps 200] [--kills 20] [--seed 0]
 
 Two sharded CPU processes train the toy's cold start (made by `python toy.py`) with T-GRPO. At random moments every process
 gets SIGKILL, and the same command starts again. At the end metrics.jsonl (times aside) and the weights must be equal.
@@ -20,9 +20,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from safetensors.torch import load_file
-
 from naive import without_times
+from safetensors.torch import load_file
 
 
 def start(output, steps):

@@ -1,8 +1,8 @@
 """Seconds of one step: ours, the plain Hugging Face loop, and TRL's GRPOTrainer where it is installed. Not a test.
 
-    python tests/bench_tgrpo.py [--rounds 4] [--sizes 464x64 1112x128]
-    python tests/bench_tgrpo.py --data                # seconds to read 16 frames of clips, beside decord, and to prepare a sample
-    python tests/bench_tgrpo.py --optimizer           # the host's time for AdamW over the 729 sharded tensors of 7B
+    python bench/speed.py [--rounds 4] [--sizes 464x64 1112x128]
+    python bench/speed.py --data                # seconds to read 16 frames of clips, beside decord, and to prepare a sample
+    python bench/speed.py --optimizer           # the host's time for AdamW over the 729 sharded tensors of 7B
 
 One process, one model, one image prompt, G = 8 completions of exactly C tokens, the same reward, β = 0.04, float32. The
 contestants take turns step by step, so that noise of the machine meets all of them; medians and ranges are over rounds.
@@ -20,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import av
@@ -33,9 +34,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import common
 import data
 import frames
+import policy
 import toy
 from rewards import format_reward
 from settings import SharedConfig
@@ -108,17 +109,17 @@ def rewards_of(processor, completions):
     )
 
 
-def our_step(policy, reference, optimizer, prompts, counts, processor, C):
+def our_step(model, reference, optimizer, prompts, counts, processor, C):
     """tgrpo.py's own functions. Only the first prompt's completions are trained; a second one is the shuffled clip."""
     clock = Clock()
-    completions = rollout(policy, prompts, counts, NoEnd(processor.tokenizer), 1.0, C)[:G]
+    completions = rollout(model, prompts, counts, NoEnd(processor.tokenizer), 1.0, C)[:G]
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, completions))
-    packed, lengths, mask = pack(policy, prompts[:1], [completions], 0), [len(c) for c in completions], torch.ones(G, C)
+    packed, lengths, mask = pack(model, prompts[:1], [completions], 0), [len(c) for c in completions], torch.ones(G, C)
     with torch.no_grad():
         ref, _ = token_logps(reference, packed, lengths, 1.0, ())
     clock.lap("reference")
-    logps, _ = token_logps(policy, packed, lengths, 1.0, ())
+    logps, _ = token_logps(model, packed, lengths, 1.0, ())
     grpo_loss(logps, logps.detach(), ref, advantages, mask, 0.2, BETA)[0].mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -126,13 +127,13 @@ def our_step(policy, reference, optimizer, prompts, counts, processor, C):
     return clock.parts
 
 
-def naive_step(policy, reference, optimizer, x, processor, C):
+def naive_step(model, reference, optimizer, x, processor, C):
     """generate() with num_return_sequences, then G whole rows with their full logits, under reference and policy."""
     clock = Clock()
-    policy.model.rope_deltas = None
+    model.model.rope_deltas = None
     P = x["input_ids"].shape[1]
     with torch.no_grad():
-        rows = policy.generate(
+        rows = model.generate(
             **x,
             do_sample=True,
             temperature=1.0,
@@ -142,7 +143,7 @@ def naive_step(policy, reference, optimizer, x, processor, C):
             max_new_tokens=C,
             eos_token_id=NoEnd(processor.tokenizer).eos_token_id,
             pad_token_id=0,
-            suppress_tokens=placeholder_ids(policy),
+            suppress_tokens=placeholder_ids(model),
         )
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, rows[:, P:]))
@@ -162,7 +163,7 @@ def naive_step(policy, reference, optimizer, x, processor, C):
     with torch.no_grad():
         ref = logps(reference)
     clock.lap("reference")
-    new = logps(policy)
+    new = logps(model)
     grpo_loss(new, new.detach(), ref, advantages, torch.ones(G, C), 0.2, BETA)[0].mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -231,13 +232,13 @@ def set_up(folder, size):
     P = int(size.split("x")[0])
     make_model(folder, hidden, layers)
     cfg = SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
-    processor = common.load_processor(cfg)
+    processor = policy.load_processor(cfg)
     processor.image_processor.size = {"shortest_edge": 784, "longest_edge": width * height}
     picture = Image.effect_noise((width, height), 80).convert("RGB")
     record, x = prompt_of(processor, picture, P, cfg)
     assert x["input_ids"].shape[1] == P, x["input_ids"].shape
-    policy, reference = common.load_model(cfg).eval(), common.load_model(cfg).eval().requires_grad_(False)
-    return processor, picture, record, x, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    model, reference = policy.load_model(cfg).eval(), policy.load_model(cfg).eval().requires_grad_(False)
+    return processor, picture, record, x, model, reference, torch.optim.AdamW(model.parameters(), lr=1e-6)
 
 
 def resident(name):
@@ -249,15 +250,15 @@ def memory_of(contestant, size):
     """GB (1e9 bytes) that one step adds to this process's resident size; to be called in a fresh process."""
     C = int(size.split("x")[1])
     with tempfile.TemporaryDirectory() as folder:
-        processor, picture, record, x, policy, reference, optimizer = set_up(Path(folder), size)
+        processor, picture, record, x, model, reference, optimizer = set_up(Path(folder), size)
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here (Linux)
         if contestant == "ours":
-            our_step(policy, reference, optimizer, [x], [G], processor, C)
+            our_step(model, reference, optimizer, [x], [G], processor, C)
         elif contestant == "naive":
-            naive_step(policy, reference, optimizer, x, processor, C)
+            naive_step(model, reference, optimizer, x, processor, C)
         else:
-            run_trl(Path(folder), picture, record["problem"], processor, C, 1, placeholder_ids(policy), lambda: None)
+            run_trl(Path(folder), picture, record["problem"], processor, C, 1, placeholder_ids(model), lambda: None)
         return resident("VmHWM") - before
 
 
@@ -321,13 +322,13 @@ def bench_data(rounds=7, n=16):
             "options": [],
             "path": "640_10_250.mp4",
         }
-        samples = data.Samples([record], common.load_processor(cfg), cfg, ("ordered", "shuffled"))
+        samples = data.Samples([record], policy.load_processor(cfg), cfg, ("ordered", "shuffled"))
         laps = []
         for i in range(2 * rounds):
             begin = time.perf_counter()
-            assert "error" not in samples[i]
+            assert not samples[i].error
             laps.append(1000 * (time.perf_counter() - begin))
-        tokens = samples[0]["ordered"]["input_ids"].shape[1]
+        tokens = samples[0].ordered["input_ids"].shape[1]
         print(
             f"one sample of a 10 s clip of 640 x 360, {tokens} prompt tokens, both orders: {statistics.median(laps):.0f} ms "
             f"({min(laps):.0f} to {max(laps):.0f})"
@@ -388,21 +389,21 @@ def main():
         P, C = map(int, size.split("x"))
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            processor, picture, record, x, policy, reference, optimizer = set_up(folder, size)
+            processor, picture, record, x, model, reference, optimizer = set_up(folder, size)
             laps = {"ours": [], "ours, with 4 shuffled": [], "naive": []}
 
             def turn():
-                laps["ours"].append(our_step(policy, reference, optimizer, [x], [G], processor, C))
+                laps["ours"].append(our_step(model, reference, optimizer, [x], [G], processor, C))
                 laps["ours, with 4 shuffled"].append(
-                    our_step(policy, reference, optimizer, [x, x], [G, S], processor, C)
+                    our_step(model, reference, optimizer, [x, x], [G, S], processor, C)
                 )
-                laps["naive"].append(naive_step(policy, reference, optimizer, x, processor, C))
+                laps["naive"].append(naive_step(model, reference, optimizer, x, processor, C))
 
             if trl:
                 laps["TRL"] = [
                     {"whole": s}
                     for s in run_trl(
-                        folder, picture, record["problem"], processor, C, args.rounds + 1, placeholder_ids(policy), turn
+                        folder, picture, record["problem"], processor, C, args.rounds + 1, placeholder_ids(model), turn
                     )
                 ]
             else:

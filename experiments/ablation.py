@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -212,7 +211,7 @@ def ablate(out, seeds, jobs):
             pool.map(lambda seed: run_seed(out, seed), range(seeds)), total=seeds, desc="ablation", unit="seed"
         ):
             results.append(result)
-            if not result["wrong"] and (valid := [r for r in results if not r["wrong"]]):
+            if not result["wrong"] and any(not r["wrong"] for r in results):
                 write_atomic(out / "ablation.json", json.dumps(results))
                 write_atomic(out / "ablation.md", tables(results))
                 plot(results, out / "ablation.png")

@@ -1,11 +1,11 @@
 """For whoever has one GPU: how fast, and how large, a step of Qwen2.5-VL-7B is on it. Random weights, nothing is downloaded.
 
-    python tests/gpu.py                      # the 7B shape; a GPU of 80 GB, 40 GB of host memory, a few minutes
-    python tests/gpu.py --shape 3b
-    python tests/gpu.py --shape tiny         # seconds, on a CPU too: does it run?
+    python bench/gpu.py                      # the 7B shape; a GPU of 80 GB, 40 GB of host memory, a few minutes
+    python bench/gpu.py --shape 3b
+    python bench/gpu.py --shape tiny         # seconds, on a CPU too: does it run?
 
     1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
-    2. update: reference, policy, loss, backward and AdamW, as one rank of --gpus
+    2. update: reference, model, loss, backward and AdamW, as one rank of --gpus
     3. how often the host waits for the GPU in an update
 
 The other ranks are made up: in torch's "fake" process group a collective does nothing. So memory and seconds are those of one
@@ -24,7 +24,8 @@ import types
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,9 @@ from transformers.initialization import no_init_weights
 
 import common
 import data
+import policy
 import tgrpo
+from tools import plan_memory
 
 TINY = {
     "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -46,7 +49,7 @@ TINY = {
 def shape(name):
     """The model's config: the published shape, or a tiny one with the published vocabulary."""
     if name != "tiny":
-        return common.model_shape(f"Qwen2.5-VL-{name}")
+        return plan_memory.model_shape(f"Qwen2.5-VL-{name}")
     vision = {"tokens_per_second": 2, "fullatt_block_indexes": [1], "window_size": 112}
     return Qwen2_5_VLConfig(text_config=TINY["text"], vision_config=TINY["vision"] | vision)
 
@@ -68,11 +71,41 @@ def clip_prompt(config, grid, n_tokens, seconds=10.0):
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == config.video_token_id) * common.VIDEO,
+        "mm_token_type_ids": (ids == config.video_token_id) * policy.VIDEO,
         "pixel_values_videos": torch.randn(n_patches, 3 * 2 * 14 * 14),
         "video_grid_thw": torch.tensor([grid]),
         "second_per_grid_ts": torch.tensor([seconds / grid[0]]),
     }
+
+
+def bandwidth_share(model, groups, seconds):
+    """Bytes that decoding these groups had to read at least, as a share of what the GPU's memory could give; {} on a CPU.
+
+    Read are all text weights once a token, and every row's cache.
+    """
+    if model.device.type != "cuda":
+        return {}
+    gpu = torch.cuda.get_device_properties(model.device)
+    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8  # bytes a second
+    text = model.config.get_text_config()
+    weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
+    # an untied head is read for every token; of the embedding only single rows are
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        weights += model.lm_head.weight.nbytes - model.get_input_embeddings().weight.nbytes
+    per_token = (
+        2
+        * text.num_hidden_layers
+        * text.num_key_value_heads
+        * (text.hidden_size // text.num_attention_heads)
+        * model.dtype.itemsize
+    )
+    rows = [
+        (g.sample.ordered["input_ids"].shape[1], n)
+        for g in groups
+        for n in [*map(len, g.completions), *g.shuffled_lengths]
+    ]
+    read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
+    return {"rollout/bandwidth_share": read / seconds / peak}
 
 
 def fake_ranks(n):
@@ -88,13 +121,13 @@ def fake_ranks(n):
 
 
 def random_model(config, cfg, dtype):
-    """What common.load_model gives, without a checkpoint; the numbers in it are whatever was in memory."""
+    """What policy.load_model gives, without a checkpoint; the numbers in it are whatever was in memory."""
     with no_init_weights():
-        model = common.empty_model(config, dtype)
+        model = policy.empty_model(config, dtype)
     model.tie_weights()
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return common.Policy.of(model)
+    return policy.Policy.of(model)
 
 
 def timed(device, function):
@@ -115,15 +148,15 @@ def measure_rollout(sampler, prompt, cfg, tokenizer, compiled, repeats):
 
     def sample():
         rows = sum(counts) if compiled else 0
-        kept[:] = tgrpo.rollout(
+        kept[:] = policy.rollout(
             sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled_rows=rows
         )
 
     first = timed(sampler.device, sample)
     seconds = statistics.median(timed(sampler.device, sample) for _ in range(repeats))
     ordered, shuffled = kept[: counts[0]], kept[counts[0] :]
-    group = tgrpo.Group({"ordered": prompt}, ordered, [], [], shuffled_lengths=[len(c) for c in shuffled])
-    share = tgrpo.bandwidth_share(sampler, [group], seconds).get("rollout/bandwidth_share")
+    group = tgrpo.Group(data.Sample({}, ordered=prompt), ordered, [], [], shuffled_lengths=[len(c) for c in shuffled])
+    share = bandwidth_share(sampler, [group], seconds).get("rollout/bandwidth_share")
     tokens = sum(len(c) for c in kept)
     return {"tokens_per_s": tokens / seconds, "bandwidth_share": share, "first_s": first, "seconds": seconds}, ordered
 
@@ -167,14 +200,14 @@ def main():
     )
 
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
-    common.load_model = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
-    reference = common.load_frozen(accelerator, cfg)
-    policy = accelerator.unwrap_model(model)
-    sampler = common.rollout_copy(accelerator, policy, cfg)
+    policy.load_model = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
+    reference = policy.load_frozen(accelerator, cfg)
+    model = accelerator.unwrap_model(model)
+    sampler = policy.rollout_copy(accelerator, model, cfg)
     result = {
         "shape": args.shape,
         "gpus": args.gpus,
-        "refresh_s": timed(device, lambda: common.refresh(sampler, policy)),
+        "refresh_s": timed(device, lambda: policy.refresh(sampler, model)),
     }
     with torch.no_grad():
         for parameter in sampler.parameters():
@@ -197,13 +230,13 @@ def main():
     lengths = [len(c) for c in completions]
     advantages_G = torch.linspace(-1, 1, len(lengths), device=device)
     mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(device)
-    banned = tuple(tgrpo.placeholder_ids(policy))
+    banned = tuple(policy.placeholder_ids(model))
 
     def forward_and_backward():
-        packed = common.to_device(tgrpo.pack(policy, [prompt], [completions], tokenizer.pad_token_id), device)
+        packed = common.to_device(policy.pack(model, [prompt], [completions], tokenizer.pad_token_id), device)
         with torch.no_grad():
-            ref_logps_GT, _ = tgrpo.token_logps(reference, packed, lengths, 1.0, banned)
-        logps_GT, _ = tgrpo.token_logps(model, packed, lengths, 1.0, banned)
+            ref_logps_GT, _ = policy.token_logps(reference, packed, lengths, 1.0, banned)
+        logps_GT, _ = policy.token_logps(model, packed, lengths, 1.0, banned)
         loss_G, _, _ = tgrpo.grpo_loss(logps_GT, logps_GT.detach(), ref_logps_GT, advantages_G, mask_GT, 0.2, 0.04)
         accelerator.backward(loss_G.mean())
 
@@ -222,7 +255,7 @@ def main():
 
     # the compiled rollout has left its cache
     planned_cfg = dataclasses.replace(cfg, rollout_compile=True)
-    parts, planned = common.memory_plan(
+    parts, planned = plan_memory.memory_plan(
         planned_cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2]
     )
     peak = torch.cuda.max_memory_allocated() if on_gpu else None

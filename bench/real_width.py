@@ -1,7 +1,7 @@
 """The real widths of Qwen2.5-VL-7B, on a CPU: 2 of its 28 text layers, 8 of its 32 vision blocks, the whole vocabulary.
 
-    python tests/real_width.py               # 20 minutes, 16 GB of memory, 20 GB of disk for a while
-    python tests/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
+    python bench/real_width.py               # 20 minutes, 16 GB of memory, 20 GB of disk for a while
+    python bench/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
 
 A random checkpoint in the hub's layout answers questions on a picture, a clip of 10 seconds and one of a minute:
 
@@ -22,20 +22,21 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import av
+import naive
 import numpy as np
 import torch
+from hub_checkpoint import write_hub_checkpoint
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import common
 import data
-import naive
+import policy
 import sft
 import tgrpo
-from hub_checkpoint import write_hub_checkpoint
 from settings import SharedConfig, read_jsonl
 
 SHAPES = {
@@ -96,29 +97,29 @@ def make_files(folder, shape):
 def compare(folder, records):
     """Checks 1 and 2; raises AssertionError. Prints a line per prompt."""
     cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder))
-    processor = common.load_processor(cfg)
-    model = common.load_model(cfg).eval()
-    pad, banned = processor.tokenizer.pad_token_id, tuple(tgrpo.placeholder_ids(model))
+    processor = policy.load_processor(cfg)
+    model = policy.load_model(cfg).eval()
+    pad, banned = processor.tokenizer.pad_token_id, tuple(policy.placeholder_ids(model))
     samples = data.Samples(records, processor, cfg, shuffle=False)
-    prompts = [samples[i]["ordered"] for i in range(len(records))]
+    prompts = [samples[i].ordered for i in range(len(records))]
 
     generator = torch.Generator().manual_seed(0)
     groups = [[torch.randint(0, 200, (n,), generator=generator) for n in (24, 5)] for _ in prompts]
     lengths = [len(c) for group in groups for c in group]
-    packed_NT, _ = tgrpo.token_logps(model, tgrpo.pack(model, prompts, groups, pad), lengths, 1.0, banned)
+    packed_NT, _ = policy.token_logps(model, policy.pack(model, prompts, groups, pad), lengths, 1.0, banned)
     packed = iter(packed_NT)
     for name, x, group in zip(FILES, prompts, groups):
         begin = time.perf_counter()
         plain = [naive.completion_logps(model, x, c, placeholders=banned) for c in group]
         error = max((next(packed)[: len(c)] - logps_T).abs().max().item() for c, logps_T in zip(group, plain))
-        (ours,) = tgrpo.rollout(model, [x], [1], processor.tokenizer, 0, 16)
+        (ours,) = policy.rollout(model, [x], [1], processor.tokenizer, 0, 16)
         ids = model.generate(
             **x,
             position_ids=naive.batch_positions(model, [x]),
             do_sample=False,
             max_new_tokens=16,
             suppress_tokens=list(banned),
-            eos_token_id=tgrpo.eos_ids(model, processor.tokenizer),
+            eos_token_id=policy.eos_ids(model, processor.tokenizer),
             pad_token_id=pad,
         )
         P = x["input_ids"].shape[1]
