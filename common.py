@@ -1,16 +1,11 @@
-"""The plumbing every stage shares, once: models, sharding, memory, checkpoints, logs (settings are in settings.py).
+"""What every stage shares: accelerator and sharding, optimizer, and a Run (settings and files are in settings.py).
 
-Read `data.py` and `rewards.py` first; come back here when a stage script calls one of these:
+    make_accelerator, prepare, update    Accelerate, with FSDP switched on from the config; one optimizer step
+    Run                                  a training run: folder, resuming, batches, log, checkpoints, stopping
+    checkpoints                          written whole or not at all: a half-written folder is never chosen
+    Means, sum_over_ranks                numbers of all ranks together
 
-    load_processor, load_model, Policy      transformers' own classes, and a head that returns log-probs
-    mrope_positions                         where each token of a prompt stands in time, row and column
-    make_accelerator                        Accelerate, with FSDP switched on from the config
-    save_model, save_checkpoint, resume     atomic: a half-written folder is never chosen
-    starting_files                          the checkpoint's own config and tokenizer files, kept for `final`
-    Log                                     metrics.jsonl, one dict a step
-
-Axes: B rows · L tokens of a row · P tokens of a prompt · N predicted tokens · D hidden size · V vocabulary
-      in Packed: N completions · T tokens of the longest completion · M completion tokens of all rows
+"Collective" in a docstring means that every rank must call the function, or the others wait for it.
 """
 
 import fcntl
@@ -45,16 +40,9 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._pytree import tree_map
+from tqdm import tqdm
 
-from settings import (
-    UserError,
-    append_rows,
-    file_hash,
-    fingerprint,
-    read_jsonl,
-    sampled_hash,
-    write_atomic,
-)
+from settings import UserError, append_rows, file_hash, fingerprint, read_jsonl, sampled_hash, write_atomic
 
 # The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -63,48 +51,42 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 
 
-# ------------------------------------------------------------------------------------- processor and model
+# ---------------------------------------------------------------------------------- accelerator and sharding
 
 
-def compute_dtype(cfg):
-    return torch.bfloat16 if cfg.bf16 else torch.float32
-
-
-# ---------------------------------------------------------------------------------- Accelerate, sharded or not
-
-
-# What an accelerate config may ask for that these scripts do not do: the variable it sets, and its name.
+# What an accelerate config may request but these scripts do not support: the variable it sets, and its name.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-# What an accelerate config may say about training. Here the stage's own config says it, so these are dropped.
+# What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
 # Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still
-# notices a rank that died at once.
-PATIENCE = timedelta(hours=6)
+# notices a dead rank at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
-def make_accelerator(cfg, shard=True, **kwargs):
+def make_accelerator(cfg, shard=True):
     """Accelerator for this launch. With several processes and `fsdp: full_shard`, prepare() shards the model (FSDP2).
 
-    A user's own accelerate config may say which processes run where, and one with FSDP asks for sharding too. How they
-    train is said by `cfg` alone. `shard` False: each process holds a whole model, as in evaluation.
+    A user's own accelerate config may set which processes run where, and one with FSDP turns sharding on too. How they
+    train is set by `cfg` alone. With `shard` False each process holds a whole model, as in evaluation.
 
-    Raises UserError for DeepSpeed, Megatron-LM and other parallelism.
+    Raises UserError for DeepSpeed, Megatron-LM and other parallelism, and for a `log_with` that is not installed.
     """
     for name, library in UNSUPPORTED.items():
         if os.environ.get(name, "false").lower() == "true":
             raise UserError(
-                f"the accelerate config asks for {library}, which is not supported here: choose multi-GPU or FSDP"
+                f"the accelerate config requests {library}, which is not supported here: choose multi-GPU or FSDP"
             )
-    asks_for_shards = cfg.fsdp == "full_shard" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    config_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
         del os.environ[name]
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    plugin = fsdp_plugin(cfg) if shard and asks_for_shards and processes > 1 else None
+    sharded = shard and processes > 1 and (cfg.fsdp == "full_shard" or config_shards)
+    plugin = fsdp_plugin(cfg) if sharded else None
     on_cpu = not torch.cuda.is_available()
     # under FSDP the plugin's policy casts
     autocast = "bf16" if cfg.bf16 and plugin is None else "no"
@@ -112,23 +94,23 @@ def make_accelerator(cfg, shard=True, **kwargs):
         cpu=on_cpu,
         fsdp_plugin=plugin,
         mixed_precision=autocast,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        **kwargs,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        **tracker_arguments(cfg),
     )
     if accelerator.num_processes != processes:
         raise RuntimeError("accelerate did not join the launched processes")
     if plugin and on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate knows no FSDP on CPUs; PyTorch does. This turns accelerate's own FSDP2 code on (for the tests).
+        # accelerate does not support FSDP on CPUs, but PyTorch does: turn on accelerate's FSDP2 code (for the tests)
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
-    # cuDNN's attention plans each new shape for 30 ms and keeps the plan; here shapes change at every step
+    # cuDNN's attention spends 30 ms on planning each new shape, and here shapes change at every step
     torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator
 
 
 def fsdp_plugin(cfg):
-    """FSDP2 with float32 master weights; what is not said here would be read from the user's environment."""
+    """FSDP2 with float32 master weights. An argument that is not given would be read from the user's environment."""
     compute = torch.bfloat16 if cfg.bf16 else None
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -139,10 +121,21 @@ def fsdp_plugin(cfg):
         ),
         reshard_after_forward=True,
         cpu_offload=False,
-        activation_checkpointing=False,  # the setting gradient_checkpointing does it, in load_model
+        # policy.load_policy does it, if gradient_checkpointing is set
+        activation_checkpointing=False,
         cpu_ram_efficient_loading=True,
         state_dict_type="SHARDED_STATE_DICT",
     )
+
+
+def tracker_arguments(cfg):
+    """Arguments of Accelerator for `log_with`. Raises UserError if that package is not installed."""
+    log_with = getattr(cfg, "log_with", "none")
+    if log_with == "none":
+        return {}
+    if find_spec(log_with) is None:
+        raise UserError(f"log_with: {log_with} is not installed: pip install {log_with}, or log_with: none")
+    return {"log_with": log_with, "project_dir": cfg.output_dir}
 
 
 def is_sharded(accelerator):
@@ -150,30 +143,45 @@ def is_sharded(accelerator):
 
 
 def seed_everything(*numbers):
-    """Seed every generator from these numbers. tgrpo.py does so each step, so that a resumed step samples what it would have."""
+    """Seed every generator from these numbers. tgrpo.py does so each step, so a resumed step samples the same."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
+def compute_dtype(cfg):
+    """The dtype of forward passes and of saved models."""
+    return torch.bfloat16 if cfg.bf16 else torch.float32
+
+
 def to_device(inputs, device):
+    """`inputs` (nested dicts and lists) with every tensor on `device`."""
     return tree_map(lambda x: x.to(device, non_blocking=True) if hasattr(x, "to") else x, inputs)
 
 
+# ----------------------------------------------------------------------------------------------------------- optimizer
+
+
 def learning_rate(step, cfg):
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then `lr_schedule` down to min_lr_ratio."""
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then `lr_schedule` down to min_lr_ratio · lr."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_schedule]
-    return cfg.lr * (shape if cfg.lr_schedule == "constant" else cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    if cfg.lr_schedule == "linear":
+        decay = 1 - progress
+    else:
+        decay = (1 + math.cos(math.pi * progress)) / 2
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * decay)
 
 
 def prepare(accelerator, model, cfg):
-    """(model, optimizer) ready for training: on their device, sharded or wrapped where the launch asks for it.
+    """(model, optimizer) ready for training: on their device, and sharded or wrapped if the launch requires it.
 
-    Sharding comes first: ranks whose weights are still to come could not be matched with an optimizer made before.
+    The model is sharded before the optimizer exists: on the ranks whose weights have not arrived yet, accelerate could
+    not replace an optimizer's parameters.
     """
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -188,9 +196,9 @@ def prepare(accelerator, model, cfg):
 
 
 def update(accelerator, model, optimizer, step, cfg):
-    """One clipped AdamW step. Returns the gradient norm before clipping, of all ranks together.
+    """One clipped AdamW step. Returns the gradient norm over all ranks, before clipping. Collective.
 
-    A norm that is not finite means no step, on any rank; three in a row end the run (RuntimeError).
+    If the norm is not finite, no rank takes the step; three such steps in a row raise RuntimeError.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
@@ -213,30 +221,422 @@ def update(accelerator, model, optimizer, step, cfg):
 update.skipped_in_a_row = 0
 
 
-def all_sum(accelerator, values):
-    """Sum of each number over the ranks. Collective: every rank must call it, with the same keys."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
-    return dict(zip(values, accelerator.reduce(total, "sum").tolist()))
+def sum_over_ranks(accelerator, value):
+    """Sum of a number over the ranks. Collective."""
+    total = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(total, "sum").item()
 
 
-# ------------------------------------------------------------------------------------------- memory, told beforehand
+class Means:
+    """Weighted means of named numbers, over everything that was added on all ranks."""
+
+    def __init__(self):
+        self.sums = {}
+        self.weights = {}
+
+    def add(self, values, weight=1.0):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def reduce(self, accelerator):
+        """{name: mean}. Collective; a name may be missing on some of the ranks."""
+        sums = {}
+        weights = {}
+        for rank_sums, rank_weights in gather_object([(self.sums, self.weights)]):
+            for name in rank_sums:
+                sums[name] = sums.get(name, 0.0) + rank_sums[name]
+                weights[name] = weights.get(name, 0.0) + rank_weights[name]
+        return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name]}
 
 
-# ------------------------------------------------------------------------------------ checkpoints and the end
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+class Run:
+    """A training run in `cfg.output_dir`: its folder, batches, metrics, checkpoints, and how it stops.
+
+    Create it before anything slow happens: it claims the folder and raises UserError for a batch that the ranks cannot
+    share, for a folder in use, and for a checkpoint of a different run. After prepare(), call resume(). Collective, as
+    are all methods.
+
+    `bad_rows` {name: reason} are the rows that load_records left out, `n_records` is the number of the others.
+    """
+
+    def __init__(self, accelerator, cfg, stage, n_records, bad_rows):
+        self.accelerator = accelerator
+        self.cfg = cfg
+        self.stage = stage
+        self.folder = Path(cfg.output_dir)
+        self.n_rows = n_records + len(bad_rows)
+        # {name: reason} of every row that was skipped
+        self.skipped = dict(bad_rows)
+        check_batch_size(cfg, accelerator.num_processes)
+        self.checkpoint = claim_folder(accelerator, cfg, stage)
+        for name, reason in bad_rows.items():
+            accelerator.print(f"skipped {name}: {reason}")
+
+    def resume(self):
+        """Load the newest checkpoint, if there is one, into what accelerator.prepare() was given."""
+        state = {"step": 0}
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+            self.accelerator.print(f"resumed from {self.checkpoint}")
+            state = json.loads((Path(self.checkpoint) / "state.json").read_text(encoding="utf-8"))
+        self.first_step = state["step"]
+        self.skipped |= state.get("skipped", {})
+        self.stop = StopSignal()
+        self.start_log()
+
+    def start_log(self):
+        """Drop the logged rows of steps that will be repeated, and start a tracker if `log_with` names one."""
+        if self.accelerator.is_main_process:
+            for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
+                rows = [row for row in read_jsonl(path) if row["step"] < self.first_step]
+                if rows or path.exists():
+                    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            config = {self.stage: asdict(self.cfg)}
+            write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        if self.cfg.log_with == "tensorboard":
+            # the name of a folder in output_dir
+            self.accelerator.init_trackers("tensorboard")
+        if self.cfg.log_with == "wandb":
+            name = {"wandb": {"name": self.cfg.output_dir}}
+            self.accelerator.init_trackers("video-r1", config=asdict(self.cfg), init_kwargs=name)
+
+    def steps(self, batches):
+        """Yields (step, readable samples) for this rank's `batches` (lists of Samples), with a progress bar."""
+        self.bar = tqdm(
+            batches,
+            initial=self.first_step,
+            total=self.cfg.steps,
+            desc=self.stage,
+            disable=not self.accelerator.is_main_process,
+        )
+        self.seconds = {}
+        self.last_lap = time.perf_counter()
+        for step, batch in enumerate(self.bar, self.first_step):
+            self.lap("data_wait")
+            yield step, self.drop_unreadable(batch)
+
+    def drop_unreadable(self, batch):
+        """The readable samples of `batch`. All ranks count the unreadable ones; too many of them end the run."""
+        errors = [(f"{s.record['problem_id']} ({s.record['path']})", s.error) for s in batch if s.error]
+        errors = gather_object(errors)
+        for name, reason in errors:
+            if name not in self.skipped:
+                self.accelerator.print(f"skipped {name}: {reason}")
+                self.skipped[name] = reason
+        if len(self.skipped) > self.cfg.max_unreadable * self.n_rows:
+            raise UserError(
+                f"{len(self.skipped)} of {self.n_rows} records are unusable, more than max_unreadable "
+                f"{self.cfg.max_unreadable} allows; `python data.py --check` lists them. The last: {errors[-1][1]}"
+            )
+        return [sample for sample in batch if not sample.error]
+
+    def micro_batches(self, items, dummy):
+        """Yields (micro-batch, weight): this rank's items of a step, `micro_batch_size` at a time.
+
+        Sharded weights are gathered by all ranks together, so every rank must run the same number of forward passes. If
+        unreadable records left a rank with too few, it runs `dummy` with weight 0, from which nothing is learned.
+        """
+        size = self.cfg.micro_batch_size
+        for first in range(0, self.cfg.batch_size // self.accelerator.num_processes, size):
+            if items[first : first + size]:
+                yield items[first : first + size], 1.0
+            elif self.accelerator.num_processes > 1:
+                yield [dummy], 0.0
+
+    def lap(self, name):
+        """The seconds since the last lap; logged as time/<name>."""
+        now = time.perf_counter()
+        seconds = now - self.last_lap
+        self.last_lap = now
+        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + seconds
+        return seconds
+
+    def log(self, step, metrics):
+        """Write a step's metrics, learning rate, seconds and peak memory to metrics.jsonl and to the tracker."""
+        metrics = metrics | {"lr": learning_rate(step, self.cfg), "data/skipped": len(self.skipped), **self.seconds}
+        self.seconds = {}
+        if self.accelerator.device.type == "cuda":
+            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        self.append("metrics.jsonl", step, [rounded])
+        if self.cfg.log_with != "none":
+            self.accelerator.log(metrics, step=step)
+
+    def log_rollouts(self, step, rows):
+        """Append the rows of all ranks to rollouts.jsonl."""
+        self.append("rollouts.jsonl", step, gather_object(rows))
+
+    def append(self, name, step, rows):
+        if self.accelerator.is_main_process:
+            append_rows(self.folder / name, [{"step": step, **row} for row in rows])
+
+    def checkpoint_or_stop(self, step):
+        """Save a checkpoint if one is due. True if the run was asked to stop: then it is saved, and the caller returns.
+
+        The ranks decide together, or one would leave while the others wait for it.
+        """
+        finished = step + 1
+        stop = sum_over_ranks(self.accelerator, float(self.stop.asked)) > 0
+        due = self.cfg.save_every and finished % self.cfg.save_every == 0 and finished < self.cfg.steps
+        if stop or due:
+            save_checkpoint(self.accelerator, self.cfg, finished, {"skipped": self.skipped})
+        if stop:
+            self.accelerator.print(
+                f"stopped after {finished} of {self.cfg.steps} steps; the same command continues from "
+                f"{self.cfg.output_dir}/checkpoint-{finished}"
+            )
+        return stop
+
+    def finish(self, message):
+        """Print which records were skipped, and `message`."""
+        if self.skipped:
+            self.accelerator.print(f"{len(self.skipped)} unusable records were skipped: {', '.join(self.skipped)}")
+        self.accelerator.print(message)
+        self.accelerator.end_training()
+
+
+def check_batch_size(cfg, ranks):
+    """Raise UserError, at start-up, for a batch that the ranks cannot share evenly."""
+    share = cfg.batch_size // ranks
+    if cfg.batch_size % ranks:
+        raise UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
+    if share % min(cfg.micro_batch_size, share):
+        raise UserError(
+            f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}"
+        )
+
+
+def launcher():
+    """The id of the process that launched this one if it is accelerate's or torch's launcher, else None."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return os.getppid() if re.search(r"accelerate|torchrun|torch\.distributed", command) else None
+
+
+class StopSignal:
+    """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to stop.
+
+    The loop then saves and exits with status 0. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.launcher = launcher()
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        # print() is not allowed here: the signal may have interrupted one
+        os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving\n")
+
+    @property
+    def asked(self):
+        return self.received or (self.launcher is not None and os.getppid() != self.launcher)
+
+
+# ------------------------------------------------------------------------------------------ the folder of a run
+
+# Settings that may change when a run is resumed: they affect where and how fast it runs, not what is learned. The
+# records and the starting weights are compared by their content.
+RESUMABLE_SETTINGS = (
+    "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
+    "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile log_with"
+).split()
+RUN_FILES = (
+    "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
+).split()
+held_locks = {}
+
+
+def claim_folder(accelerator, cfg, stage):
+    """Lock cfg.output_dir for this run. Returns the checkpoint to resume from, or None. Collective.
+
+    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be
+    written, if another run is using it, or if its newest checkpoint was made by a run with other settings.
+    """
+    checkpoint = None
+    if accelerator.is_main_process:
+        folder = Path(cfg.output_dir)
+        lock_folder(folder)
+        if cfg.resume:
+            checkpoint = newest_whole_checkpoint(accelerator, folder)
+        else:
+            move_aside(accelerator, folder)
+        now = identity(cfg, stage)
+        if checkpoint is not None:
+            check_resumable(accelerator, cfg, checkpoint, now)
+        keep_finished(accelerator, cfg, folder, checkpoint)
+        write_atomic(folder / "run.json", json.dumps(now, indent=1))
+    return broadcast_object_list([checkpoint])[0]
+
+
+def lock_folder(folder):
+    """Lock `folder` until this process ends, however it ends.
+
+    Raises UserError if the folder cannot be written or another run is using it.
+    """
+    folder = Path(folder)
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --output_dir") from None
+    try:
+        # this lock is not inherited by child processes, and the system releases it when the process ends
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(
+            f"{folder}: another run is using this folder: {file.read().strip()}; "
+            "wait for it, or choose another --output_dir"
+        ) from None
+    held_locks[str(folder)] = file
+    with room_on_disk(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+
+
+def newest_whole_checkpoint(accelerator, folder):
+    """The newest checkpoint whose files are what was written, or None if there is no checkpoint.
+
+    Damaged checkpoints are renamed. Raises UserError if all are damaged.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return str(checkpoint)
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        accelerator.print(f"{checkpoint} is damaged: {wrong}; renamed to {aside.name} and not used")
+    if found:
+        raise UserError(
+            f"{folder}: none of its checkpoints is whole; start from scratch with --resume false (they are moved aside)"
+        )
+    return None
+
+
+def move_aside(accelerator, folder):
+    """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
+    earlier = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+    if not earlier:
+        return
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for path in earlier:
+        os.replace(path, aside / path.name)
+    accelerator.print(f"resume is false: the earlier run in {folder} is now in {aside}")
+
+
+def keep_finished(accelerator, cfg, folder, checkpoint):
+    """Raise UserError if `folder` holds a finished run, which starting again would overwrite.
+
+    A run may continue from a checkpoint to more steps; the model after fewer steps is kept under another name.
+    """
+    if not (folder / "final").is_dir():
+        return
+    try:
+        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
+    except OSError:
+        steps = len(read_jsonl(folder / "metrics.jsonl"))
+    if checkpoint is None or cfg.steps <= steps:
+        more = "" if checkpoint is None else ", or continue with more --steps"
+        raise UserError(
+            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; start from "
+            f"scratch with --resume false (the finished run is moved aside), choose another --output_dir{more}"
+        )
+    kept = folder / f"final-of-{steps}-steps"
+    replace_folder(folder / "final", kept)
+    accelerator.print(f"continuing from {steps} to {cfg.steps} steps; the model after {steps} steps is now {kept}")
+
+
+def identity(cfg, stage):
+    """What the result of a run depends on: its settings, the content of its records, the starting weights."""
+    compared = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE_SETTINGS}
+    return {
+        "stage": stage,
+        "settings": compared,
+        "schedule_steps": cfg.steps,
+        "records": file_hash(cfg.records),
+        "weights": fingerprint(cfg.model) or cfg.model,
+    }
+
+
+def check_resumable(accelerator, cfg, checkpoint, now):
+    """Raise UserError if `checkpoint` was made by a run that differs from this one in what it learns."""
+    path = Path(checkpoint)
+    done = int(path.name.split("-")[1])
+    if done > cfg.steps:
+        raise UserError(
+            f"steps: {cfg.steps}, but {path} is already after step {done}; set more steps, or start from "
+            "scratch with --resume false"
+        )
+    was_sharded = (path / "pytorch_model_fsdp_0").is_dir()
+    if was_sharded != is_sharded(accelerator):
+        before, now_is = ("sharded", "whole") if was_sharded else ("whole", "sharded")
+        raise UserError(
+            f"{path}: a checkpoint of {before} weights cannot be resumed in a run of {now_is} weights: start it as "
+            f"before, or export it as a model to start from: python -m tools.export {path} FOLDER"
+        )
+    try:
+        before = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except OSError:
+        accelerator.print(f"{path} has no run.json: settings, records and starting weights are not compared")
+        return
+    changed = []
+    for name, value in now["settings"].items():
+        if before["settings"].get(name) != value:
+            changed.append(f"{name} was {before['settings'].get(name)!r}, is {value!r}")
+    steps = before["schedule_steps"]
+    if steps != cfg.steps and cfg.lr_schedule != "constant":
+        changed.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
+    if before["records"] != now["records"]:
+        changed.append(f"the content of {cfg.records} has changed")
+    if before["weights"] != now["weights"]:
+        belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
+        changed.append(f"the weights in {cfg.model} have changed{belongs}")
+    differences = "; ".join(changed)
+    if changed and not cfg.resume_changed:
+        raise UserError(
+            f"{path} was made by a different run: {differences}. Start from scratch with --resume false "
+            "(the earlier run is moved aside), choose another --output_dir, or continue anyway with "
+            "--resume_changed true"
+        )
+    if changed:
+        accelerator.print(f"continuing from {path} although {differences}")
+
+
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 @contextmanager
 def room_on_disk(path):
-    """Turns a failed write to `path` into one line that says what to do; what was there before stays as it was."""
+    """Turns a failed write to `path` into a UserError with advice. The previous content stays as it was."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    # torch and safetensors raise their own errors if the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "writ" not in str(error):
             raise
-        there = checkpoints(Path(path).parent)
-        advice = "make room on the disk and start the same command again"
-        if there:
-            advice += f": it goes on from {there[-1].name}, which is whole"
+        advice = "free disk space and start the same command again"
+        saved = checkpoints(Path(path).parent)
+        if saved:
+            advice += f": it continues from {saved[-1].name}, which is complete"
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; {advice}") from error
 
 
@@ -259,7 +659,7 @@ def checkpoints(output_dir):
 
 
 def save_checkpoint(accelerator, cfg, step, state):
-    """All that is needed to go on after `step` finished steps. Collective. A checkpoint appears whole or not at all."""
+    """Everything that is needed to continue after `step` finished steps, written whole or not at all. Collective."""
     folder = Path(cfg.output_dir) / f"checkpoint-{step}"
     temporary = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
@@ -279,408 +679,25 @@ def save_checkpoint(accelerator, cfg, step, state):
 
 
 def contents(folder):
-    """{file below `folder`: hash of its size and of samples of its bytes}, by which a damaged checkpoint is known."""
+    """{file in `folder`: hash of its size and of samples of its bytes}, by which a damaged checkpoint is recognised."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "state.json")
     return {str(path.relative_to(folder)): sampled_hash(path) for path in files}
 
 
 def damage(checkpoint):
-    """What is wrong with a checkpoint's files, in words; None if nothing is."""
+    """A description of what is wrong with a checkpoint's files; None if nothing is."""
     try:
         expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
     except (OSError, ValueError) as error:
         return f"state.json cannot be read ({error})"
     found = contents(checkpoint)
     for name, value in expected.items():
-        if found.get(name) != value:
-            return f"{name} {'is not what was written' if name in found else 'is missing'}"
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != value:
+            return f"{name} is not what was written"
     return None
 
 
-def resume(accelerator, checkpoint):
-    """Load `checkpoint` (of claim_folder) into what was prepared. Returns its state, {"step": 0} for None.
-
-    Collective: every rank must call it.
-    """
-    if checkpoint is None:
-        return {"step": 0}
-    accelerator.load_state(str(checkpoint))
-    accelerator.print(f"resumed from {checkpoint}")
-    return json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))
-
-
-# ------------------------------------------------------------------------------------------ the folder of a run
-
-# Settings that may change when a run is resumed: they say where and how fast it runs, not what is learned. The records
-# and the starting weights are compared by their content.
-HARMLESS = (
-    "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
-    "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile plan gpus log_with"
-).split()
-RUN_FILES = (
-    "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
-).split()
-held_locks = {}
-
-
-def claim_folder(accelerator, cfg, stage):
-    """Make cfg.output_dir this run's own, before anything slow happens. Returns the checkpoint to go on from, or None.
-
-    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be
-    written, if another run works in it, or if its newest checkpoint is of a run that would learn something else.
-    Collective.
-    """
-    chosen = [None]
-    if accelerator.is_main_process:
-        folder = Path(cfg.output_dir)
-        lock_folder(folder)
-        if cfg.resume:
-            chosen = [newest_whole_checkpoint(accelerator, folder)]
-        else:
-            move_aside(accelerator, folder)
-        now = identity(cfg, stage)
-        if chosen[0] is not None:
-            check_resumable(accelerator, cfg, chosen[0], now)
-        keep_finished(accelerator, cfg, folder, chosen[0])
-        write_atomic(folder / "run.json", json.dumps(now, indent=1))
-    return broadcast_object_list(chosen)[0]
-
-
-def lock_folder(folder):
-    """Lock `folder` until this process ends, however it ends.
-
-    Raises UserError if the folder cannot be written or another run has it.
-    """
-    folder = Path(folder)
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --output_dir") from None
-    try:
-        # a lock of the process: its children do not inherit it, and the system drops it when the process is gone
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(
-            f"{folder}: another run works in this folder: {file.read().strip()}; wait for it, or choose another --output_dir"
-        ) from None
-    held_locks[str(folder)] = file
-    with room_on_disk(path):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
-
-
-def newest_whole_checkpoint(accelerator, folder):
-    """The newest checkpoint whose files are what was written, or None if there is no checkpoint.
-
-    Newer ones are damaged: they are named and renamed. Raises UserError if all are.
-    """
-    found = checkpoints(folder)
-    for checkpoint in reversed(found):
-        wrong = damage(checkpoint)
-        if wrong is None:
-            return str(checkpoint)
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(checkpoint, aside)
-        accelerator.print(f"{checkpoint} is damaged: {wrong}; it is renamed to {aside.name} and not used")
-    if found:
-        raise UserError(
-            f"{folder}: none of its checkpoints is whole; start anew with --resume false (they are moved aside)"
-        )
-    return None
-
-
-def move_aside(accelerator, folder):
-    """Move what an earlier run left in `folder` into a new folder earlier-1, earlier-2, … below it."""
-    there = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
-    if not there:
-        return
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    aside = folder / f"earlier-{number}"
-    aside.mkdir()
-    for path in there:
-        os.replace(path, aside / path.name)
-    accelerator.print(f"resume is false: the earlier run in {folder} is now in {aside}")
-
-
-def keep_finished(accelerator, cfg, folder, checkpoint):
-    """UserError if `folder` holds a finished run, which starting again would overwrite.
-
-    A run may go on from a checkpoint to more steps; the model of the fewer steps is kept under another name.
-    """
-    if not (folder / "final").is_dir():
-        return
-    try:
-        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
-    except OSError:
-        steps = len(read_jsonl(folder / "metrics.jsonl"))
-    if checkpoint is None or cfg.steps <= steps:
-        more = "" if checkpoint is None else ", or go on with more --steps"
-        raise UserError(
-            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; start anew with --resume "
-            f"false (the finished run is moved aside), choose another --output_dir{more}"
-        )
-    kept = folder / f"final-of-{steps}-steps"
-    replace_folder(folder / "final", kept)
-    accelerator.print(f"going on from {steps} to {cfg.steps} steps; the model of {steps} steps is now {kept}")
-
-
-def identity(cfg, stage):
-    """What the result of a run depends on: its settings, the content of its records, the starting weights."""
-    settings = {name: value for name, value in asdict(cfg).items() if name not in HARMLESS}
-    return {
-        "stage": stage,
-        "settings": settings,
-        "schedule_steps": cfg.steps,
-        "records": file_hash(cfg.records),
-        "weights": fingerprint(cfg.model) or cfg.model,
-    }
-
-
-def check_resumable(accelerator, cfg, checkpoint, now):
-    """UserError if this run would go on from `checkpoint` as another one than it was made by."""
-    path = Path(checkpoint)
-    done = int(path.name.split("-")[1])
-    if done > cfg.steps:
-        raise UserError(
-            f"steps: {cfg.steps}, but {path} has done {done} already; ask for more, or start anew with --resume false"
-        )
-    was_sharded = (path / "pytorch_model_fsdp_0").is_dir()
-    if was_sharded != is_sharded(accelerator):
-        kinds = ("of whole weights", "of sharded weights")
-        raise UserError(
-            f"{path}: a checkpoint {kinds[was_sharded]} cannot be resumed in a run {kinds[not was_sharded]}: start it as "
-            f"before, or make it a model to start from: python -m tools.export {path} FOLDER"
-        )
-    try:
-        before = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except OSError:
-        accelerator.print(
-            f"{path} does not say how it was made; settings, records and starting weights are not compared"
-        )
-        return
-    changed = []
-    for name, value in now["settings"].items():
-        if before["settings"].get(name) != value:
-            changed.append(f"{name} was {before['settings'].get(name)!r}, is {value!r}")
-    steps = before["schedule_steps"]
-    if steps != cfg.steps and cfg.lr_schedule != "constant":
-        changed.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
-    if before["records"] != now["records"]:
-        changed.append(f"the content of {cfg.records} has changed")
-    if before["weights"] != now["weights"]:
-        belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
-        changed.append(f"the weights in {cfg.model} have changed{belongs}")
-    differences = "; ".join(changed)
-    if changed and not cfg.resume_changed:
-        raise UserError(
-            f"{path} was made by another run: {differences}. Start anew with --resume false (the earlier run is moved aside), "
-            "choose another --output_dir, or go on all the same with --resume_changed true"
-        )
-    if changed:
-        accelerator.print(f"going on from {path} all the same: {differences}")
-
-
-def launcher():
-    """The process that launched this one, if it is accelerate's or torch's launcher; else None."""
-    try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return os.getppid() if re.search(r"accelerate|torchrun|torch\.distributed", command) else None
-
-
-class StopSignal:
-    """True once the run was asked to stop: by SIGTERM, by Ctrl-C, or by the end of its launcher.
-
-    The loop then saves and leaves with exit status 0. A second Ctrl-C stops at once.
-    """
-
-    def __init__(self):
-        self.received = False
-        self.launcher = launcher()
-        signal.signal(signal.SIGTERM, self.ask)
-        signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, number, frame):
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        # print() must not be called here: the signal may have come in the middle of one
-        os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving\n")
-
-    @property
-    def asked(self):
-        return self.received or (self.launcher is not None and os.getppid() != self.launcher)
-
-
-def after_step(accelerator, cfg, step, stop, state):
-    """Checkpoint where one is due. True if the run was asked to stop: it is saved, and the caller leaves.
-
-    Collective: the ranks decide together, or one would leave while the others wait for it.
-    """
-    asked = all_sum(accelerator, {"stop": float(stop.asked)})["stop"] > 0
-    due = cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps
-    if asked or due:
-        save_checkpoint(accelerator, cfg, step + 1, state)
-    if asked:
-        accelerator.print(
-            f"stopped after {step + 1} of {cfg.steps} steps; the same command goes on from "
-            f"{cfg.output_dir}/checkpoint-{step + 1}"
-        )
-    return asked
-
-
-# --------------------------------------------------------------------------------------------- batches of a step
-
-
-def check_batches(cfg, accelerator):
-    """UserError, at start-up, for a batch that the processes cannot share evenly."""
-    ranks, share = accelerator.num_processes, cfg.batch_size // accelerator.num_processes
-    if cfg.batch_size % ranks:
-        raise UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
-    if share % min(cfg.micro_batch_size, share):
-        raise UserError(
-            f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}"
-        )
-
-
-def micro_batches(items, cfg, accelerator, blank):
-    """This rank's share of a step, `micro_batch_size` at a time, each with its weight: 1, or 0 for a blank one.
-
-    Sharded weights are gathered by all ranks together, so every rank must run the same number of forwards. Where an
-    unusable record left a rank short, it runs `blank` with weight 0 instead; nothing is learned from it.
-    """
-    for first in range(0, cfg.batch_size // accelerator.num_processes, cfg.micro_batch_size):
-        chunk = items[first : first + cfg.micro_batch_size]
-        if chunk or accelerator.num_processes > 1:
-            yield (chunk, 1.0) if chunk else ([blank], 0.0)
-
-
-class Skipped:
-    """Counts and names bad rows and records whose media are unusable; stops the run past `max_unreadable` of all rows.
-
-    bad_rows: {name: reason}, known since the records were loaded. seen: the same of those met before a resume.
-    """
-
-    def __init__(self, accelerator, cfg, n_records, bad_rows, seen=()):
-        self.limit = cfg.max_unreadable
-        self.n_records = n_records + len(bad_rows)
-        self.seen = dict(bad_rows) | dict(seen)
-        for name, reason in bad_rows.items():
-            accelerator.print(f"skipped {name}: {reason}")
-
-    def __len__(self):
-        return len(self.seen)
-
-    def drop(self, accelerator, batch):
-        """The readable samples of this rank's batch. Collective: all ranks learn of every unusable record."""
-        found = gather_object([(f"{s.record['problem_id']} ({s.record['path']})", s.error) for s in batch if s.error])
-        for name, reason in found:
-            if name not in self.seen:
-                accelerator.print(f"skipped {name}: {reason}")
-                self.seen[name] = reason
-        if len(self.seen) > self.limit * self.n_records:
-            raise UserError(
-                f"{len(self.seen)} of {self.n_records} records are unusable, more than max_unreadable "
-                f"{self.limit} allows; `python data.py --check` lists them. The last: {found[-1][1]}"
-            )
-        return [s for s in batch if not s.error]
-
-    def report(self, accelerator):
-        if self.seen:
-            accelerator.print(f"{len(self.seen)} unusable records were skipped: " + ", ".join(self.seen))
-
-
-class Means:
-    """Means over everything added on all ranks, each with its own weight."""
-
-    def __init__(self):
-        self.sums, self.weights = {}, {}
-
-    def add(self, values, weight=1.0):
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def reduce(self, accelerator):
-        """{name: mean}. Collective; a name need not be known on every rank."""
-        parts = gather_object([(self.sums, self.weights)])
-        names = sorted({name for sums, _ in parts for name in sums})
-        total = lambda index, name: sum(part[index].get(name, 0.0) for part in parts)
-        return {name: total(0, name) / total(1, name) for name in names if total(1, name)}
-
-
-def peak_memory(accelerator):
-    """{"memory/peak_gb": most that tensors have held on this GPU so far, in 1e9 bytes}; empty on a CPU."""
-    return {"memory/peak_gb": torch.cuda.max_memory_allocated() / 1e9} if accelerator.device.type == "cuda" else {}
-
-
-class Timer:
-    """Seconds between laps, by name."""
-
-    def __init__(self):
-        self.last, self.laps = time.perf_counter(), {}
-
-    def lap(self, name):
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + seconds
-        return seconds
-
-    def report(self):
-        laps, self.laps = self.laps, {}
-        return laps
-
-
-# -------------------------------------------------------------------------------------------------------- log
-
-
-class Log:
-    """metrics.jsonl, one dict per step, and rollouts.jsonl; `log_with` sends the metrics elsewhere too. Rank 0 writes.
-
-    A resumed run begins by dropping the rows of the steps that it will do again.
-    """
-
-    def __init__(self, accelerator, cfg, stage, start_step):
-        self.accelerator, self.folder = accelerator, Path(cfg.output_dir)
-        self.has_tracker = cfg.log_with != "none"
-        if accelerator.is_main_process:
-            for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
-                kept = [row for row in read_jsonl(path) if row["step"] < start_step]
-                if kept or path.exists():
-                    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-            write_atomic(self.folder / "config.yaml", yaml.safe_dump({stage: asdict(cfg)}, sort_keys=False))
-        if cfg.log_with == "tensorboard":
-            # the name of a folder in output_dir
-            accelerator.init_trackers("tensorboard")
-        if cfg.log_with == "wandb":
-            accelerator.init_trackers("video-r1", config=asdict(cfg), init_kwargs={"wandb": {"name": cfg.output_dir}})
-
-    def __call__(self, step, metrics):
-        self.append("metrics.jsonl", step, [{k: float(f"{v:.6g}") for k, v in metrics.items()}])
-        if self.has_tracker:
-            self.accelerator.log(metrics, step=step)
-
-    def rollouts(self, step, rows):
-        """Collective: every rank hands over its own rows."""
-        self.append("rollouts.jsonl", step, gather_object(rows))
-
-    def append(self, name, step, rows):
-        if self.accelerator.is_main_process:
-            append_rows(self.folder / name, [{"step": step, **row} for row in rows])
-
-
-def trackers(cfg):
-    """Arguments of Accelerator for `log_with`. UserError if that package is not installed."""
-    if cfg.log_with == "none":
-        return {}
-    if find_spec(cfg.log_with) is None:
-        raise UserError(f"log_with: {cfg.log_with} is not installed: pip install {cfg.log_with}, or log_with: none")
-    return {"log_with": cfg.log_with, "project_dir": cfg.output_dir}
+if __name__ == "__main__":
+    raise UserError("python common.py --export is now: python -m tools.export CHECKPOINT FOLDER")

@@ -315,6 +315,7 @@ def encode(processor, record, media, metadata, cfg):
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}  # pixels a frame, despite the names
     if record["data_type"] == "image":
         inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
+        inputs = as_clip(inputs, processor)
     else:
         inputs = processor(
             text=[text],
@@ -331,9 +332,26 @@ def encode(processor, record, media, metadata, cfg):
     length = inputs["input_ids"].shape[1]
     if length > cfg.max_prompt_tokens:
         raise Unusable(f"{record['path']}: prompt of {length} tokens, max_prompt_tokens is {cfg.max_prompt_tokens}")
-    if "second_per_grid_ts" in inputs:
-        inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
+    inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
     return inputs
+
+
+def as_clip(inputs, processor):
+    """A picture's inputs as those of a clip of one moment. The model computes the same from both (test_pictures.py).
+
+    So a batch has one kind of media, and the vision tower runs once per batch. Under FSDP it must: all ranks gather its
+    weights together.
+    """
+    ids = inputs["input_ids"]
+    is_picture = ids == processor.image_token_id
+    return {
+        "input_ids": ids.masked_fill(is_picture, processor.video_token_id),
+        "attention_mask": inputs["attention_mask"],
+        "mm_token_type_ids": is_picture * 2,
+        "pixel_values_videos": inputs["pixel_values"],
+        "video_grid_thw": inputs["image_grid_thw"],
+        "second_per_grid_ts": [1.0],
+    }
 
 
 def target_ids(processor, record):
@@ -509,8 +527,8 @@ def rank_batches(cfg, start_step, rank, ranks):
 
 def join_media(inputs):
     """The pixels, grids and frame times of several prompts, concatenated in their order: one call of the vision tower each."""
-    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-    return {name: torch.cat(parts) for name in names if (parts := [x[name] for x in inputs if name in x])}
+    names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    return {name: torch.cat([x[name] for x in inputs]) for name in names}
 
 
 def pad(rows, value, side):

@@ -238,7 +238,7 @@ def answer(cfg):
             "\n".join([f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:", *missing])
         )
     processor = policy.load_processor(cfg)
-    model = policy.load_model(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
+    model = policy.load_policy(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
 
     orders = ("ordered", "shuffled") if cfg.temporal_gap else ("shuffled",) if cfg.shuffle_frames else ("ordered",)
     if cfg.shuffle_frames and (stills := sum(r["data_type"] == "image" for r in records)):

@@ -22,6 +22,15 @@ from pathlib import Path
 import yaml
 
 STAGES = ("sft", "tgrpo", "evaluate")
+# Arguments that have become commands of their own.
+MOVED = {
+    "--plan": "python -m tools.plan_memory --config FILE --gpus N",
+    "--gpus": "python -m tools.plan_memory --config FILE --gpus N",
+    "--distill": "python -m tools.distill PREDICTIONS --out FILE",
+    "--split": "python -m tools.split RECORDS --share 0.1 --out FOLDER",
+    "--report": "python -m tools.report PREDICTIONS",
+    "--credit_control": "python -m experiments.controls --control shuffled --config FILE",
+}
 
 
 class UserError(SystemExit):
@@ -72,7 +81,7 @@ class SharedConfig:
     )
     max_unreadable: float = option(
         0.01,
-        "share of the rows that may be wrong or have unreadable media; past it the run stops (evaluation counts such media)",
+        "share of the rows that may be wrong or unreadable; past it the run stops (evaluation counts unreadable media)",
         low=0,
         high=1,
     )
@@ -131,43 +140,75 @@ class TrainConfig(SharedConfig):
     )
 
 
-def convert(value, kind, choices=None, low=None, high=None):
-    """`value` as the type of its setting, or ValueError that says what was expected.
+def convert(text, kind, choices=None, low=None, high=None):
+    """The value of a setting from its text, as its type. Raises ArgumentTypeError with what was expected.
 
-    >>> convert("1e-6", float), convert("false", bool), convert(3, float)     # YAML reads 1e-6 as text
+    >>> convert("1e-6", float), convert("false", bool), convert("3", float)
     (1e-06, False, 3.0)
     """
     if kind is bool:
-        converted = {"true": True, "false": False}.get(str(value).lower())
-        if converted is None:
-            raise ValueError(f"expected true or false, got {value!r}")
-        return converted
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+        return text.lower() == "true"
     if kind is list:
-        return [
-            convert(v, str, choices)
-            for v in (value if isinstance(value, list) else str(value).replace(",", " ").split())
-        ]
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"expected text, got {value!r}")
-        converted = value
-    else:
-        name = {int: "a whole number", float: "a number"}[kind]
-        try:
-            if isinstance(value, bool) or (kind is int and isinstance(value, float)):
-                raise ValueError
-            converted = kind(value)
-            if not math.isfinite(converted):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"expected {name}, got {value!r:.80}") from None
-    if choices and converted not in choices:
-        raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
-    if low is not None and converted < low:
-        raise ValueError(f"expected at least {low}, got {value!r}")
-    if high is not None and converted > high:
-        raise ValueError(f"expected at most {high}, got {value!r}")
-    return converted
+        kind = str
+    try:
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.80}") from None
+    if choices and value not in choices:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(choices)}, got {text!r}")
+    if low is not None and value < low:
+        raise argparse.ArgumentTypeError(f"expected at least {low}, got {text}")
+    if high is not None and value > high:
+        raise argparse.ArgumentTypeError(f"expected at most {high}, got {text}")
+    return value
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """argparse for the command line and for the YAML file alike. A mistake is one line that names where it was made."""
+
+    source = "command line: --"
+
+    def error(self, message):
+        for flag, command in MOVED.items():
+            if flag in message:
+                raise UserError(f"{flag} is now a command of its own: {command}")
+        # argparse writes "argument --lr: expected a number, got 'fast'"
+        raise UserError(message.replace("argument --", self.source))
+
+
+def make_parser(cls, stage, doc):
+    """A parser with one argument per field of the config class `cls`. Its result only has what was given."""
+    parser = SettingsParser(
+        usage="%(prog)s --config FILE [--name value ...]",
+        description=doc,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help=f"YAML file: shared settings at the top level, then a section '{stage}:'")
+    for f in fields(cls):
+        limits = {key: f.metadata[key] for key in ("choices", "low", "high")}
+        default = f.default if f.default is not MISSING else f.default_factory()
+        choices = f" ({' | '.join(limits['choices'])})" if limits["choices"] else ""
+        help_text = f"{f.metadata['help']}{choices}; default: {default if default not in ('', []) else 'none'}"
+        several = {}
+        if f.type is list:
+            several = {"nargs": "*"}
+        if f.type is bool:
+            several = {"nargs": "?", "const": True}
+        parser.add_argument(
+            f"--{f.name}",
+            type=functools.partial(convert, kind=f.type, **limits),
+            metavar=f.type.__name__,
+            help=help_text.replace("%", "%%"),
+            **several,
+        )
+    return parser
 
 
 def load_config(cls, stage, argv=None, doc=None, partial=False):
@@ -177,54 +218,55 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
     With `partial` the section may hold settings that `cls` does not know.
     """
     print_utf8()
-    known = {f.name: f for f in fields(cls)}
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --config FILE [--name value ...]",
-        description=doc,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help=f"YAML file: shared settings at the top level, then a section '{stage}:'")
-    for name, f in known.items():
-        default = f.default if f.default is not MISSING else f.default_factory()
-        several = {"nargs": "*"} if f.type is list else {"nargs": "?", "const": "true"} if f.type is bool else {}
-        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        help_text = f"{f.metadata['help']}{choices}; default: {default if default not in ('', []) else 'none'}"
-        parser.add_argument(f"--{name}", metavar=f.type.__name__, help=help_text.replace("%", "%%"), **several)
-    given = vars(parser.parse_args(argv))
-    path = given.pop("config")
-
+    parser = make_parser(cls, stage, doc)
+    from_command_line = vars(parser.parse_args(argv))
+    path = from_command_line.pop("config", None)
     values = {}
-
-    def take(source, settings):
-        for name, value in settings.items():
-            if name not in known:
-                hint = difflib.get_close_matches(str(name), known, 1)
-                raise UserError(f"{source}{name}: no such setting" + (f"; did you mean {hint[0]}?" if hint else ""))
-            f = known[name]
-            try:
-                values[name] = convert(value, f.type, f.metadata["choices"], f.metadata["low"], f.metadata["high"])
-            except ValueError as error:
-                raise UserError(f"{source}{name}: {error}") from None
-
     if path:
-        tree = read_yaml(path)
-        sections = {name: part for name in STAGES if (part := tree.pop(name, None)) is not None}
-        section = sections.get(stage, {})
-        shared = {f.name for f in fields(SharedConfig)}
-        for name in tree:  # a stage's own setting must stand in its section
-            if name not in shared:
-                where = f" here; put it into the section '{stage}:'" if name in known else ""
-                hint = difflib.get_close_matches(str(name), shared, 1)
-                raise UserError(
-                    f"{path}: {name}: no such setting{where or (f'; did you mean {hint[0]}?' if hint else '')}"
-                )
-        take(f"{path}: ", tree)
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: {stage}: expected a section of settings, got {section!r}")
-        take(f"{path}: {stage}.", {k: v for k, v in section.items() if k in known} if partial else section)
-    take("command line: --", {k: v for k, v in given.items() if v is not None})
-    return cls(**values)
+        known = [f.name for f in fields(cls)]
+        for source, name, value in yaml_settings(path, stage, known):
+            if name not in known and partial:
+                continue
+            check_name(f"{source}{name}", name, known)
+            parser.source = source
+            values |= vars(parser.parse_args(as_arguments(source, name, value)))
+    return cls(**values | from_command_line)
+
+
+def yaml_settings(path, stage, known):
+    """Yields (source, name, value) of a config's shared settings, then those of the section `stage`."""
+    tree = read_yaml(path)
+    sections = {name: tree.pop(name, None) for name in STAGES}
+    section = sections[stage]
+    if section is None:
+        section = {}
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {stage}: expected a section of settings, got {section!r}")
+    shared = [f.name for f in fields(SharedConfig)]
+    for name, value in tree.items():
+        if name in known and name not in shared:
+            raise UserError(f"{path}: {name}: no such setting here; put it into the section '{stage}:'")
+        check_name(f"{path}: {name}", name, shared)
+        yield f"{path}: ", name, value
+    for name, value in section.items():
+        yield f"{path}: {stage}.", name, value
+
+
+def check_name(where, name, known):
+    """Raise UserError if `name` is not among the known settings."""
+    if name not in known:
+        similar = difflib.get_close_matches(str(name), known, 1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise UserError(f"{where}: no such setting{hint}")
+
+
+def as_arguments(source, name, value):
+    """A setting of the YAML file as command-line arguments. Raises UserError for what no setting can be."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if value is None or isinstance(value, dict):
+        raise UserError(f"{source}{name}: expected a value, got {value!r}")
+    return [f"--{name}={value}"]
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -296,8 +338,8 @@ def append_rows(path, rows):
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make room on the disk and start the same command again, it goes "
-            "on from what is there"
+            f"cannot write {path}: {error.strerror or error}; free disk space and start the same command again: it "
+            "continues from there"
         ) from error
 
 

@@ -102,7 +102,7 @@ def bandwidth_share(model, groups, seconds):
     rows = [
         (g.sample.ordered["input_ids"].shape[1], n)
         for g in groups
-        for n in [*map(len, g.completions), *g.shuffled_lengths]
+        for n in [*map(len, g.completions), *map(len, g.shuffled_completions)]
     ]
     read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
     return {"rollout/bandwidth_share": read / seconds / peak}
@@ -121,7 +121,7 @@ def fake_ranks(n):
 
 
 def random_model(config, cfg, dtype):
-    """What policy.load_model gives, without a checkpoint; the numbers in it are whatever was in memory."""
+    """What policy.load_policy gives, without a checkpoint; the numbers in it are whatever was in memory."""
     with no_init_weights():
         model = policy.empty_model(config, dtype)
     model.tie_weights()
@@ -155,7 +155,7 @@ def measure_rollout(sampler, prompt, cfg, tokenizer, compiled, repeats):
     first = timed(sampler.device, sample)
     seconds = statistics.median(timed(sampler.device, sample) for _ in range(repeats))
     ordered, shuffled = kept[: counts[0]], kept[counts[0] :]
-    group = tgrpo.Group(data.Sample({}, ordered=prompt), ordered, [], [], shuffled_lengths=[len(c) for c in shuffled])
+    group = tgrpo.Group(data.Sample({}, ordered=prompt), ordered, [], shuffled_completions=shuffled)
     share = bandwidth_share(sampler, [group], seconds).get("rollout/bandwidth_share")
     tokens = sum(len(c) for c in kept)
     return {"tokens_per_s": tokens / seconds, "bandwidth_share": share, "first_s": first, "seconds": seconds}, ordered
@@ -200,8 +200,8 @@ def main():
     )
 
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
-    policy.load_model = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
-    reference = policy.load_frozen(accelerator, cfg)
+    policy.load_policy = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
+    reference = policy.load_reference(accelerator, cfg)
     model = accelerator.unwrap_model(model)
     sampler = policy.rollout_copy(accelerator, model, cfg)
     result = {
@@ -227,17 +227,17 @@ def main():
             f"{numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s"
         )
 
-    lengths = [len(c) for c in completions]
-    advantages_G = torch.linspace(-1, 1, len(lengths), device=device)
-    mask_GT = data.pad([torch.ones(n) for n in lengths], 0, "right").to(device)
-    banned = tuple(policy.placeholder_ids(model))
+    advantages_G = torch.linspace(-1, 1, len(completions), device=device)
+    banned = policy.placeholder_ids(model)
 
     def forward_and_backward():
-        packed = common.to_device(policy.pack(model, [prompt], [completions], tokenizer.pad_token_id), device)
+        packed = policy.pack(model, [prompt], [completions], tokenizer.pad_token_id)
         with torch.no_grad():
-            ref_logps_GT, _ = policy.token_logps(reference, packed, lengths, 1.0, banned)
-        logps_GT, _ = policy.token_logps(model, packed, lengths, 1.0, banned)
-        loss_G, _, _ = tgrpo.grpo_loss(logps_GT, logps_GT.detach(), ref_logps_GT, advantages_G, mask_GT, 0.2, 0.04)
+            ref_logps_GT, _ = policy.completion_logps(reference, packed, 1.0, banned)
+        logps_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
+        loss_G, _, _ = tgrpo.grpo_loss(
+            logps_GT, logps_GT.detach(), ref_logps_GT, advantages_G, packed.mask_NT, 0.2, 0.04
+        )
         accelerator.backward(loss_G.mean())
 
     def update():

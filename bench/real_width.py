@@ -98,15 +98,14 @@ def compare(folder, records):
     """Checks 1 and 2; raises AssertionError. Prints a line per prompt."""
     cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder))
     processor = policy.load_processor(cfg)
-    model = policy.load_model(cfg).eval()
+    model = policy.load_policy(cfg).eval()
     pad, banned = processor.tokenizer.pad_token_id, tuple(policy.placeholder_ids(model))
     samples = data.Samples(records, processor, cfg, shuffle=False)
     prompts = [samples[i].ordered for i in range(len(records))]
 
     generator = torch.Generator().manual_seed(0)
     groups = [[torch.randint(0, 200, (n,), generator=generator) for n in (24, 5)] for _ in prompts]
-    lengths = [len(c) for group in groups for c in group]
-    packed_NT, _ = policy.token_logps(model, policy.pack(model, prompts, groups, pad), lengths, 1.0, banned)
+    packed_NT, _ = policy.completion_logps(model, policy.pack(model, prompts, groups, pad), 1.0, banned)
     packed = iter(packed_NT)
     for name, x, group in zip(FILES, prompts, groups):
         begin = time.perf_counter()

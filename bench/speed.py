@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import av
+import naive
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ import policy
 import toy
 from rewards import format_reward
 from settings import SharedConfig
-from tgrpo import group_advantages, grpo_loss, pack, placeholder_ids, rollout, token_logps
+from tgrpo import group_advantages, grpo_loss
 
 G, S, BETA = 8, 4, 0.04
 # prompt tokens, completion tokens: picture size in pixels and the model that is slow enough to measure, quick enough to wait for
@@ -112,15 +113,15 @@ def rewards_of(processor, completions):
 def our_step(model, reference, optimizer, prompts, counts, processor, C):
     """tgrpo.py's own functions. Only the first prompt's completions are trained; a second one is the shuffled clip."""
     clock = Clock()
-    completions = rollout(model, prompts, counts, NoEnd(processor.tokenizer), 1.0, C)[:G]
+    completions = policy.rollout(model, prompts, counts, NoEnd(processor.tokenizer), 1.0, C)[:G]
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, completions))
-    packed, lengths, mask = pack(model, prompts[:1], [completions], 0), [len(c) for c in completions], torch.ones(G, C)
+    packed = policy.pack(model, prompts[:1], [completions], 0)
     with torch.no_grad():
-        ref, _ = token_logps(reference, packed, lengths, 1.0, ())
+        ref, _ = policy.completion_logps(reference, packed)
     clock.lap("reference")
-    logps, _ = token_logps(model, packed, lengths, 1.0, ())
-    grpo_loss(logps, logps.detach(), ref, advantages, mask, 0.2, BETA)[0].mean().backward()
+    logps, _ = policy.completion_logps(model, packed)
+    grpo_loss(logps, logps.detach(), ref, advantages, packed.mask_NT, 0.2, BETA)[0].mean().backward()
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("update")
@@ -131,6 +132,7 @@ def naive_step(model, reference, optimizer, x, processor, C):
     """generate() with num_return_sequences, then G whole rows with their full logits, under reference and policy."""
     clock = Clock()
     model.model.rope_deltas = None
+    x = naive.as_picture(x, model.config.image_token_id)
     P = x["input_ids"].shape[1]
     with torch.no_grad():
         rows = model.generate(
@@ -143,7 +145,7 @@ def naive_step(model, reference, optimizer, x, processor, C):
             max_new_tokens=C,
             eos_token_id=NoEnd(processor.tokenizer).eos_token_id,
             pad_token_id=0,
-            suppress_tokens=placeholder_ids(model),
+            suppress_tokens=policy.placeholder_ids(model),
         )
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, rows[:, P:]))
@@ -237,7 +239,7 @@ def set_up(folder, size):
     picture = Image.effect_noise((width, height), 80).convert("RGB")
     record, x = prompt_of(processor, picture, P, cfg)
     assert x["input_ids"].shape[1] == P, x["input_ids"].shape
-    model, reference = policy.load_model(cfg).eval(), policy.load_model(cfg).eval().requires_grad_(False)
+    model, reference = policy.load_policy(cfg).eval(), policy.load_policy(cfg).eval().requires_grad_(False)
     return processor, picture, record, x, model, reference, torch.optim.AdamW(model.parameters(), lr=1e-6)
 
 
@@ -258,7 +260,9 @@ def memory_of(contestant, size):
         elif contestant == "naive":
             naive_step(model, reference, optimizer, x, processor, C)
         else:
-            run_trl(Path(folder), picture, record["problem"], processor, C, 1, placeholder_ids(model), lambda: None)
+            run_trl(
+                Path(folder), picture, record["problem"], processor, C, 1, policy.placeholder_ids(model), lambda: None
+            )
         return resident("VmHWM") - before
 
 
@@ -403,7 +407,14 @@ def main():
                 laps["TRL"] = [
                     {"whole": s}
                     for s in run_trl(
-                        folder, picture, record["problem"], processor, C, args.rounds + 1, placeholder_ids(model), turn
+                        folder,
+                        picture,
+                        record["problem"],
+                        processor,
+                        C,
+                        args.rounds + 1,
+                        policy.placeholder_ids(model),
+                        turn,
                     )
                 ]
             else:

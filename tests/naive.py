@@ -53,7 +53,7 @@ def tiny_policy(seed=3, generation=None, **text):
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    config._attn_implementation = "packed"
+    config._attn_implementation = "sdpa"
     model = Qwen2_5_VLForConditionalGeneration(config)
     for name, value in (generation or {}).items():
         setattr(model.generation_config, name, value)
@@ -61,25 +61,38 @@ def tiny_policy(seed=3, generation=None, **text):
 
 
 def prompt(kind, grid, n_text, seed, seconds=None):
-    """Model inputs of a prompt with random pixels: kind "video", "image"; grid (T, H, W) in patches; `seconds` of the clip."""
+    """Inputs of a prompt with random pixels, as data.encode makes them (a picture is a clip of one moment).
+
+    kind: "video" or "image"; grid: (T, H, W) in patches; `seconds` of the clip.
+    """
     generator = torch.Generator().manual_seed(seed)
-    placeholder = {"video": VIDEO, "image": IMAGE}[kind]
     n_media = grid[0] * grid[1] * grid[2] // 4
     text = torch.randint(3, 50, (n_text,), generator=generator).tolist()
-    ids = torch.tensor([[5, START, *[placeholder] * n_media, END, *text]])
+    ids = torch.tensor([[5, START, *[VIDEO] * n_media, END, *text]])
     pixels = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=generator)
-    inputs = {
+    seconds_per_patch = seconds / grid[0] if seconds else 1.0 + seed % 3
+    return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == IMAGE) * 1 + (ids == VIDEO) * 2,
+        "mm_token_type_ids": (ids == VIDEO) * 2,
+        "pixel_values_videos": pixels,
+        "video_grid_thw": torch.tensor([grid]),
+        "second_per_grid_ts": torch.tensor([1.0 if kind == "image" else seconds_per_patch]),
     }
-    if kind == "video":
-        return inputs | {
-            "pixel_values_videos": pixels,
-            "video_grid_thw": torch.tensor([grid]),
-            "second_per_grid_ts": torch.tensor([seconds / grid[0] if seconds else 1.0 + seed % 3]),
-        }
-    return inputs | {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}
+
+
+def as_picture(x, image_token_id=IMAGE):
+    """A clip of one moment as the inputs that Hugging Face's processor makes of a picture; other clips as they are."""
+    if x["video_grid_thw"][0, 0] > 1:
+        return x
+    is_media = x["mm_token_type_ids"] > 0
+    kept = {k: v for k, v in x.items() if k not in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}
+    return kept | {
+        "input_ids": x["input_ids"].masked_fill(is_media, image_token_id),
+        "mm_token_type_ids": is_media * 1,
+        "pixel_values": x["pixel_values_videos"],
+        "image_grid_thw": x["video_grid_thw"],
+    }
 
 
 def mixed_prompts():
@@ -98,7 +111,7 @@ def batch_positions(model, prompts):
 def generate(model, x, n=1, **sampling):
     """HF generate on one prompt. Returns (sequences (n, T), per-step scores)."""
     output = model.generate(
-        **x,
+        **as_picture(x, model.config.image_token_id),
         position_ids=batch_positions(model, [x]),
         num_return_sequences=n,
         return_dict_in_generate=True,
@@ -120,9 +133,10 @@ def completion_logps(model, x, completion, temperature=1.0, placeholders=(IMAGE,
     ids = torch.cat([x["input_ids"], completion[None]], 1)
     kinds = torch.cat([x["mm_token_type_ids"], torch.zeros(1, n, dtype=torch.long)], 1)
     row = {**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
-    logits = (
-        model(**row, position_ids=batch_positions(model, [row]), use_cache=False).logits[0, P - 1 : -1] / temperature
+    output = model(
+        **as_picture(row, model.config.image_token_id), position_ids=batch_positions(model, [row]), use_cache=False
     )
+    logits = output.logits[0, P - 1 : -1] / temperature
     banned = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(placeholders), True)
     return logits.masked_fill(banned, -torch.inf).log_softmax(-1).gather(1, completion[:, None])[:, 0]
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
     "text, line",
     [
         ("tgrpo:\n  length_min: 600", "length_min 600 is larger than length_max 512"),
-        ("tgrpo:\n  num_generations: 1", "num_generations: 1; a completion is compared with the others of its group"),
+        ("tgrpo:\n  num_generations: 1", "tgrpo.num_generations: expected at least 2, got 1"),
         ("a: &a\n  lr: 1\ntgrpo:\n  <<: *a", "some.yaml: not YAML: line 4: merge keys (<<) are not read"),
         (
             "tgrpo:\n  log_with: mlflow",
@@ -47,7 +47,7 @@ def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, line):
 def test_a_missing_logger_is_said_before_the_model_is_loaded(run, monkeypatch, tmp_path, package):
     """Guards: a traceback from inside accelerate, after minutes of loading; metrics that go nowhere."""
     monkeypatch.setattr(common, "find_spec", lambda name: None)
-    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(policy, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=f"log_with: {package} is not installed: pip install {package}"):
         run("sft", log_with=package)
 
@@ -93,7 +93,7 @@ def test_a_missing_decord_names_its_package(monkeypatch):
         (TimeoutError("timed out"), "the hub cannot be reached: timed out"),
         (
             RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None)),
-            "is neither a folder here nor a model on the hub",
+            "is neither a local folder nor a model on the hub",
         ),
     ],
 )

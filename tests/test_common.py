@@ -37,8 +37,8 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
         ("tgrpo:\n  lrr: 1", [], "some.yaml: tgrpo.lrr: no such setting; did you mean lr?"),
         ("max_frame: 3", [], "some.yaml: max_frame: no such setting; did you mean max_frames?"),
         ("lr: 1e-6", [], "some.yaml: lr: no such setting here; put it into the section 'tgrpo:'"),
-        ("tgrpo:\n  steps: 1.5", [], "tgrpo.steps: expected a whole number, got 1.5"),
-        ("tgrpo:\n  steps: true", [], "tgrpo.steps: expected a whole number, got True"),
+        ("tgrpo:\n  steps: 1.5", [], "tgrpo.steps: expected a whole number, got '1.5'"),
+        ("tgrpo:\n  steps: true", [], "tgrpo.steps: expected a whole number, got 'True'"),
         ("tgrpo:\n  steps: 0", [], "tgrpo.steps: expected at least 1, got 0"),
         ("tgrpo:\n  lr: nan", [], "tgrpo.lr: expected a number, got 'nan'"),
         (
@@ -54,7 +54,7 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
         ("tgrpo:\n  lr: 1\ntgrpo:\n  steps: 2", [], "some.yaml: not YAML: tgrpo stands here twice"),
         ("seed: 1\nseed: 2", [], "some.yaml: not YAML: seed stands here twice"),
         ("seed: " + "9" * 5000, [], "some.yaml: not YAML"),
-        ("tgrpo:\n  lr: " + "9" * 400, [], "some.yaml: tgrpo.lr: expected a number, got 999"),
+        ("tgrpo:\n  lr: " + "9" * 400, [], "some.yaml: tgrpo.lr: expected a number, got '999"),
         ("tgrpo:\n  adam_beta1: 1", [], "tgrpo.adam_beta1: expected at most 0.999999, got 1"),
         (
             'prompt: "{problem} {answer}"',
@@ -177,11 +177,10 @@ def test_write_atomic_leaves_nothing_else(tmp_path):
 def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ranks, line):
     """Guards: silent rounding of the batch, or a rank without prompts that hangs the others."""
     cfg = sft.SFTConfig(batch_size=batch, micro_batch_size=micro)
-    accelerator = type("Accelerator", (), {"num_processes": ranks})
     if line is None:
-        return common.check_batches(cfg, accelerator)
+        return common.check_batch_size(cfg, ranks)
     with pytest.raises(common.UserError, match=line):
-        common.check_batches(cfg, accelerator)
+        common.check_batch_size(cfg, ranks)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ran
 def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch, variable, name):
     """Guards: weights that DeepSpeed has taken apart, in a loop that knows FSDP2 only; a traceback from inside accelerate."""
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(common.UserError, match=f"the accelerate config asks for {name}, which is not supported here"):
+    with pytest.raises(common.UserError, match=f"the accelerate config requests {name}, which is not supported here"):
         common.make_accelerator(tgrpo.TGRPOConfig())
 
 
@@ -272,13 +271,13 @@ def test_a_config_names_one_dtype_in_all_its_parts():
 
 def test_only_evaluation_reads_weights_straight_onto_its_device(world, run, monkeypatch):
     """Guards: an evaluation on the CPU of a machine with a GPU; weights for training placed before accelerate shards them."""
-    real, devices = policy.load_model, {}
+    real, devices = policy.load_policy, {}
 
     def watched(cfg, dtype=torch.float32, accelerator=None, device=None):
         devices.setdefault(type(cfg).__name__, set()).add(device and device.type)
         return real(cfg, dtype, accelerator, device)
 
-    monkeypatch.setattr(policy, "load_model", watched)
+    monkeypatch.setattr(policy, "load_policy", watched)
     run("sft", "sft", steps=1)
     run("tgrpo", "tgrpo", steps=1, max_new_tokens=4)
     run("evaluate", "eval", max_new_tokens=4)

@@ -1,17 +1,21 @@
 """Temporal credit of each completion: what it is worth, who earns it, and the plain computation that it must equal."""
 
 import shutil
+from pathlib import Path
 
 import naive
 import pytest
 import torch
+import yaml
 
 from data import Sample
-from policy import Policy
+from policy import Policy, rollout
 from settings import read_jsonl
-from tgrpo import Group, TGRPOConfig, add_credit, credit_or_control, rollout, score, temporal_credit
+from tgrpo import Group, TGRPOConfig, add_credit, score, temporal_credit
 
-CFG = dict(temporal_rule="credit", credit_shuffles=3, micro_batch_size=2, temperature=0.7)
+ROOT = Path(__file__).parent.parent
+RULE = dict(temporal_rule="credit", temporal_target="reward", advantage_std="none", alpha=1.0, shuffled_generations=0)
+CFG = RULE | dict(credit_shuffles=3, micro_batch_size=2, temperature=0.7)
 RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
 
 
@@ -25,9 +29,9 @@ def shuffled(x, seed):
 
 def groups_of(prompts, completions, shuffle=shuffled):
     """Unscored groups; an image has no shuffles."""
-    shuffles = [[shuffle(x, k) for k in range(3)] if "video_grid_thw" in x else [] for x in prompts]
+    shuffles = [[shuffle(x, k) for k in range(3)] if x["video_grid_thw"][0, 0] > 1 else [] for x in prompts]
     return [
-        Group(Sample(RECORD, ordered=x, extra_shuffles=s), c, [""] * len(c), [])
+        Group(Sample(RECORD, ordered=x, extra_shuffles=s), c, [""] * len(c))
         for x, s, c in zip(prompts, shuffles, completions)
     ]
 
@@ -99,15 +103,9 @@ def test_credit_is_not_moved_by_one_wild_shuffle():
 
 def scored(credit, texts, **settings):
     cfg = TGRPOConfig(**CFG | {"length_omega": 0.0} | settings)
-    group = Group(
-        Sample(RECORD),
-        [torch.tensor([3, 1])] * len(texts),
-        texts,
-        [],
-        credit_G=torch.tensor(credit),
-    )
-    score(group, cfg, [1])
-    return group
+    group = Group(Sample(RECORD), [torch.tensor([3, 1])] * len(texts), texts, credit_G=torch.tensor(credit))
+    metrics = score(group, cfg, [1])
+    return group, metrics
 
 
 RIGHT, WRONG = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A</answer>"
@@ -115,42 +113,25 @@ RIGHT, WRONG = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A<
 
 def test_wrong_answers_earn_no_credit_and_credit_lies_between_0_and_alpha():
     """Guards: pay for order-dependent nonsense; a fine for a right answer; one huge log-ratio that rules the group."""
-    group = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
-    assert group.terms["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
+    group, metrics = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
+    assert group.rewards["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
     rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])  # accuracy + format + credit; credit's own advantage has no std
     assert torch.allclose(group.advantages_G, rewards - rewards.mean())
-    assert scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5).terms["temporal"].tolist() == [0.5, 0.0]
-    assert group.parts["temporal/credit_wrong"] == 9.0 and group.parts["temporal/credit_correct"] == pytest.approx(
-        1.25 / 3
-    )
+    assert metrics["temporal/credit_wrong"] == 9.0 and metrics["temporal/credit_correct"] == pytest.approx(1.25 / 3)
+    group, _ = scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5)
+    assert group.rewards["temporal"].tolist() == [0.5, 0.0]
 
 
-def test_the_controls_change_the_aim_and_not_the_amount():
-    """Guards: a control that pays wrong answers, or pays more or less than what it is compared with."""
-    torch.manual_seed(0)
-    credit, correct = torch.rand(400), torch.arange(400) % 3 > 0
-    for control in ("dealt", "noise"):
-        dealt = credit_or_control(credit, correct, control)
-        assert not torch.equal(dealt[correct], credit[correct]) and torch.equal(dealt[~correct], credit[~correct])
-        assert dealt[correct].mean().item() == pytest.approx(credit[correct].mean().item(), abs=0.05)
-        assert dealt[correct].std().item() == pytest.approx(credit[correct].std().item(), abs=0.05)
-        assert abs(torch.corrcoef(torch.stack([dealt[correct], credit[correct]]))[0, 1]) < 0.15
-    assert torch.equal(
-        credit_or_control(credit, correct, "dealt")[correct].sort().values, credit[correct].sort().values
-    )
-    assert torch.equal(credit_or_control(credit, correct, "none"), credit)
-
-
-def test_the_rule_brings_its_own_settings_and_yours_win():
-    """Guards: `temporal_rule: credit` alone that divides by the std, or settings that are silently replaced."""
-    chosen = lambda **s: (lambda c: (c.alpha, c.temporal_target, c.advantage_std, c.shuffled_generations))(
-        TGRPOConfig(**s)
-    )
-    assert chosen() == (0.3, "advantage", "group", 4)
-    assert chosen(temporal_rule="credit") == (1.0, "reward", "none", 0)
-    assert chosen(
-        temporal_rule="credit", alpha=0.0, temporal_target="advantage", advantage_std="group", shuffled_generations=2
-    ) == (0.0, "advantage", "group", 2)
+def test_the_credit_config_is_the_toy_with_the_credit_rules_settings():
+    """Guards: credit that is divided by the group's std; a toy setting that is changed in one of the two files."""
+    credit = yaml.safe_load((ROOT / "configs/credit.yaml").read_text())
+    toy = yaml.safe_load((ROOT / "configs/toy.yaml").read_text())
+    section = credit["tgrpo"]
+    assert {name: section.pop(name) for name in RULE} == RULE
+    for stage in ("tgrpo", "evaluate"):
+        credit[stage] = {name: str(value).replace("/credit", "/tgrpo") for name, value in credit[stage].items()}
+        toy[stage] = {name: str(value) for name, value in toy[stage].items()}
+    assert credit == toy
 
 
 def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completion(run, monkeypatch):
@@ -159,7 +140,7 @@ def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completio
 
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
     settings = dict(
-        temporal_rule="credit",
+        config="configs/credit.yaml",
         save_rollouts="true",
         max_new_tokens=8,
         gradient_checkpointing="true",

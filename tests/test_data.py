@@ -391,16 +391,19 @@ def test_collators_pad_on_the_right_side():
         "mm_token_type_ids": torch.tensor([[0, 2]]),
         "pixel_values_videos": torch.full((1, 3), 1.0),
         "video_grid_thw": torch.tensor([[1, 1, 1]]),
+        "second_per_grid_ts": torch.tensor([0.5]),
     }
     b = {
         "input_ids": torch.tensor([[7, 8, 9]]),
         "attention_mask": torch.ones(1, 3),
-        "mm_token_type_ids": torch.tensor([[0, 1, 0]]),
-        "pixel_values": torch.full((1, 3), 2.0),
-        "image_grid_thw": torch.tensor([[1, 1, 1]]),
+        "mm_token_type_ids": torch.tensor([[0, 2, 0]]),
+        "pixel_values_videos": torch.full((1, 3), 2.0),
+        "video_grid_thw": torch.tensor([[1, 1, 1]]),
+        "second_per_grid_ts": torch.tensor([1.0]),
     }
     c = a | {"pixel_values_videos": torch.full((1, 3), 3.0)}
     batch = data.collate_prompts([a, b, c], 0)
     assert batch["input_ids"].tolist() == [[0, 5, 6], [7, 8, 9], [0, 5, 6]]
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
-    assert batch["pixel_values_videos"][:, 0].tolist() == [1, 3] and batch["pixel_values"][:, 0].tolist() == [2]
+    assert batch["pixel_values_videos"][:, 0].tolist() == [1, 2, 3]
+    assert batch["second_per_grid_ts"].tolist() == [0.5, 1.0, 0.5]

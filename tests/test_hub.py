@@ -137,7 +137,7 @@ def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
     config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
     assert (
         policy.generation_config(cfg.model, config).eos_token_id
-        == policy.load_model(cfg).generation_config.eos_token_id
+        == policy.load_policy(cfg).generation_config.eos_token_id
     )
     processor = policy.load_processor(cfg)
     assert processor.chat_template == AutoProcessor.from_pretrained(hub / "tied").chat_template
@@ -160,7 +160,7 @@ def test_an_export_whose_starting_model_is_gone_names_it(run, hub, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_share_of_the_bandwidth_on_a_gpu_needs_nothing_that_the_config_lacks(hub, monkeypatch, layout):
     """Guards: text_config.tie_word_embeddings in a metric of GPUs only: T-GRPO died there after its first rollout."""
-    model = policy.load_model(SharedConfig(model=str(hub / layout)))
+    model = policy.load_policy(SharedConfig(model=str(hub / layout)))
     gpu = SimpleNamespace(memory_clock_rate=1000, memory_bus_width=8000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
@@ -175,7 +175,7 @@ def test_the_share_of_the_bandwidth_on_a_gpu_needs_nothing_that_the_config_lacks
 
 def test_generation_settings_of_the_checkpoint_do_not_reach_the_rollout(hub):
     """Guards: the hub's repetition penalty of 1.05 and temperature of 1e-6 in the distribution that is sampled from."""
-    model = policy.load_model(SharedConfig(model=str(hub / "untied")))
+    model = policy.load_policy(SharedConfig(model=str(hub / "untied")))
     left = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
     assert left == {"eos_token_id": json.loads((hub / "untied/generation_config.json").read_text())["eos_token_id"]}
 

@@ -14,7 +14,6 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 import common
 import data
 import policy
-import sft
 import tgrpo
 from settings import SharedConfig, fingerprint, read_jsonl
 
@@ -121,7 +120,7 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
         return real(logps_GT, old_logps_GT, *rest)
 
     monkeypatch.setattr(tgrpo, "grpo_loss", watched)
-    monkeypatch.setattr(common, "micro_batches", lambda items, cfg, accelerator, blank: [(items, 1.0), ([blank], 0.0)])
+    monkeypatch.setattr(common.Run, "micro_batches", lambda run, items, dummy: [(items, 1.0), ([dummy], 0.0)])
     run("tgrpo", steps=3, updates_per_rollout=2, lr=0.01, warmup_steps=0, max_new_tokens=8)
     first, second = [ratios[i : i + 2] for i in range(0, 12, 4)], [ratios[i : i + 2] for i in range(2, 12, 4)]
     assert first == [[0.0, 0.0]] * 3 and all(real > 0 and dummy > 0 for real, dummy in second)
@@ -227,18 +226,24 @@ def test_only_the_assistants_words_carry_loss(world):
     processor = policy.load_processor(cfg)
     records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
     samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
-    model = policy.load_model(cfg)
-    inputs, predict, targets = sft.collate(samples, processor.tokenizer.pad_token_id, model.config.vision_config)
-    assert processor.tokenizer.decode(targets) == "".join(
+    model = policy.load_policy(cfg)
+    prompts = [sample.ordered for sample in samples]
+    packed = policy.pack(model, prompts, [[s.target] for s in samples], processor.tokenizer.pad_token_id)
+    assert processor.tokenizer.decode(packed.targets_M) == "".join(
         r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6]
     )
-    after = inputs["input_ids"].flatten()[predict + 1]
-    assert torch.equal(after, targets)  # each position predicts the token that follows it
-    logps, _ = model(**inputs, predict=predict, targets=targets)
-    labels = torch.full_like(inputs["input_ids"], -100).flatten()
-    labels[predict + 1] = targets
-    expected = model(**inputs, labels=labels.view_as(inputs["input_ids"]), use_cache=False).loss
-    assert -logps.mean().item() == pytest.approx(expected.item(), abs=1e-5)
+    ids = packed.inputs["input_ids"]
+    # each position predicts the token that follows it
+    assert torch.equal(ids.flatten()[packed.predict_M + 1], packed.targets_M)
+    logps_NT, _ = policy.completion_logps(model, packed)
+    # Hugging Face's own loss, with an ordinary mask
+    labels = torch.full_like(ids, -100).flatten()
+    labels[packed.predict_M + 1] = packed.targets_M
+    lengths = torch.tensor([len(x["input_ids"][0]) + len(s.target) for x, s in zip(prompts, samples)])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    inputs = packed.inputs | {"attention_mask": mask.long()}
+    expected = model(**inputs, labels=labels.view_as(ids), use_cache=False).loss
+    assert -logps_NT.sum().item() / len(packed.targets_M) == pytest.approx(expected.item(), abs=1e-5)
 
 
 def one(world, record, orders=("ordered", "shuffled"), **values):
@@ -264,7 +269,7 @@ def test_frame_times_reach_the_model(world, tmp_path):
     for order in ("ordered", "shuffled"):  # shuffled clips keep the clock of the ordered ones
         x = getattr(sample, order)
         assert x["second_per_grid_ts"].tolist() == [2.0]
-        model = policy.load_model(settings(world))
+        model = policy.load_policy(settings(world))
         video = x["mm_token_type_ids"][0] == 2
         time = policy.mrope_positions(x, model.config.vision_config)[0, video]
         assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]  # tokens_per_second is 2
@@ -309,7 +314,7 @@ def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
     Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
     sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
     assert sample.shuffled is None
-    assert 60 <= (sample.ordered["mm_token_type_ids"] == 1).sum() <= 100
+    assert 60 <= (sample.ordered["mm_token_type_ids"] == policy.VIDEO).sum() <= 100
 
 
 def test_small_clips_are_not_blown_up(world, tmp_path):

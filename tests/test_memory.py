@@ -40,14 +40,12 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
         r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction"
     ) | {"path": "clip.mp4"}
     prompts = [data.Samples([record], policy.load_processor(cfg), cfg)[0].ordered] * cfg.micro_batch_size
-    model = policy.load_model(cfg).train()
+    model = policy.load_policy(cfg).train()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
 
     def step():
-        logps_GT, _ = policy.token_logps(
-            model, policy.pack(model, prompts, completions, 0), [T] * G * len(prompts), 1.0, ()
-        )
+        logps_GT, _ = policy.completion_logps(model, policy.pack(model, prompts, completions, 0))
         logps_GT.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

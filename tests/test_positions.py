@@ -6,7 +6,6 @@ import torch
 
 import data
 import policy
-import sft
 
 # Rows of a hub-sized clip, 16 frames of 720p: 8 temporal patches of 16 x 30 (see the test of its positions).
 WIDE = (8, 16, 30)
@@ -57,8 +56,9 @@ def test_positions_equal_transformers_where_the_two_agree(model):
         kind = "image" if seed % 3 == 0 else "video"
         x = naive.prompt(kind, (1 if kind == "image" else T, H, W), draw(1, 20), seed, seconds=draw(1, 400) / 10)
         ours = policy.mrope_positions(x, model.config.vision_config)
-        media = {k: v for k, v in x.items() if k not in ("input_ids", "mm_token_type_ids") and "pixel" not in k}
-        theirs = model.model.get_rope_index(x["input_ids"], x["mm_token_type_ids"], **media)[0][:, 0]
+        picture = naive.as_picture(x)
+        media = {k: v for k, v in picture.items() if k not in ("input_ids", "mm_token_type_ids") and "pixel" not in k}
+        theirs = model.model.get_rope_index(picture["input_ids"], picture["mm_token_type_ids"], **media)[0][:, 0]
         before_text = x["mm_token_type_ids"][0].nonzero().max() + 1
         assert torch.equal(ours[:, :before_text], theirs[:, :before_text])
         if ours[:, :before_text].max() < theirs[0, before_text]:
@@ -83,29 +83,28 @@ def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, se
     torch.manual_seed(1)
     completions = policy.rollout(model, [x], [3], naive.tokenizer, 1.0, 12)
     said_GTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
-    lengths = [len(c) for c in completions]
     banned = (naive.IMAGE, naive.VIDEO)
     with torch.no_grad():
-        packed_GT, _ = policy.token_logps(
-            model, policy.pack(model, [x], [completions], naive.PAD), lengths, 1.0, banned
-        )
-        samples = [data.Sample({}, ordered=x, target=c) for c in completions]
-        inputs, predict, targets = sft.collate(samples, naive.PAD, model.config.vision_config)
-        sft_N, _ = model(**inputs, predict=predict, targets=targets, banned=banned)
-        for row, (completion, sft_T) in enumerate(zip(completions, sft_N.split(lengths), strict=True)):
+        # T-GRPO packs a group behind one prompt, SFT one target behind each prompt
+        packed = policy.pack(model, [x], [completions], naive.PAD)
+        packed_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
+        packed = policy.pack(model, [x] * len(completions), [[c] for c in completions], naive.PAD)
+        sft_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
+        for row, completion in enumerate(completions):
             T = len(completion)
             plain_T = naive.completion_logps(model, x, completion)
             sampled_T = said_GTV[row, :T].gather(1, completion[:, None])[:, 0]
-            for other_T in (sampled_T, packed_GT[row, :T], sft_T):
+            for other_T in (sampled_T, packed_GT[row, :T], sft_GT[row, :T]):
                 assert (other_T - plain_T).abs().max() < 1e-5
 
 
 def test_a_forward_without_positions_is_refused(model):
     """Guards: a new stage that leaves the positions to transformers, and trains long clips at others without a word."""
     x = naive.prompt("video", (2, 2, 4), 3, 1)
-    inputs, predict, targets = policy.pack(model, [x], [[torch.tensor([5, 6])]], naive.PAD)
+    packed = policy.pack(model, [x], [[torch.tensor([5, 6])]], naive.PAD)
+    packed.inputs["position_ids"] = None
     with pytest.raises(TypeError, match="mrope_positions"):
-        model(**inputs | {"position_ids": None}, predict=predict, targets=targets)
+        policy.completion_logps(model, packed)
 
 
 def test_media_of_a_batch_keep_their_own_positions(model):
@@ -115,10 +114,10 @@ def test_media_of_a_batch_keep_their_own_positions(model):
         naive.prompt("image", (1, 4, 4), 9, 2),
         naive.prompt("video", (8, 2, 4), 5, 3, 6.0),
     ]
-    inputs, _, _ = policy.pack(model, prompts, [[torch.tensor([5])]] * 3, naive.PAD)
+    inputs = policy.pack(model, prompts, [[torch.tensor([5])]] * 3, naive.PAD).inputs
     for b, x in enumerate(prompts):
         alone = policy.mrope_positions(x, model.config.vision_config)
         P = alone.shape[1]
         assert torch.equal(inputs["position_ids"][:, b, :P], alone)
         assert inputs["position_ids"][:, b, P].tolist() == [int(alone.max()) + 1] * 3
-    assert torch.equal(data.join_media(prompts)["second_per_grid_ts"], torch.tensor([15.0, 0.75]))
+    assert torch.equal(data.join_media(prompts)["second_per_grid_ts"], torch.tensor([15.0, 1.0, 0.75]))

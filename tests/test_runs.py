@@ -55,7 +55,7 @@ def test_a_run_does_not_go_on_as_another_run(run, started, change, line):
     with pytest.raises(UserError) as error:
         run("tgrpo", **settings | change)
     said = str(error.value)
-    assert line in said and "checkpoint-1 was made by another run" in said and "\n" not in said
+    assert line in said and "checkpoint-1 was made by a different run" in said and "\n" not in said
     assert "--resume false" in said and "--resume_changed true" in said
     assert (folder / "config.yaml").read_text() == before
 
@@ -101,14 +101,14 @@ def test_going_on_all_the_same_is_possible_and_said(run, started, capsys):
     folder, settings = started
     run("tgrpo", **settings | {"lr": 1e-3, "resume_changed": "true"})
     said = capsys.readouterr().out
-    assert "all the same: lr was 0.0005, is 0.001" in said and "resumed from" in said
+    assert "although lr was 0.0005, is 0.001" in said and "resumed from" in said
 
 
 def test_fewer_steps_than_done_is_an_error(run, started):
     """Guards: a policy of 2 steps relabelled as the final one of 1."""
     folder, settings = started
     run("tgrpo", **settings | {"steps": 3, "lr_schedule": "constant", "resume_changed": "true"})
-    with pytest.raises(UserError, match="steps: 1, but .*checkpoint-2 has done 2 already"):
+    with pytest.raises(UserError, match="steps: 1, but .*checkpoint-2 is already after step 2"):
         run("tgrpo", **settings | {"steps": 1})
 
 
@@ -122,7 +122,8 @@ def test_a_finished_run_is_not_trained_again_over_its_model(run, started, save_e
     weights = (folder / "final/model.safetensors").read_bytes()
     for change in ({}, {"lr": 1e-3, "resume_changed": "true"}):
         with pytest.raises(
-            UserError, match="a run of 2 steps is finished here, its model is .*final; start anew with --resume false"
+            UserError,
+            match="a run of 2 steps is finished here, its model is .*final; start from scratch with --resume false",
         ):
             run("tgrpo", **settings | change)
     if save_every:
@@ -172,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tmp_pa
     assert without_times(folder) == whole
     for checkpoint in common.checkpoints(folder):
         (checkpoint / "state.json").write_text("{")
-    with pytest.raises(UserError, match="none of its checkpoints is whole; start anew with --resume false"):
+    with pytest.raises(UserError, match="none of its checkpoints is whole; start from scratch with --resume false"):
         run("tgrpo", **settings)
 
 
@@ -201,7 +202,7 @@ def test_a_second_run_in_the_folder_stops_at_once_and_a_dead_one_does_not_block(
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "locked\n"
     for stage in ("tgrpo", "evaluate"):
-        with pytest.raises(UserError, match=f"another run works in this folder: process {first.pid} on .*, since 20"):
+        with pytest.raises(UserError, match=f"another run is using this folder: process {first.pid} on .*, since 20"):
             run(stage, steps=1, max_new_tokens=4) if stage == "tgrpo" else run(stage, max_new_tokens=4)
     first.kill()
     first.wait()
@@ -211,7 +212,7 @@ def test_a_second_run_in_the_folder_stops_at_once_and_a_dead_one_does_not_block(
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     """Guards: an hour of loading before the first write fails."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(policy, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     for stage in ("sft", "tgrpo", "evaluate"):
         with pytest.raises(UserError, match="cannot be written"):
             run(stage, output="file/out")
@@ -227,12 +228,12 @@ def test_a_failed_write_names_the_file_and_promises_only_what_is_there(tmp_path)
         full()
     assert f"cannot write {tmp_path / 'final'}" in str(error.value) and "checkpoint" not in str(error.value)
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(UserError, match="it goes on from checkpoint-3"), common.room_on_disk(tmp_path / "final"):
+    with pytest.raises(UserError, match="it continues from checkpoint-3"), common.room_on_disk(tmp_path / "final"):
         full()
     (tmp_path / "a.json").mkdir()
     with pytest.raises(UserError, match="cannot write .*a.json: Is a directory"):
         common.write_atomic(tmp_path / "a.json", "[]")
-    with pytest.raises(UserError, match="cannot write .*a.json: Is a directory; make room"):
+    with pytest.raises(UserError, match="cannot write .*a.json: Is a directory; free disk space"):
         common.append_rows(tmp_path / "a.json", [{"step": 1}])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "checkpoint-3"]
 
@@ -253,7 +254,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(world, tmp_path, ru
     for line, tensors in changes.items():
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(UserError, match=f"base: these weights are not the model's: {line}"):
-            policy.load_model(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
+            policy.load_policy(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
     with pytest.raises(

@@ -12,8 +12,9 @@ import settings
 import tgrpo
 import toy
 from data import Sample
+from policy import completion_logps, rollout
 from settings import read_jsonl
-from tgrpo import Group, TGRPOConfig, rollout, score, token_logps
+from tgrpo import Group, TGRPOConfig, score
 
 RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
 RIGHT, WRONG, BARE = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A</answer>", "<answer>B</answer>"
@@ -22,15 +23,15 @@ RIGHT, WRONG, BARE = "<think>x</think><answer>B</answer>", "<think>x</think><ans
 def scored(texts, shuffled=(), record=RECORD, lengths=None, **settings):
     cfg = TGRPOConfig(**{"length_min": 5, "length_max": 9, "length_omega": 0.2, **settings})
     completions = [torch.tensor([7] * (n - 1) + [1]) for n in lengths or [2] * len(texts)]
-    group = Group(Sample(record), completions, list(texts), list(shuffled))
-    score(group, cfg, [1])
-    return group
+    group = Group(Sample(record), completions, list(texts), shuffled_texts=list(shuffled))
+    metrics = score(group, cfg, [1])
+    return group, metrics
 
 
 def test_a_group_by_hand():
     """Guards: a reward left out or counted twice, p̃ of the wrong group, a bonus for wrong answers, metrics of something else."""
-    group = scored([RIGHT, BARE, WRONG, RIGHT], [WRONG, RIGHT], lengths=[6, 2, 6, 20])
-    assert {name: values.tolist() for name, values in group.terms.items()} == {
+    group, metrics = scored([RIGHT, BARE, WRONG, RIGHT], [WRONG, RIGHT], lengths=[6, 2, 6, 20])
+    assert {name: values.tolist() for name, values in group.rewards.items()} == {
         "accuracy": [1, 1, 0, 1],
         "format": [1, 0, 1, 1],
         "length": [pytest.approx(0.2), 0, 0, 0],
@@ -57,32 +58,36 @@ def test_a_group_by_hand():
         "completion/length": 8.5,
         "completion/truncated": 0.0,
     }
-    assert group.parts == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
+    assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
 
 
 def test_settings_reach_the_score():
     """Guards: alpha, target, std, rule or omega of the config that nothing reads."""
     texts, shuffled = [RIGHT, RIGHT, WRONG, WRONG], [WRONG, WRONG]
-    base = scored(texts, shuffled).advantages_G
-    for settings in (
+    base = scored(texts, shuffled)[0].advantages_G
+    for change in (
         {"alpha": 1.0},
         {"temporal_target": "reward"},
         {"advantage_std": "none"},
         {"temporal_rule": "none"},
         {"temporal_rule": "paper", "alpha": 0.9},
     ):
-        assert not torch.allclose(scored(texts, shuffled, **settings).advantages_G, base, atol=1e-3), settings
-    assert scored([RIGHT], lengths=[6], length_omega=0.7).parts["reward/length"] == pytest.approx(0.7)
-    assert scored(texts, shuffled, temporal_target="reward", alpha=1.0).parts["reward/total"] == pytest.approx(
-        1.5 + 0.5 / 2
-    )
-    assert scored(texts, [RIGHT, RIGHT]).parts["temporal/order_helped"] == 0
-    assert "temporal/gap_se" not in scored(texts, [WRONG]).parts  # one shuffled completion tells no spread
-    assert "temporal/p" not in scored(texts).parts  # an image
-    cut = scored([RIGHT, WRONG], lengths=[3, 3])
-    cut.completions[0][-1] = 7
-    score(cut, TGRPOConfig(), [1])
-    assert cut.parts["completion/truncated"] == 0.5
+        assert not torch.allclose(scored(texts, shuffled, **change)[0].advantages_G, base, atol=1e-3), change
+    _, metrics = scored([RIGHT], lengths=[6], length_omega=0.7)
+    assert metrics["reward/length"] == pytest.approx(0.7)
+    _, metrics = scored(texts, shuffled, temporal_target="reward", alpha=1.0)
+    assert metrics["reward/total"] == pytest.approx(1.5 + 0.5 / 2)
+    _, metrics = scored(texts, [RIGHT, RIGHT])
+    assert metrics["temporal/order_helped"] == 0
+    # a single shuffled completion has no spread
+    _, metrics = scored(texts, [WRONG])
+    assert "temporal/gap_se" not in metrics
+    # an image
+    _, metrics = scored(texts)
+    assert "temporal/p" not in metrics
+    group, _ = scored([RIGHT, WRONG], lengths=[3, 3])
+    group.completions[0][-1] = 7
+    assert score(group, TGRPOConfig(), [1])["completion/truncated"] == 0.5
 
 
 def test_each_prompt_is_scored_by_its_own_type():
@@ -94,11 +99,10 @@ def test_each_prompt_is_scored_by_its_own_type():
         ("regression", "4", "3"),
     ):
         record = {"problem_id": 2, "problem_type": kind, "solution": f"<answer>{solution}</answer>"}
-        group = scored([f"<think></think><answer>{text}</answer>", WRONG.replace("A", "~")], record=record)
-        assert (
-            group.terms["accuracy"][0] == (0.75 if kind == "regression" else 1.0) and group.terms["accuracy"][1] < 0.5
-        )
-        assert f"accuracy/{kind}" in group.parts
+        group, metrics = scored([f"<think></think><answer>{text}</answer>", WRONG.replace("A", "~")], record=record)
+        right, wrong = group.rewards["accuracy"].tolist()
+        assert right == (0.75 if kind == "regression" else 1.0) and wrong < 0.5
+        assert f"accuracy/{kind}" in metrics
 
 
 def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
@@ -126,8 +130,7 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
         ]
 
     monkeypatch.setattr(tgrpo, "rollout", echo)
-    monkeypatch.setattr(tgrpo, "score", lambda *_: None)
-    groups = tgrpo.sample_groups(policy.load_model(cfg), samples, processor, cfg, len(samples))
+    groups = tgrpo.sample_groups(policy.load_policy(cfg), samples, processor, cfg)
     number = len(samples)
     for i, (sample, group) in enumerate(zip(samples, groups, strict=True)):
         assert group.sample is sample and asked[i] is sample.ordered and group.texts == [str(i % 10)] * 3
@@ -165,11 +168,9 @@ def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
     completions = rollout(model, prompts, [2, 2, 2], naive.tokenizer, T, 12)
     assert model.generation_config.to_dict() == kept and len(completions) == 6 and min(map(len, completions)) < 9
     said_BTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
-    groups, lengths = [completions[i : i + 2] for i in (0, 2, 4)], [len(c) for c in completions]
+    packed = policy.pack(model, prompts, [completions[i : i + 2] for i in (0, 2, 4)], naive.PAD)
     with torch.no_grad():
-        logps_GT, _ = token_logps(
-            model, policy.pack(model, prompts, groups, naive.PAD), lengths, T, (naive.IMAGE, naive.VIDEO)
-        )
+        logps_GT, _ = completion_logps(model, packed, T, (naive.IMAGE, naive.VIDEO))
     for row, completion in enumerate(completions):
         expected = said_BTV[row, : len(completion)].gather(1, completion[:, None])[:, 0]
         assert (logps_GT[row, : len(completion)] - expected).abs().max() < 1e-4
@@ -214,7 +215,7 @@ def test_the_loops_gradient_is_the_plain_one(world, run, monkeypatch):
         warmup_steps=0,
         records=world / "world/rl.json",
     )
-    model = policy.load_model(settings.SharedConfig(model=str(world / "base")))
+    model = policy.load_policy(settings.SharedConfig(model=str(world / "base")))
     assert len(kept) == 3 and max(g.advantages_G.abs().max() for g in kept) > 0.3
     banned = policy.placeholder_ids(model)
     losses = [

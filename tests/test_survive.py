@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(world, run, 
         lock.close()
     full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
     said, _ = full.communicate(timeout=120)
-    assert full.returncode == 1 and "make room on the disk" in said and "Traceback" not in said, said[-1500:]
+    assert full.returncode == 1 and "free disk space" in said and "Traceback" not in said, said[-1500:]
     assert [p.name for p in common.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     common.held_locks.clear()
     run("tgrpo", steps=6, **settings)  # the same command, with room

@@ -4,8 +4,10 @@ import naive
 import pytest
 import torch
 
-from policy import completion_mask
-from tgrpo import group_advantages, grpo_loss, kl_k3, pack, rollout, temporal_advantages, token_logps
+import data
+import policy
+from policy import completion_logps, completion_mask, pack, rollout
+from tgrpo import group_advantages, grpo_loss, kl_k3, temporal_advantages
 
 torch.set_default_dtype(torch.float32)
 BANNED = (naive.IMAGE, naive.VIDEO)
@@ -43,8 +45,8 @@ def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
     correct = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
     rewards = correct.double() + 1  # accuracy + format
     grpo = group_advantages(rewards)
-    as_published = temporal_advantages(rewards, correct, 0.3, "reward")
-    ours = temporal_advantages(rewards, correct, 0.3, "advantage")
+    as_published = temporal_advantages(rewards, 0.3 * correct, "reward")
+    ours = temporal_advantages(rewards, 0.3 * correct, "advantage")
     two = lambda advantages_G: [f"{a:+.4f}" for a in advantages_G[:2].tolist()]  # a correct one, a wrong one
     assert [two(grpo), two(as_published), two(ours)] == [
         ["+1.0952", "-0.7302"],
@@ -55,15 +57,15 @@ def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
     assert torch.allclose((ours - grpo)[correct], double(0.3))
     assert torch.equal(ours[~correct], grpo[~correct])
     assert (
-        temporal_advantages(rewards, correct, 0.3, "reward", "none") - group_advantages(rewards, "none")
+        temporal_advantages(rewards, 0.3 * correct, "reward", "none") - group_advantages(rewards, "none")
     ).abs().max() > 0.1
 
 
 def test_advantage_functions_leave_their_inputs_alone():
     """Guards: an in-place edit through a view that changes what a later term sees."""
-    rewards, correct = double(1, 2, 3), torch.tensor([True, False, True])
-    temporal_advantages(rewards, correct, 0.3)
-    assert rewards.tolist() == [1, 2, 3] and correct.tolist() == [True, False, True]
+    rewards, bonus = double(1, 2, 3), double(0.3, 0, 0.3)
+    temporal_advantages(rewards, bonus)
+    assert rewards.tolist() == [1, 2, 3] and bonus.tolist() == [0.3, 0, 0.3]
 
 
 # ---------------------------------------------------------------------------------------------- KL, ratio, loss
@@ -184,7 +186,7 @@ def test_logps_are_those_generate_sampled_from(model):
     """Guards: top-k = 50 from generation defaults, a temperature in one place only, wrong positions, padding."""
     prompts, T = naive.mixed_prompts(), 0.7
     torch.manual_seed(0)
-    batch = __import__("data").collate_prompts(prompts, naive.PAD)
+    batch = data.collate_prompts(prompts, naive.PAD)
     output = model.generate(
         **batch,
         position_ids=naive.batch_positions(model, prompts),
@@ -202,11 +204,8 @@ def test_logps_are_those_generate_sampled_from(model):
     )
     completions = [trim(row) for row in output.sequences[:, batch["input_ids"].shape[1] :]]
     said = torch.stack(output.scores, 1).log_softmax(-1)
-    lengths = [len(c) for c in completions]
     with torch.no_grad():
-        logps_GT, _ = token_logps(
-            model, pack(model, prompts, [[c] for c in completions], naive.PAD), lengths, T, BANNED
-        )
+        logps_GT, _ = completion_logps(model, pack(model, prompts, [[c] for c in completions], naive.PAD), T, BANNED)
     for row, completion in enumerate(completions):
         expected = said[row, : len(completion)].gather(1, completion[:, None])[:, 0]
         assert (logps_GT[row, : len(completion)] - expected).abs().max() < 1e-4
@@ -235,7 +234,7 @@ def test_packed_logps_and_gradients_equal_the_plain_way(model, G, temperature):
     prompts, groups = sampled_groups(model, G)
     lengths = [len(c) for group in groups for c in group]
     assert G == 1 or len(set(lengths)) > 1
-    logps_GT, _ = token_logps(model, pack(model, prompts, groups, naive.PAD), lengths, temperature, BANNED)
+    logps_GT, _ = completion_logps(model, pack(model, prompts, groups, naive.PAD), temperature, BANNED)
     packed = [row[:n] for row, n in zip(logps_GT, lengths)]
     plain = [naive.completion_logps(model, x, c, temperature) for x, group in zip(prompts, groups) for c in group]
     assert max((a - b).abs().max().item() for a, b in zip(packed, plain)) < 1e-5
@@ -252,29 +251,28 @@ def test_the_vision_tower_runs_once_whatever_the_batch_holds(model, monkeypatch)
     for chosen in ([0], [1], [0, 2], [0, 1], [1, 2, 0]):  # videos, pictures, both
         calls.clear()
         packed = pack(model, [prompts[i] for i in chosen], [groups[i] for i in chosen], naive.PAD)
-        token_logps(model, packed, [len(c) for i in chosen for c in groups[i]], 1.0, BANNED)
+        completion_logps(model, packed, 1.0, BANNED)
         assert len(calls) == 1
 
 
 def test_micro_batches_and_padding_change_nothing(model):
     """Guards: a normalisation per micro-batch, or a long neighbour in the batch that changes a short row."""
     prompts, groups = sampled_groups(model, 3)
-    together, _ = token_logps(
-        model, pack(model, prompts, groups, naive.PAD), [len(c) for g in groups for c in g], 1.0, BANNED
-    )
+    together, _ = completion_logps(model, pack(model, prompts, groups, naive.PAD), 1.0, BANNED)
     row = 0
     for x, group in zip(prompts, groups):
-        alone, _ = token_logps(model, pack(model, [x], [group], naive.PAD), [len(c) for c in group], 1.0, BANNED)
+        alone, _ = completion_logps(model, pack(model, [x], [group], naive.PAD), 1.0, BANNED)
         for logps, completion in zip(alone, group):
             assert (logps[: len(completion)] - together[row, : len(completion)]).abs().max() < 1e-5
             row += 1
 
 
-def test_the_head_is_chunked_not_changed(model):
+def test_the_head_is_chunked_not_changed(model, monkeypatch):
     """Guards: an off-by-one at a chunk border; entropy of the banned tokens."""
     hidden, targets = torch.randn(11, 32), torch.arange(3, 14)
-    whole = model.lm_head(hidden, targets, 0.5, BANNED, 512)
-    parts = model.lm_head(hidden, targets, 0.5, BANNED, 4)
+    whole = model.lm_head(hidden, targets, 0.5, BANNED)
+    monkeypatch.setattr(policy, "LOGITS_CHUNK", 4)
+    parts = model.lm_head(hidden, targets, 0.5, BANNED)
     logits = (hidden @ model.lm_head.weight.T / 0.5).clone()
     logits[:, list(BANNED)] = -torch.inf
     distribution = torch.distributions.Categorical(logits=logits)

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2_5_VLConfig
 
 import settings
-from policy import compiled_room, empty_model
+from policy import compiled_length, empty_model
 from settings import UserError
 from tgrpo import TGRPOConfig
 
@@ -107,7 +107,7 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     rollout = {"KV cache (rollout)": cache_token * rows * ((G + S) * (P + T) + (1 + (S > 0)) * P)}
     if cfg.rollout_compile:
         # compiled decoding keeps its caches: one for long prompts and one for short ones, with the same rows
-        parts["KV caches (compiled)"] = 2 * cache_token * rows * (G + S) * compiled_room(P + T)
+        parts["KV caches (compiled)"] = 2 * cache_token * rows * (G + S) * compiled_length(P + T)
         rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
     training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
     # AdamW over all tensors together holds the root of the second moments while it steps
