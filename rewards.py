@@ -6,8 +6,8 @@
     temporal     0 … alpha     alpha (p − p̃) if p > p̃: how much frame order helped  p 3/4, p̃ 1/4, alpha .3: .15
     length       0 or omega    correct and l_min <= tokens <= l_max                 400 tokens, correct: .2
 
-The model's text may be anything: it earns a score, never an exception, in time linear in its length. A solution that cannot
-be read is a mistake in our data: parse_solution raises, and data.py calls it before anything starts.
+The model's text may be anything: it gets a score, never an exception, in time linear in its length. A solution that
+cannot be read is a mistake in the data: parse_solution raises, and data.py calls it before anything starts.
 
 >>> accuracy_reward("<answer>B.</answer>", "<answer>B</answer>", "multiple choice"), format_reward("<answer>B</answer>")
 (1.0, 0.0)
@@ -21,7 +21,8 @@ import unicodedata
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 
-CORRECT = 0.5  # a completion is correct if its accuracy is larger (the paper's p; the released code has 0.1)
+# A completion is correct if its accuracy is larger (used for the paper's p; the released code has 0.1).
+CORRECT = 0.5
 
 # ------------------------------------------------------------------------------------------------ reading answers
 
@@ -40,37 +41,42 @@ def tags_in(text):
 
 
 def extract_answer(text):
-    """Text of the last complete answer block outside the think block, stripped; None if there is none. Lower-case tags only.
+    """Text of the last complete answer block outside the think block, stripped; None if there is none.
 
-    A think block ends at the next </think>; one that never closes holds all that follows. A </think> that nothing opened
-    ends a think block begun before the text (in the prompt, say), so blocks before it do not count. Of nested answer blocks
-    the innermost counts. The last block, not the first as in the released code: a model that corrects itself means the last.
+    A think block ends at the next </think>; one that is never closed contains all that follows. A </think> without an
+    opening tag ends a think block that began before the text (in the prompt, for example), so blocks before it do not
+    count. Of nested answer blocks the innermost counts. The last block counts, not the first as in the released code: a
+    model that corrects itself means the last.
 
     >>> extract_answer("<think>maybe <answer>A</answer></think> <answer> B </answer>")
     'B'
     >>> extract_answer("<think><answer>A</answer>") is None
     True
     """
-    answer, opened, thinking = None, None, False  # opened: where the content of an open answer block starts
+    answer = None
+    # where the content of the open answer block starts; None if no block is open
+    content_start = None
+    thinking = False
     for tag, start, end in tags_in(text):
         if tag == "</answer>":
-            if opened is not None:
-                answer = text[opened:start].strip()
-            opened = None
+            if content_start is not None:
+                answer = text[content_start:start].strip()
+            content_start = None
         elif tag == "<answer>":
-            opened = None if thinking else end
+            content_start = None if thinking else end
         else:
             if tag == "</think>" and not thinking:
                 answer = None
-            opened, thinking = None, tag == "<think>"
+            thinking = tag == "<think>"
+            content_start = None
     return answer
 
 
-# ------------------------------------------------------------------------------------------- reading what was written
+# ----------------------------------------------------------------------------------------------- letters and numbers
 
 
 def normalized(form, text):
-    """The text in this Unicode normal form; as it is if more than 30 combining marks follow each other.
+    """The text in this Unicode normal form, or unchanged if more than 30 combining marks follow each other.
 
     Sorting a run of marks takes quadratic time. No language needs more than 30 (UAX #15, "stream-safe").
     """
@@ -93,7 +99,7 @@ NESTED = 4
 
 
 def plain(text):
-    """The text without its dress: NFKC (full-width forms, ligatures), and LaTeX's boxes, fonts, dollars and fractions.
+    """The text in NFKC (full-width forms, ligatures) and without LaTeX boxes, fonts, dollars and fractions.
 
     >>> plain(r"$\\boxed{\\text{B}}$"), plain("Ｂ"), plain(r"3\\frac{1}{2}")
     ('B', 'B', '3 1/2')
@@ -112,33 +118,41 @@ def plain(text):
 DECORATION = " \t\r\n\xa0()[]{}.,:;!*_`'\"$。、【】「」『』"
 LEAD = re.compile(
     r"(?:(?:the|best|correct|final|answer|option|choice|is)\b[\s:]*"
-    r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
+    r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選"
+    r"|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
     re.IGNORECASE,
 )
 SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 
 def split_label(text):
-    """("B", ")", " the cat") of "(B) the cat", ("B", "", "") of a lone letter, (None, "", "") of all else."""
+    """(letter, mark, description) of an option: ("B", ")", " the cat") for "(B) the cat", ("B", "", "") for "B".
+
+    The letter is None, and the others are empty, if the text does not begin with a labelled option.
+    """
     core = text.strip(DECORATION)
-    letter, mark, rest = core[:1], core[1:2], core[2:]
+    letter = core[:1]
+    mark = core[1:2]
+    description = core[2:]
     if not (letter.isascii() and letter.isalpha()):
         return None, "", ""
-    # "e.g. this" has no label; scripts without spaces put none after it
-    parted = rest[:1].isspace() or not rest[:1].isascii()
-    if mark in ("", ")", "、") or mark in (".", ":") and parted:
-        return letter.upper(), mark, rest
+    # "e.g. this" has no label; scripts without spaces have no space after one
+    is_separate = description[:1].isspace() or not description[:1].isascii()
+    if mark in ("", ")", "、") or (mark in (".", ":") and is_separate):
+        return letter.upper(), mark, description
     return None, "", ""
 
 
 def parse_letter(text):
-    """The option letter that `text` names, "A" to "Z"; None if it names none, or more than one (ours; released: equal text).
+    """The option letter that `text` names, "A" to "Z"; None if it names none or several (ours; released: equal text).
 
     A lone letter in any punctuation or LaTeX, or a letter with ) or : or . before the option's text; "the answer is",
-    "option", "答案：" may lead. Without punctuation only a lone letter counts ("A cat" has an article). The text after the
-    letter may not begin with a second lone letter, nor hold a second labelled option, unless it begins with an initial.
+    "option", "答案：" may precede it. Without punctuation only a lone letter counts ("A cat" has an article). The text
+    after the letter may not begin with a second lone letter, nor contain a second labelled option, unless it begins
+    with an initial.
 
-    >>> [parse_letter(t) for t in ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")]
+    >>> texts = ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")
+    >>> [parse_letter(text) for text in texts]
     ['B', 'B', 'B', 'B', 'B', 'B', 'B', 'B']
     >>> [parse_letter(t) for t in ("A or B", "A, B", "A. B", "A) or B)", "A. cat, B. dog", "A cat", "")]
     [None, None, None, None, None, None, None]
@@ -146,15 +160,16 @@ def parse_letter(text):
     'B'
     """
     core = plain(text).replace("*", "").strip(DECORATION)
-    letter, _, rest = split_label(core[LEAD.match(core).end() :])
-    pieces = [split_label(piece) for piece in SEPARATOR.split(rest) if piece.strip(DECORATION)]
-    if pieces:
-        first, mark, first_text = pieces[0]
-        initial = mark == "." and first_text
-        if first and not initial:
-            return None
-        if not initial and any(other and other_text for other, _, other_text in pieces[1:]):
-            return None
+    letter, _, description = split_label(core[LEAD.match(core).end() :])
+    parts = [split_label(part) for part in SEPARATOR.split(description) if part.strip(DECORATION)]
+    if not parts:
+        return letter
+    second_letter, mark, second_description = parts[0]
+    # as in "B. E. coli"
+    if mark == "." and second_description:
+        return letter
+    if second_letter or any(other_letter and other_text for other_letter, _, other_text in parts[1:]):
+        return None
     return letter
 
 
@@ -165,7 +180,8 @@ PART = r"(\d{1,9}(?:\.\d{1,9})?)"
 RATIO = re.compile(rf"([+-]?)(?:(\d{{1,9}}) )?{PART} ?[/⁄∕] ?{PART}(?![\d.,/])", re.ASCII)
 # what may stand before the number: "the answer is", "答案:", "x ="
 NUMBER_LEAD = re.compile(
-    r"(?:(?:the |final |correct )*answer(?: is)?\s?:?|答案(?:是|为|為)?\s?:?|答えは?\s?:?)?\s?(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
+    r"(?:(?:the |final |correct )*answer(?: is)?\s?:?|答案(?:是|为|為)?\s?:?|答えは?\s?:?)?\s?"
+    r"(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
     re.IGNORECASE,
 )
 # units: "meters", "%", "km/h", "m^2", "m2", "个"; not the "x3" of "2x3"
@@ -209,8 +225,10 @@ def parse_number(text):
         core = core[1:-1].strip()
     ratio = RATIO.match(core)
     match = ratio or NUMBER.match(core)
-    unit = core[match.end() :].strip() if match else ""
-    if not match or unit and is_scale(unit, after_currency=core[0] in "$€£¥₹") or unit and not UNIT.fullmatch(unit):
+    if not match:
+        raise ValueError(f"not a number: {text[:40]!r}")
+    unit = core[match.end() :].strip()
+    if unit and (is_scale(unit, after_currency=core[0] in "$€£¥₹") or not UNIT.fullmatch(unit)):
         raise ValueError(f"not a number: {text[:40]!r}")
     if ratio:
         sign, whole, above, below = ratio.groups()
@@ -228,9 +246,11 @@ def parse_number(text):
 def is_scale(unit, after_currency):
     """Whether the word after a number changes which number it is, or makes it a time."""
     word = unit.lower()
-    if {word, word.rstrip("s")} & SCALES or unit in ("M", "B", "T"):
+    if word in SCALES or word.rstrip("s") in SCALES or unit in ("M", "B", "T"):
         return True
-    return (after_currency and word in SHORT_SCALES) or bool(CJK_SCALE.match(unit))
+    if after_currency and word in SHORT_SCALES:
+        return True
+    return CJK_SCALE.match(unit) is not None
 
 
 def option_letters(options):
@@ -265,9 +285,9 @@ def tagged_solution(solution):
 
 
 def parse_solution(solution, problem_type, options=None):
-    """The truth inside "<answer>…</answer>", or a bare one: a letter, a number or a text. Else ValueError, in one line.
+    """The truth inside "<answer>…</answer>" or without tags: a letter, a number or a text. Else raises ValueError.
 
-    With `options` the letter must be one of theirs. A free-form truth needs a word that ROUGE can see.
+    With `options` the letter must be one of theirs. A free-form truth needs a word that ROUGE can read.
     """
     if problem_type not in ACCURACY:
         raise ValueError(f"no problem type {problem_type!r}: {', '.join(ACCURACY)}")
@@ -284,11 +304,11 @@ def parse_solution(solution, problem_type, options=None):
     if problem_type in ("numerical", "regression"):
         return parse_number(truth)
     if problem_type == "free-form" and not rouge_words(plain(truth)):
-        raise ValueError(f"no word that ROUGE can see (letters, digits) in {truth[:80]!r}")
+        raise ValueError(f"no word that ROUGE can read (letters, digits) in {truth[:80]!r}")
     return truth
 
 
-# ------------------------------------------------------------------------- accuracy, by type: answer is the model's text
+# ----------------------------------------------------------------------------------- accuracy of an answer, by type
 
 
 def letter_accuracy(answer, letter):
@@ -297,7 +317,7 @@ def letter_accuracy(answer, letter):
 
 
 def number_or_nan(answer):
-    """The answer's number; NaN, which equals nothing and earns nothing, if it is none."""
+    """The answer's number, or NaN, which equals nothing and earns nothing."""
     try:
         return parse_number(answer)
     except ValueError:
@@ -305,8 +325,9 @@ def number_or_nan(answer):
 
 
 def two_decimals(x):
-    """x to two decimals, halves away from zero as on paper. round() goes by the binary value: round(2.675, 2) is 2.67."""
-    if not abs(x) < 2**52:  # NaN, or so large that it has no decimals
+    """x to two decimals, halves away from zero. round() uses the binary value: round(2.675, 2) is 2.67."""
+    # NaN, or so large that it has no decimals
+    if not abs(x) < 2**52:
         return x
     return float(Decimal(repr(x)).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
@@ -317,7 +338,7 @@ def numerical_accuracy(answer, truth):
 
 
 def relative_error(prediction, truth):
-    """|prediction − truth| / |truth|, 0 and up; infinite if the prediction is not finite, or misses a truth of 0.
+    """|prediction − truth| / |truth|, at least 0; infinite if the prediction is not finite or misses a truth of 0.
 
     Raises ValueError if the truth is not finite.
     """
@@ -325,11 +346,13 @@ def relative_error(prediction, truth):
         raise ValueError(f"the truth is not a finite number: {truth}")
     if prediction == truth:
         return 0.0
-    return abs(prediction - truth) / abs(truth) if truth and math.isfinite(prediction) else math.inf
+    if truth == 0 or not math.isfinite(prediction):
+        return math.inf
+    return abs(prediction - truth) / abs(truth)
 
 
 def relative_accuracy(prediction, truth):
-    """1 − relative error, in [0, 1] (paper). The released code pays 1 for "nan", and 0 for a truth of 0 met exactly."""
+    """1 − relative error, in [0, 1] (paper). The released code gives 1 to "nan", and 0 to a correct 0."""
     return max(0.0, 1.0 - relative_error(prediction, truth))
 
 
@@ -340,40 +363,47 @@ def mean_relative_accuracy(prediction, truth):
     (0.6, 0.1)
     """
     error = relative_error(prediction, truth)
-    thresholds = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(10)]  # numpy.linspace to the bit, as ties depend on it
+    # the bits of numpy.linspace(0.5, 0.95, 10), because ties depend on them
+    thresholds = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(10)]
     return sum(error <= 1 - t for t in thresholds) / 10
 
 
 def edit_distance(a, b):
-    """Fewest insertions, deletions and substitutions that turn list a into list b; time len(a) · len(b)."""
+    """Fewest insertions, deletions and substitutions that turn list a into list b (Levenshtein)."""
+    # row[j]: the distance of the words of a so far from the first j words of b
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
+        new_row = [i]
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            substitution = row[j - 1] if x == y else row[j - 1] + 1
+            new_row.append(min(row[j] + 1, new_row[j - 1] + 1, substitution))
+        row = new_row
     return row[-1]
 
 
 def word_error_rate(reference, hypothesis):
-    """Word edits from reference to hypothesis per reference word, 0 and up; jiwer 4.0's, also for an empty reference: edits.
+    """Word edits from reference to hypothesis per reference word, at least 0; as in jiwer 4.0.
 
-    Words end at spaces and at runs of white space; jiwer keeps a single tab or line break inside a word.
+    For an empty reference it is the number of edits.
     """
-    words, others = (
-        [w for w in re.sub(r"\s\s+", " ", text).strip().split(" ") if w] for text in (reference, hypothesis)
-    )
-    return edit_distance(words, others) / max(len(words), 1)
+    reference_words = jiwer_words(reference)
+    return edit_distance(reference_words, jiwer_words(hypothesis)) / max(len(reference_words), 1)
+
+
+def jiwer_words(text):
+    """Words end at spaces and at runs of white space; like jiwer, a single tab or line break stays inside a word."""
+    return [word for word in re.sub(r"\s\s+", " ", text).strip().split(" ") if word]
 
 
 def ocr_accuracy(answer, truth):
-    """1 − word error rate, not below 0 (paper). Any white space ends a word here: a line break is no error (ours).
+    """1 − word error rate, at least 0 (paper). Any white space ends a word here: a line break is not an error (ours).
 
-    Texts are compared in NFC: an accent may be a character of its own or not, but a full-width letter is another
-    letter.
+    Texts are compared in NFC: composed and decomposed accents are equal, full-width and ordinary letters are not.
     """
     answer = normalized("NFC", answer).split()
     truth = normalized("NFC", truth).split()
-    if len(answer) >= 2 * len(truth):  # at least len(truth) insertions: cannot earn, so do not compute
+    # at least len(truth) insertions: the score is 0, and computing it would take long
+    if len(answer) >= 2 * len(truth):
         return 0.0
     return max(0.0, 1.0 - word_error_rate(" ".join(truth), " ".join(answer)))
 
@@ -385,9 +415,9 @@ SPACELESS = re.compile(
 
 
 def rouge_words(text):
-    """Words as ROUGE reads them: runs of letters, marks and digits; each character alone in a script without spaces.
+    """Words for ROUGE: runs of letters, marks and digits; in a script without spaces each character is a word.
 
-    Of ASCII text these are Google's, without stemming (the released code stems: "cats" meets "cat" there).
+    For ASCII text these are the words of Google's rouge_score without stemming (the released code stems).
 
     >>> rouge_words("The cat's 2 mats"), rouge_words("naïve 猫が")
     (['the', 'cat', 's', '2', 'mats'], ['naïve', '猫', 'が'])
@@ -402,61 +432,74 @@ def rouge_words(text):
         elif SPACELESS.match(character):
             pieces.append(f" {character} ")
         elif kind != "Cf":
-            # Cf: joiners and the like, which no one sees
+            # Cf: invisible characters such as joiners
             pieces.append(character)
     return "".join(pieces).split()
 
 
 def f1(overlap, n_reference, n_hypothesis):
     """Harmonic mean of overlap / n_reference and overlap / n_hypothesis; 0 for empty texts."""
-    return 2 * overlap / (n_reference + n_hypothesis) if overlap else 0.0
+    if not overlap:
+        return 0.0
+    return 2 * overlap / (n_reference + n_hypothesis)
+
+
+def n_grams(words, n):
+    """Counter of the runs of n words. Raises ValueError if n < 1."""
+    if n < 1:
+        raise ValueError(f"rouge_n needs n >= 1, got {n}")
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def rouge_n(reference, hypothesis, n):
-    """F1 of the n-grams (n words in a row) that both texts hold, in [0, 1]; Google's. ValueError if n < 1."""
-    if n < 1:
-        raise ValueError(f"rouge_n needs n >= 1, got {n}")
-    words = rouge_words(reference), rouge_words(hypothesis)
-    a, b = (Counter(zip(*(w[i:] for i in range(n)))) for w in words)
+    """F1 of the n-grams of two texts, in [0, 1]; as in rouge_score. Raises ValueError if n < 1."""
+    a = n_grams(rouge_words(reference), n)
+    b = n_grams(rouge_words(hypothesis), n)
     return f1((a & b).total(), a.total(), b.total())
 
 
 def common_subsequence(a, b):
-    """Length of the longest common subsequence of two lists (Hyyrö 2004).
-
-    The textbook table, a row per word of b, in the bits of one integer: bit i is 0 where the row grows at a[i]. So a step
-    costs one addition for all of a, and a long b costs little.
-    """
-    where = {}
-    for i, word in enumerate(a):
-        where[word] = where.get(word, 0) | 1 << i
-    full = (1 << len(a)) - 1
-    row = full
-    for word in b:
-        hit = row & where.get(word, 0)
-        row = ((row + hit) | (row - hit)) & full  # the carry moves each growth to the first match after the last one
-    return len(a) - row.bit_count()
+    """Length of the longest common subsequence of two lists."""
+    # words that only one list has cannot be in it
+    shared = set(a) & set(b)
+    a = [word for word in a if word in shared]
+    b = [word for word in b if word in shared]
+    # row[j]: the length for the words of b so far and the first j words of a
+    row = [0] * (len(a) + 1)
+    for y in b:
+        new_row = [0]
+        for j, x in enumerate(a, 1):
+            new_row.append(row[j - 1] + 1 if x == y else max(row[j], new_row[j - 1]))
+        row = new_row
+    return row[-1]
 
 
 def rouge_l(reference, hypothesis):
-    """F1 of the longest common subsequence of words, in [0, 1]; Google's."""
-    a, b = rouge_words(reference), rouge_words(hypothesis)
+    """F1 of the longest common subsequence of words, in [0, 1]; as in rouge_score."""
+    a = rouge_words(reference)
+    b = rouge_words(hypothesis)
     return f1(common_subsequence(a, b), len(a), len(b))
 
 
 def free_form_accuracy(answer, truth):
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (paper). A truth of one word has no pairs: met exactly it earns 2/3."""
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (paper). A truth of one word has no 2-grams, so its best score is 2/3."""
     answer = plain(answer)
     truth = plain(truth)
     return (rouge_n(truth, answer, 1) + rouge_n(truth, answer, 2) + rouge_l(truth, answer)) / 3
 
 
-ACCURACY = {  # each: (the model's answer, the parsed truth) -> [0, 1]
+def regression_accuracy(answer, truth):
+    """Relative accuracy of the number in an answer, in [0, 1] (paper)."""
+    return relative_accuracy(number_or_nan(answer), truth)
+
+
+# {problem type: function of the model's answer and the parsed truth, with a value in [0, 1]}
+ACCURACY = {
     "multiple choice": letter_accuracy,
     "numerical": numerical_accuracy,
     "OCR": ocr_accuracy,
     "free-form": free_form_accuracy,
-    "regression": lambda answer, truth: relative_accuracy(number_or_nan(answer), truth),
+    "regression": regression_accuracy,
 }
 
 
@@ -464,31 +507,38 @@ ACCURACY = {  # each: (the model's answer, the parsed truth) -> [0, 1]
 
 
 def accuracy_reward(completion, solution, problem_type):
-    """How right the completion's answer is, in [0, 1] (paper). No answer block or an empty one: 0.
+    """How correct the completion's answer is, in [0, 1] (paper). Without an answer block, or with an empty one: 0.
 
-    ValueError only for an unknown type or a bad solution.
+    Raises ValueError only for an unknown problem type or a bad solution.
 
     >>> accuracy_reward("<think>…</think><answer>1,000</answer>", "<answer>1000</answer>", "numerical")
     1.0
     """
     truth = parse_solution(solution, problem_type)
     answer = extract_answer(completion)
-    return ACCURACY[problem_type](answer, truth) if answer else 0.0
+    if not answer:
+        return 0.0
+    return ACCURACY[problem_type](answer, truth)
 
 
 def format_reward(completion):
     """1 if the text is one think block, then one answer block, and only white space around them, else 0 (paper).
 
-    The blocks may be empty: this reward judges the form. No tag may come twice (the released pattern lets tags nest).
+    The blocks may be empty: this reward is about form. No tag may occur twice (the released pattern lets tags nest).
 
-    >>> format_reward("<think>It turns.</think>\\n<answer>B</answer>"), format_reward("B <think></think><answer>B</answer>")
-    (1.0, 0.0)
+    >>> format_reward("<think>It turns.</think>\\n<answer>B</answer>")
+    1.0
+    >>> format_reward("B <think></think><answer>B</answer>")
+    0.0
     """
     tags = list(tags_in(completion))
-    if tuple(tag for tag, _, _ in tags) != TAGS:
+    if [tag for tag, _, _ in tags] != list(TAGS):
         return 0.0
-    (_, first, _), (_, _, think_end), (_, answer_start, _), (_, _, last) = tags
-    return float(not (completion[:first] + completion[think_end:answer_start] + completion[last:]).strip())
+    think_open, think_close, answer_open, answer_close = [(start, end) for _, start, end in tags]
+    before = completion[: think_open[0]]
+    between = completion[think_close[1] : answer_open[0]]
+    after = completion[answer_close[1] :]
+    return float(not (before + between + after).strip())
 
 
 def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
@@ -503,9 +553,11 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
     """
     if rule == "margin":
         return alpha * (p - p_shuffled) if p > p_shuffled else 0.0
-    if rule == "paper":  # also pays where order made no difference, and where both are 0
+    # also pays if the order made no difference, and if both are 0
+    if rule == "paper":
         return alpha if p >= p_shuffled else 0.0
-    if rule == "released":  # pays even where order hurt a little
+    # pays even if the order hurt a little
+    if rule == "released":
         return alpha if p >= 0.8 * p_shuffled else 0.0
     if rule == "none":
         return 0.0
@@ -513,7 +565,7 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
 
 
 def length_reward(n_tokens, correct, l_min=320, l_max=512, omega=0.2):
-    """omega for a correct completion of l_min to l_max tokens, both included (paper; end-of-turn token counted), else 0.
+    """omega for a correct completion of l_min to l_max tokens, both included (paper), else 0. The end-of-turn counts.
 
     The released code also asks for two correct completions in the group; here each completion stands for itself.
     """

@@ -787,7 +787,7 @@ def test_rouge_sees_words_of_any_script(text, words):
     if words:
         assert rouge_n(text, text, 1) == 1 and parse_solution(text, "free-form") == text
     else:
-        with pytest.raises(ValueError, match="no word that ROUGE can see"):
+        with pytest.raises(ValueError, match="no word that ROUGE can read"):
             parse_solution(text, "free-form")
 
 
@@ -1019,7 +1019,7 @@ def fastest(text, repeats=3):
 def test_long_repeats_are_scored_in_linear_time(unit):
     """Bug: a pattern that backtracks, or a scan that starts again: 16 times the text then takes 256 times as long, not 16.
 
-    Below 0.2 s nothing is compared: a machine's noise is not our bug, and no quadratic scan of 100 kB is that quick.
+    Below 0.2 s nothing is compared: that is noise, and no quadratic scan of 25 kB is so fast.
     """
     for before, after in (
         ("<answer>", "</answer>"),
@@ -1027,7 +1027,7 @@ def test_long_repeats_are_scored_in_linear_time(unit):
         ("<answer>B. ", "x</answer>"),
         ("", ""),
     ):
-        small, large = (before + unit * (size // len(unit)) + after for size in (100_000 // 16, 100_000))
+        small, large = (before + unit * (size // len(unit)) + after for size in (25_000 // 16, 25_000))
         seconds = fastest(large, 1)
         if seconds > 0.2:
             assert fastest(large) < 80 * fastest(small)
