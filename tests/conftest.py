@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_checkpoint import write_hub_checkpoint
 
-collect_ignore = ["two_ranks.py", "hub_checkpoint.py"]  # programs
+# programs, not tests
+collect_ignore = ["two_ranks.py", "hub_checkpoint.py"]
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
 
 
@@ -36,7 +37,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hub(world):
-    """Folder with untied/ and tied/, checkpoints in the hub's layout: as of 7B, and as of 3B, whose head is its embedding."""
+    """Folder with untied/ and tied/, checkpoints in the hub's layout: as of 7B, and as of 3B, whose head is its
+    embedding.
+    """
     records = json.loads((world / "world/sft.json").read_text())
     corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"]]) for r in records]
     for name in ("untied", "tied"):
@@ -46,7 +49,9 @@ def hub(world):
 
 @pytest.fixture
 def run(world, tmp_path, monkeypatch):
-    """run("sft", steps=2) runs the stage's real main() with configs/toy.yaml on the small world; returns its output folder."""
+    """run("sft", steps=2) runs the stage's real main() with configs/toy.yaml on the small world; returns its output
+    folder.
+    """
 
     def run_stage(stage, output="out", **settings):
         records = {"sft": "sft", "tgrpo": "rl", "evaluate": "test"}[stage]

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
     ],
 )
 def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, line):
-    """Guards: a length reward that nothing can earn; advantages of 0 for a whole run; a traceback for <<."""
+    """Guards: a length reward that no completion can earn; advantages of 0 for a whole run; a traceback for <<."""
     (tmp_path / "some.yaml").write_text(text)
     with pytest.raises(UserError) as error:
         load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", str(tmp_path / "some.yaml")])
@@ -44,16 +44,16 @@ def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, line):
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_logger_is_said_before_the_model_is_loaded(run, monkeypatch, tmp_path, package):
-    """Guards: a traceback from inside accelerate, after minutes of loading; metrics that go nowhere."""
+def test_a_missing_logger_is_an_error_before_the_model_loads(run, monkeypatch, tmp_path, package):
+    """Guards: a traceback from accelerate after minutes of loading; metrics that are not logged."""
     monkeypatch.setattr(common, "find_spec", lambda name: None)
     monkeypatch.setattr(policy, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=f"log_with: {package} is not installed: pip install {package}"):
         run("sft", log_with=package)
 
 
-def test_a_logger_is_handed_every_metric(run, monkeypatch):
-    """Guards: `log_with` read and then forgotten, or a tracker that a run without it starts as well."""
+def test_a_logger_gets_every_metric(run, monkeypatch):
+    """Guards: a `log_with` that has no effect, or a tracker that starts without it."""
     started, logged = [], []
 
     class Tracker(common.Accelerator):
@@ -76,7 +76,7 @@ def test_a_logger_is_handed_every_metric(run, monkeypatch):
 
 
 def test_a_missing_decord_names_its_package(monkeypatch):
-    """Guards: "No module named decord", after which one installs decord, which has no wheels for today's Python."""
+    """Guards: "No module named decord": the package of that name has no wheels for current Python versions."""
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(UserError, match="its package is decord2: pip install decord2"):
         sft.SFTConfig(video_reader="decord")
@@ -97,8 +97,8 @@ def test_a_missing_decord_names_its_package(monkeypatch):
         ),
     ],
 )
-def test_a_hub_out_of_reach_is_said_at_once(monkeypatch, world, error, line):
-    """Guards: minutes of retries for every file, and an error that names transformers' pages."""
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch, world, error, line):
+    """Guards: minutes of retries per file, and an error that links transformers' pages."""
     asked = []
 
     def model_info(self, model, timeout):
@@ -113,8 +113,8 @@ def test_a_hub_out_of_reach_is_said_at_once(monkeypatch, world, error, line):
     assert len(asked) == 1  # a folder is not looked up
 
 
-def test_every_locale_can_read_and_print(tmp_path):
-    """Guards: a run that ends with UnicodeEncodeError at "±", or a config that is no ASCII, under LC_ALL=C."""
+def test_a_c_locale_can_read_and_print_utf8(tmp_path):
+    """Guards: a UnicodeEncodeError at "±", or for a config that is not ASCII, under LC_ALL=C."""
     row = {
         "benchmark": "mine",
         "id": "1",
@@ -147,8 +147,8 @@ def test_every_locale_can_read_and_print(tmp_path):
 # ----------------------------------------------------------------------------------------------------- benchmarks
 
 
-def test_video_mme_is_read_from_json_where_there_is_no_pyarrow(tmp_path, monkeypatch):
-    """Guards: the parquet file chosen, and pyarrow asked for, though test.jsonl lies beside it."""
+def test_video_mme_is_read_from_json_without_pyarrow(tmp_path, monkeypatch):
+    """Guards: a missing pyarrow that is required although test.jsonl exists."""
     write_parquet(tmp_path / "a/videomme/test-00000-of-00001.parquet", VIDEOMME)
     write_parquet(tmp_path / "b/videomme/test-00000-of-00001.parquet", VIDEOMME)
     write(tmp_path / "b/videomme/test.jsonl", VIDEOMME)
@@ -159,8 +159,8 @@ def test_video_mme_is_read_from_json_where_there_is_no_pyarrow(tmp_path, monkeyp
         benchmarks.load_benchmark("videomme", tmp_path / "a")
 
 
-def test_a_question_is_shuffled_alike_whatever_is_asked_beside_it(world):
-    """Guards: p̃ of a benchmark that changes because another one is asked first, or a question was left out."""
+def test_the_shuffle_of_a_question_does_not_depend_on_other_questions(world):
+    """Guards: a p̃ that changes if another benchmark is evaluated first, or a question is left out."""
     cfg = sft.SFTConfig(
         model=str(world / "base"), data_root=str(world / "world"), max_frames=8, min_pixels=784, max_pixels=3136
     )

@@ -68,21 +68,21 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
     ],
 )
 def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, argv, line):
-    """Guards: an unknown or ill-typed setting that is ignored, or found out after the model is loaded."""
+    """Guards: an unknown or badly typed setting that is ignored, or only found after the model is loaded."""
     with pytest.raises(common.UserError) as error:
         load(tmp_path, text, *argv)
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
-def test_later_sources_win_and_types_hold(tmp_path):
-    """Guards: 1e-6 read by YAML as text, "False" read as true, a section that does not override the shared value."""
+def test_later_sources_override_earlier_ones_and_keep_types(tmp_path):
+    """Guards: 1e-6, which YAML reads as text; "False" read as true; a section that does not win."""
     cfg = load(tmp_path, "seed: 3\nmax_frames: 4\ntgrpo:\n  lr: 1e-6\n  max_frames: 8\n  resume: false", "--seed", "5")
     assert (cfg.lr, cfg.seed, cfg.max_frames, cfg.resume) == (1e-6, 5, 8, False)
     assert load(tmp_path, "", "--gradient_checkpointing").gradient_checkpointing is True
     assert load(tmp_path, "", "--resume", "False").resume is False
 
 
-def test_missing_config_file_is_one_line():
+def test_a_missing_config_file_is_one_line():
     """Guards: a traceback for a mistyped path."""
     with pytest.raises(common.UserError, match="no/such.yaml: cannot read this config"):
         load_config(sft.SFTConfig, "sft", ["--config", "no/such.yaml"])
@@ -98,7 +98,7 @@ def test_every_shipped_config_loads(path, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_explains_every_field(stage, capsys):
-    """Guards: a setting nobody can find out about."""
+    """Guards: an undocumented setting."""
     with pytest.raises(SystemExit) as exit:
         load_config(STAGES[stage], stage, ["--help"])
     assert exit.value.code == 0
@@ -108,8 +108,8 @@ def test_help_explains_every_field(stage, capsys):
         assert f.metadata["help"].split()[-1] in text
 
 
-def test_missing_cold_start_names_the_command(tmp_path):
-    """Guards: a hub lookup or a traceback where the user forgot the first stage."""
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    """Guards: a hub lookup or a traceback if the user forgot the first stage."""
     for path in ("runs/nowhere/final", "configs/nowhere", "./nowhere", str(tmp_path)):
         cfg = load(tmp_path, f"tgrpo:\n  model: {path}")
         with pytest.raises(common.UserError) as error:
@@ -118,8 +118,8 @@ def test_missing_cold_start_names_the_command(tmp_path):
     policy.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
 
 
-def test_a_torn_last_line_is_left_out(tmp_path):
-    """Guards: a run killed while writing whose log can then never be read."""
+def test_an_incomplete_last_line_is_ignored(tmp_path):
+    """Guards: a log that cannot be read after the run was killed while writing."""
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
     assert [row["step"] for row in read_jsonl(path)] == [0, 1]
@@ -134,7 +134,7 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_rises_then_falls_to_its_floor(schedule):
-    """Guards: a schedule off by one, that begins at 0 or ends above the floor."""
+    """Guards: an off-by-one schedule that begins at 0 or ends above its minimum."""
     cfg = sft.SFTConfig(lr=2.0, steps=100, warmup_steps=10, lr_schedule=schedule, min_lr_ratio=0.1)
     rates = [common.learning_rate(step, cfg) for step in range(100)]
     assert 0 < rates[0] < rates[5] < rates[9] == 2.0 == max(rates)
@@ -143,7 +143,7 @@ def test_learning_rate_rises_then_falls_to_its_floor(schedule):
 
 
 def test_the_data_order_is_a_permutation_each_epoch_and_resumes_anywhere():
-    """Guards: samples lost or seen twice at an epoch's end or after a resume."""
+    """Guards: samples lost or repeated at the end of an epoch or after a resume."""
     order = [data.data_index(position, 7, seed=1) for position in range(21)]
     for epoch in range(3):
         assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
@@ -154,8 +154,8 @@ def test_the_data_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     assert list(data.rank_batches(cfg, 3, 1, 2)) == list(data.rank_batches(cfg, 0, 1, 2))[3:]
 
 
-def test_write_atomic_leaves_nothing_else(tmp_path):
-    """Guards: temporary files left beside the result, or a result cut short."""
+def test_write_atomic_leaves_no_temporary_files(tmp_path):
+    """Guards: temporary files left beside the result, or an incomplete result."""
     write_atomic(tmp_path / "a.json", json.dumps([1]))
     write_atomic(tmp_path / "a.json", json.dumps([1, 2]))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == [
@@ -192,14 +192,14 @@ def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ran
     ],
 )
 def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch, variable, name):
-    """Guards: weights that DeepSpeed has taken apart, in a loop that knows FSDP2 only; a traceback from inside accelerate."""
+    """Guards: weights that DeepSpeed has partitioned, in a loop for FSDP2 only; a traceback from accelerate."""
     monkeypatch.setenv(variable, "true")
     with pytest.raises(common.UserError, match=f"the accelerate config requests {name}, which is not supported here"):
         common.make_accelerator(tgrpo.TGRPOConfig())
 
 
-def test_an_accelerate_config_says_nothing_about_training(monkeypatch):
-    """Guards: a user's mixed_precision, accumulation steps or torch.compile backend that changes what the stage's config says."""
+def test_an_accelerate_config_does_not_change_training(monkeypatch):
+    """Guards: mixed_precision, accumulation steps or a torch.compile backend that overrides the stage's config."""
     AcceleratorState._reset_state(reset_partial_state=True)
     for variable, value in {
         "ACCELERATE_MIXED_PRECISION": "fp16",
@@ -220,8 +220,8 @@ def test_an_accelerate_config_says_nothing_about_training(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_ranks_wait_for_hours_before_they_give_up(monkeypatch):
-    """Guards: the default of 10 minutes, which a first load, a final save or an unequal evaluation outlasts."""
+def test_the_collective_timeout_is_hours(monkeypatch):
+    """Guards: the default of 10 minutes, which is shorter than loading, saving, or an uneven evaluation."""
     given = {}
     monkeypatch.setattr(
         common, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
@@ -231,8 +231,8 @@ def test_ranks_wait_for_hours_before_they_give_up(monkeypatch):
     assert handler.timeout >= timedelta(hours=2)
 
 
-def test_what_workers_get_can_be_pickled(monkeypatch, tmp_path):
-    """Guards: a lambda or a local class handed to a DataLoader, which Python 3.14 pickles for its workers."""
+def test_workers_get_picklable_objects(monkeypatch, tmp_path):
+    """Guards: a lambda or a local class given to a DataLoader, which Python 3.14 pickles for its workers."""
     pickled = []
 
     def loader(dataset, collate_fn=None, worker_init_fn=None, **settings):
@@ -248,8 +248,8 @@ def test_what_workers_get_can_be_pickled(monkeypatch, tmp_path):
     assert len(pickled) == 2 and pickled[0][0].records == samples.records
 
 
-def test_a_plan_asks_for_nothing_but_the_model(monkeypatch, capsys):
-    """Guards: --plan that demands records and an output folder, which it does not use."""
+def test_the_memory_plan_needs_only_the_model(monkeypatch, capsys):
+    """Guards: a memory plan that requires records and an output folder, which it does not use."""
     monkeypatch.setattr("sys.argv", ["plan_memory", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
     plan_memory.main()
     assert "peak" in capsys.readouterr().out
@@ -258,8 +258,8 @@ def test_a_plan_asks_for_nothing_but_the_model(monkeypatch, capsys):
         plan_memory.main()
 
 
-def test_a_config_names_one_dtype_in_all_its_parts():
-    """Guards: a config.json that says float32 over bfloat16 weights: half the GPU's memory, or a model that is loaded twice as large."""
+def test_a_saved_config_has_one_dtype():
+    """Guards: a config.json that names float32 for bfloat16 weights, so that the model is loaded at twice its size."""
     config = {"torch_dtype": "float32", "hidden_size": 4, "text_config": {"dtype": "float32"}, "vision_config": {}}
     assert policy.with_dtype(config, torch.bfloat16) == {
         "torch_dtype": "bfloat16",
@@ -269,8 +269,10 @@ def test_a_config_names_one_dtype_in_all_its_parts():
     }
 
 
-def test_only_evaluation_reads_weights_straight_onto_its_device(world, run, monkeypatch):
-    """Guards: an evaluation on the CPU of a machine with a GPU; weights for training placed before accelerate shards them."""
+def test_only_evaluation_loads_weights_directly_onto_the_device(world, run, monkeypatch):
+    """Guards: an evaluation on the CPU of a machine with a GPU; training weights placed on a device before they are
+    sharded.
+    """
     real, devices = policy.load_policy, {}
 
     def watched(cfg, dtype=torch.float32, accelerator=None, device=None):

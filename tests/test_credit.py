@@ -47,8 +47,10 @@ def model():
     return naive.tiny_policy()
 
 
-def test_credit_equals_the_plain_computation_and_images_have_none(model):
-    """Guards: log-probs of a neighbour's completion or clip, a mean of logs for a log of means, a forgotten temperature."""
+def test_credit_equals_a_plain_computation_and_is_none_for_images(model):
+    """Guards: log-probs of another completion or clip, a mean of logs instead of a log of means, a missing
+    temperature.
+    """
     prompts = naive.mixed_prompts()  # video, image, video, of different lengths
     completions = sampled(model, prompts)
     groups = groups_of(prompts, completions)
@@ -56,16 +58,18 @@ def test_credit_equals_the_plain_computation_and_images_have_none(model):
     assert groups[1].credit_G is None
     for group in (groups[0], groups[2]):
         for credit, completion in zip(group.credit_G, group.completions, strict=True):
-            logp = lambda x: naive.completion_logps(model, x, completion, 0.7).double().sum()
-            with torch.no_grad():
-                mean = torch.stack([logp(x).exp() for x in group.sample.extra_shuffles]).mean()
-                assert credit.item() == pytest.approx((logp(group.sample.ordered) - mean.log()).item(), abs=2e-5)
+            logps = []
+            for x in [group.sample.ordered, *group.sample.extra_shuffles]:
+                with torch.no_grad():
+                    logps.append(naive.completion_logps(model, x, completion, 0.7).double().sum())
+            expected = logps[0] - torch.stack(logps[1:]).exp().mean().log()
+            assert credit.item() == pytest.approx(expected.item(), abs=2e-5)
     assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) > 0.01
     assert all(not g.credit_G.requires_grad for g in (groups[0], groups[2]))
 
 
-def test_no_credit_where_order_cannot_matter(model):
-    """Guards: credit out of rounding, or out of shuffles paired with the wrong prompt."""
+def test_credit_is_zero_if_shuffling_changes_nothing(model):
+    """Guards: credit from rounding errors, or from shuffles of the wrong prompt."""
     prompts = naive.mixed_prompts()
     groups = groups_of(prompts, sampled(model, prompts), shuffle=lambda x, seed: dict(x))
     add_credit(model, groups, TGRPOConfig(**CFG), naive.PAD)
@@ -84,7 +88,7 @@ class FirstFrame(Policy):
 
 
 def test_credit_goes_to_the_answer_that_used_the_order():
-    """Guards: a sign the wrong way round; credit for a whole group instead of a completion."""
+    """Guards: the wrong sign; credit for a whole group instead of a completion."""
     model = naive.tiny_policy()
     model.__class__ = FirstFrame
     x = naive.prompt("video", (2, 2, 2), 3, 1)
@@ -95,8 +99,8 @@ def test_credit_goes_to_the_answer_that_used_the_order():
     assert copied > 3 and contrary < -3 and blind == pytest.approx(0, abs=1e-6)
 
 
-def test_credit_is_not_moved_by_one_wild_shuffle():
-    """Guards: a mean of log-probs, which one shuffle that makes the answer impossible drags down without end."""
+def test_one_impossible_shuffle_does_not_dominate_the_credit():
+    """Guards: a mean of log-probs, which one shuffle that makes the answer impossible would dominate."""
     logps, shuffles = torch.tensor([-1.0]), torch.tensor([[-1.0], [-1.0], [-1.0], [-500.0]])
     assert temporal_credit(logps, shuffles).item() == pytest.approx(torch.tensor(4 / 3).log().item(), abs=1e-5)
 
@@ -111,8 +115,8 @@ def scored(credit, texts, **settings):
 RIGHT, WRONG = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A</answer>"
 
 
-def test_wrong_answers_earn_no_credit_and_credit_lies_between_0_and_alpha():
-    """Guards: pay for order-dependent nonsense; a fine for a right answer; one huge log-ratio that rules the group."""
+def test_the_credit_bonus_is_between_0_and_alpha_and_0_for_wrong_answers():
+    """Guards: a bonus for a wrong answer; a penalty for a right one; one huge log-ratio that dominates the group."""
     group, metrics = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
     assert group.rewards["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
     rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])  # accuracy + format + credit; credit's own advantage has no std
@@ -122,8 +126,8 @@ def test_wrong_answers_earn_no_credit_and_credit_lies_between_0_and_alpha():
     assert group.rewards["temporal"].tolist() == [0.5, 0.0]
 
 
-def test_the_credit_config_is_the_toy_with_the_credit_rules_settings():
-    """Guards: credit that is divided by the group's std; a toy setting that is changed in one of the two files."""
+def test_the_credit_config_equals_the_toy_config_but_for_the_rule():
+    """Guards: credit that is divided by the group's std; a toy setting that is changed in only one of the two files."""
     credit = yaml.safe_load((ROOT / "configs/credit.yaml").read_text())
     toy = yaml.safe_load((ROOT / "configs/toy.yaml").read_text())
     section = credit["tgrpo"]
@@ -134,8 +138,8 @@ def test_the_credit_config_is_the_toy_with_the_credit_rules_settings():
     assert credit == toy
 
 
-def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completion(run, monkeypatch):
-    """Guards: shuffled completions sampled for nothing; p̃ missing where it was asked for; a log that a resume writes twice."""
+def test_a_credit_run_samples_no_shuffled_completions_and_logs_every_completion(run, monkeypatch):
+    """Guards: shuffled completions that nobody uses; a missing p̃ if S > 0; rows that a resume writes twice."""
     import tgrpo
 
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
@@ -171,7 +175,9 @@ def test_the_loop_with_credit_samples_nothing_shuffled_and_keeps_every_completio
 
 
 def test_the_ablation_of_one_seed(tmp_path, monkeypatch, capsys):
-    """Guards: arms that are not what their labels say; an invalid seed that vanishes; a second run that does everything again."""
+    """Guards: arms that are not what their labels say; an invalid seed that vanishes; a second run that does
+    everything again.
+    """
     import json
 
     import toy

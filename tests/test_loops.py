@@ -1,4 +1,6 @@
-"""The real loops of the three stages, a few steps each, on the tiny model: they run, learn, resume, and name what they skip."""
+"""The real loops of the three stages, a few steps each, on the tiny model: they run, learn, resume, and name what they
+skip.
+"""
 
 import json
 import math
@@ -45,8 +47,8 @@ def some_reward(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_two_steps_move_finite_weights_into_a_normal_checkpoint(world, run, stage):
-    """Guards: a published script that cannot take a step; a checkpoint only our own class can load."""
+def test_two_steps_save_changed_finite_weights_that_transformers_loads(world, run, stage):
+    """Guards: a script that cannot take a step; a checkpoint that only our own class can load."""
     out = run(stage)
     rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1] and all(math.isfinite(v) for row in rows for v in row.values())
@@ -63,8 +65,8 @@ def test_two_steps_move_finite_weights_into_a_normal_checkpoint(world, run, stag
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_a_resumed_run_equals_one_never_stopped(run, stage):
-    """Guards: optimizer, random state, data position or log lost in a resume."""
+def test_a_resumed_run_equals_an_uninterrupted_run(run, stage):
+    """Guards: an optimizer, random state, data position or log that is lost in a resume."""
     whole = run(stage, "whole", steps=4, save_every=2)
     part = whole.parent / "part"
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
@@ -76,8 +78,8 @@ def test_a_resumed_run_equals_one_never_stopped(run, stage):
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_micro_batches_change_memory_not_the_result(run, stage):
-    """Guards: a mean over micro-batches that weighs short answers, or a small last micro-batch, too much."""
+def test_the_micro_batch_size_does_not_change_the_result(run, stage):
+    """Guards: a mean over micro-batches that overweights short answers or a small last micro-batch."""
     gradients = []
     for size in (4, 1):
         out = run(stage, f"micro{size}", save_every=1, micro_batch_size=size)
@@ -87,23 +89,26 @@ def test_micro_batches_change_memory_not_the_result(run, stage):
     assert scale > 1e-4 and all((a - b).abs().max() < 1e-4 * scale for a, b in zip(*gradients))
 
 
-def test_updates_per_rollout_let_the_ratio_leave_one(run):
-    """Guards: old log-probs taken again in each update, so that nothing is ever clipped."""
-    clipped = lambda out: [row["policy/clip_frac"] for row in read_jsonl(out / "metrics.jsonl")]
+def test_a_second_update_per_rollout_has_ratios_other_than_one(run):
+    """Guards: old log-probs recomputed in each update, so that nothing is ever clipped."""
+
+    def clipped(out):
+        return [row["policy/clip_frac"] for row in read_jsonl(out / "metrics.jsonl")]
+
     assert max(clipped(run("tgrpo", "three", updates_per_rollout=3, lr=0.01, warmup_steps=0))) > 0
     assert max(clipped(run("tgrpo", "one", updates_per_rollout=1, lr=0.01, warmup_steps=0))) == 0
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
 def test_bfloat16_without_sharding(run, stage):
-    """Guards: autocast meeting a float32 rollout, reference or head."""
+    """Guards: dtype errors between autocast and the rollout model, the reference or the head."""
     out = run(stage, bf16="true")
     assert all(math.isfinite(v) for row in read_jsonl(out / "metrics.jsonl") for v in row.values())
     assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
 
 
 def test_full_shard_on_one_process_computes_in_bfloat16(run):
-    """Guards: a config for many GPUs that computes in float32 on one, as neither FSDP nor autocast casts."""
+    """Guards: float32 computation if a multi-GPU config runs on one GPU, because neither FSDP nor autocast casts."""
     settings = dict(bf16="true", max_new_tokens=8, steps=1)
     # the plain run first: what the other might leave in the environment must not reach it
     plain, alone = run("tgrpo", "none", fsdp="none", **settings), run("tgrpo", "shard", fsdp="full_shard", **settings)
@@ -112,7 +117,7 @@ def test_full_shard_on_one_process_computes_in_bfloat16(run):
 
 
 def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
-    """Guards: a dummy group, or a micro-batch, that keeps the log-probs of an earlier step for its ratio."""
+    """Guards: a dummy group or a micro-batch whose ratio uses log-probs of an earlier step."""
     real, ratios = tgrpo.grpo_loss, []
 
     def watched(logps_GT, old_logps_GT, *rest):
@@ -127,7 +132,7 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
 
 
 def test_temporal_rule_none_is_grpo(run):
-    """Guards: shuffled rollouts sampled for nothing, or a temporal term that stays."""
+    """Guards: shuffled rollouts that nobody uses, or a remaining temporal term."""
     rows = read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")
     assert all(row["temporal/advantage_change"] == 0 and "temporal/p_shuffled" not in row for row in rows)
     rows = read_jsonl(run("tgrpo", "margin") / "metrics.jsonl")
@@ -136,8 +141,8 @@ def test_temporal_rule_none_is_grpo(run):
     )
 
 
-def test_without_a_cold_start_the_command_that_makes_one_is_named(run):
-    """Guards: a traceback for who starts with the second stage."""
+def test_a_missing_sft_model_names_the_sft_command(run):
+    """Guards: a traceback for a user who starts with the second stage."""
     with pytest.raises(common.UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
         run("tgrpo", model="runs/nowhere/final")
 
@@ -156,7 +161,7 @@ def broken_world(world, tmp_path):
 
 
 def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsys):
-    """Guards: a stand-in clip, a crash in the middle of a night, a silent skip."""
+    """Guards: a replacement clip, a crash, or a skip without a message."""
     folder, problem_id = broken_world
     out = run(
         "tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5
@@ -165,8 +170,8 @@ def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsy
     assert f"skipped {problem_id} (./media/" in capsys.readouterr().out
 
 
-def test_what_was_skipped_is_still_counted_after_a_resume(run, broken_world, capsys):
-    """Guards: a run that forgets at each restart how much of its data is broken, and never reaches its limit."""
+def test_skipped_records_are_still_counted_after_a_resume(run, broken_world, capsys):
+    """Guards: a run that forgets its skipped records at each restart and never reaches the limit."""
     folder, problem_id = broken_world
     settings = dict(
         records=folder / "rl.json", data_root=folder, steps=6, max_unreadable=0.5, save_every=1, keep_checkpoints=9
@@ -187,14 +192,14 @@ def test_what_was_skipped_is_still_counted_after_a_resume(run, broken_world, cap
 
 
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
-    """Guards: training for a day on what is left of a broken download."""
+    """Guards: training for a day on the rest of a broken download."""
     folder, _ = broken_world
     with pytest.raises(common.UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
         run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.01)
 
 
-def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
-    """Guards: finding out about a broken file only when training meets it."""
+def test_check_lists_unreadable_files(broken_world, monkeypatch, capsys):
+    """Guards: a broken file that is only found during training."""
     folder, _ = broken_world
     monkeypatch.setattr(
         "sys.argv",
@@ -220,8 +225,8 @@ def test_check_lists_what_cannot_be_read(broken_world, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------- samples and labels
 
 
-def test_only_the_assistants_words_carry_loss(world):
-    """Guards: training on the prompt, and on every video placeholder in it."""
+def test_sft_trains_the_target_tokens_only(world):
+    """Guards: loss on the prompt and on its video placeholders."""
     cfg = settings(world)
     processor = policy.load_processor(cfg)
     records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
@@ -263,7 +268,7 @@ RECORD = {
 
 
 def test_frame_times_reach_the_model(world, tmp_path):
-    """Guards: 2 fps assumed in training: 8 of 40 frames at 5 a second are 1 second apart, a patch of two is 2 seconds."""
+    """Guards: an assumed 2 fps: 8 of 40 frames at 5 fps are 1 second apart, and a patch of two is 2 seconds long."""
     write_video(tmp_path / "clip.mp4", 40, fps=5)
     sample = one(world, RECORD | {"root": tmp_path})
     for order in ("ordered", "shuffled"):  # shuffled clips keep the clock of the ordered ones
@@ -276,18 +281,21 @@ def test_frame_times_reach_the_model(world, tmp_path):
 
 
 def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
-    """Guards: shuffling that loses frames, or that shuffles nothing."""
+    """Guards: a shuffle that loses frames or changes nothing."""
     write_video(tmp_path / "clip.mp4", 8)
     sample = one(world, RECORD | {"root": tmp_path})
     ordered, shuffled = (getattr(sample, order)["pixel_values_videos"] for order in ("ordered", "shuffled"))
     assert ordered.shape == shuffled.shape and not torch.equal(ordered, shuffled)
-    frames = lambda x: x.view(64, 3, 2, 14, 14).mean((1, 3, 4)).view(4, 16, 2).mean(1).flatten()
+
+    def frames(x):
+        return x.view(64, 3, 2, 14, 14).mean((1, 3, 4)).view(4, 16, 2).mean(1).flatten()
+
     assert torch.allclose(frames(ordered).sort().values, frames(shuffled).sort().values, atol=1e-4)
     assert torch.equal(sample.ordered["input_ids"], sample.shuffled["input_ids"])
 
 
-def test_each_clip_has_its_own_shuffle_of_the_unit_asked_for(world, tmp_path):
-    """Guards: one permutation for all clips of a run; shuffle_unit that nothing reads; K equal shuffles for the credit."""
+def test_each_clip_has_its_own_shuffle_of_the_configured_unit(world, tmp_path):
+    """Guards: one permutation for all clips; a shuffle_unit that is never read; K equal shuffles for the credit."""
     write_video(tmp_path / "clip.mp4", 8)
     records = [{k: v for k, v in RECORD.items()} for _ in range(6)]
     for unit in ("frame", "patch"):
@@ -301,14 +309,14 @@ def test_each_clip_has_its_own_shuffle_of_the_unit_asked_for(world, tmp_path):
 
 
 def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
-    """Guards: a temporal reward for a clip without time; an endless search for a permutation of one."""
+    """Guards: a temporal reward for a single frame; an infinite loop that looks for another permutation of it."""
     write_video(tmp_path / "clip.mp4", 1)
     sample = one(world, RECORD | {"root": tmp_path})
     assert sample.shuffled is None and sample.ordered["video_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
-    """Guards: one 4000-pixel picture that fills the memory of a GPU."""
+    """Guards: one 4000-pixel picture that fills a GPU's memory."""
     from PIL import Image
 
     Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
@@ -317,14 +325,16 @@ def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
     assert 60 <= (sample.ordered["mm_token_type_ids"] == policy.VIDEO).sum() <= 100
 
 
-def test_small_clips_are_not_blown_up(world, tmp_path):
-    """Guards: the processor's default of at least 128 · 28 · 28 pixels a frame, nine times the tokens of a small clip."""
+def test_small_clips_are_not_enlarged(world, tmp_path):
+    """Guards: the processor's default minimum of 128 · 28 · 28 pixels per frame: nine times the tokens of a small
+    clip.
+    """
     write_video(tmp_path / "clip.mp4", 4)
     assert one(world, RECORD | {"root": tmp_path}).ordered["video_grid_thw"].tolist() == [[2, 4, 4]]
 
 
 def test_long_prompts_are_skipped_not_cut(world, tmp_path):
-    """Guards: left truncation, which cuts video tokens away while their pixels stay."""
+    """Guards: truncation that removes video tokens but keeps their pixels."""
     write_video(tmp_path / "clip.mp4", 4)
     sample = one(world, RECORD | {"root": tmp_path, "problem": "why " * 300}, max_prompt_tokens=200)
     assert "max_prompt_tokens is 200" in sample.error and sample.ordered is None
@@ -404,13 +414,16 @@ def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, ca
     assert "skipped row 2: path: expected text, got 7" in capsys.readouterr().out
 
 
-def test_shuffle_frames_shows_other_frames_than_in_order(run):
-    """Guards: a flag that changes the label of the run and not the run."""
+def test_shuffle_frames_changes_what_the_model_sees(run):
+    """Guards: a flag that changes the label of the run but not its frames."""
     ordered, shuffled = (
         run("evaluate", "a", temporal_gap="false"),
         run("evaluate", "b", temporal_gap="false", shuffle_frames="true"),
     )
-    read = lambda out: read_jsonl(out / "predictions.jsonl")
+
+    def read(out):
+        return read_jsonl(out / "predictions.jsonl")
+
     assert {r["frames"] for r in read(ordered)} == {"ordered"} and {r["frames"] for r in read(shuffled)} == {"shuffled"}
     texts = {r["id"]: r["prediction"] for r in read(ordered)}
     assert any(texts[r["id"]] != r["prediction"] for r in read(shuffled))

@@ -1,4 +1,6 @@
-"""M-RoPE positions: those the checkpoints were trained with, and the same ones in every stage, however long the clip is."""
+"""M-RoPE positions: those the checkpoints were trained with, and the same ones in every stage, however long the clip
+is.
+"""
 
 import naive
 import pytest
@@ -26,8 +28,8 @@ def model():
     return naive.tiny_policy()
 
 
-def test_text_after_a_long_clip_starts_behind_its_last_moment(model):
-    """Guards: transformers 5.24's rule, under which the text after a clip of two minutes stands inside the clip, at 30."""
+def test_text_after_a_long_clip_starts_after_its_last_moment(model):
+    """Guards: transformers 5.24's rule, which puts the text after a two-minute clip inside the clip, at position 30."""
     positions = policy.mrope_positions(wide_prompt(120.0), model.config.vision_config)
     clip, after = positions[:, 15:-5], positions[:, -5:]
     assert clip[0].unique().tolist() == [15, 45, 75, 105, 135, 165, 195, 225]
@@ -37,14 +39,14 @@ def test_text_after_a_long_clip_starts_behind_its_last_moment(model):
 
 
 def test_frames_of_a_short_clip_share_time_positions(model):
-    """Guards: a time axis that is spread over more positions than the checkpoints were trained on (2 per second)."""
+    """Guards: a time axis with more positions per second than the 2 that the checkpoints were trained on."""
     for seconds, moments in ((1.0, 2), (2.0, 4), (4.0, 8), (60.0, 8)):
         clip = policy.mrope_positions(wide_prompt(seconds), model.config.vision_config)[0, 15:-5]
         assert len(clip.unique()) == moments
 
 
-def test_positions_equal_transformers_where_the_two_agree(model):
-    """Guards: rows and columns confused, a wrong start, frame times of another clip, a picture that has a time axis."""
+def test_positions_equal_transformers_for_short_clips(model):
+    """Guards: rows and columns swapped, a wrong start, frame times of another clip, a picture with a time axis."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low, high):
@@ -70,7 +72,7 @@ def test_positions_equal_transformers_where_the_two_agree(model):
 
 @pytest.mark.parametrize("seconds", [4, 40, 120, 600, None])
 def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, seconds):
-    """Guards: log-probs that are trained at other positions than they were sampled at: 5 nats a token for a clip of 100 s."""
+    """Guards: training at other positions than sampling: 5 nats per token for a clip of 100 s."""
     kind, grid = ("image", (1, 4, 4)) if seconds is None else ("video", (8, 2, 4))
     x = naive.prompt(kind, grid, 7, 5, seconds)
     seen, real = {}, model.generate
@@ -99,7 +101,7 @@ def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, se
 
 
 def test_a_forward_without_positions_is_refused(model):
-    """Guards: a new stage that leaves the positions to transformers, and trains long clips at others without a word."""
+    """Guards: a new stage that uses transformers' positions and silently trains long clips at wrong ones."""
     x = naive.prompt("video", (2, 2, 4), 3, 1)
     packed = policy.pack(model, [x], [[torch.tensor([5, 6])]], naive.PAD)
     packed.inputs["position_ids"] = None

@@ -48,8 +48,8 @@ def started(run, world, tmp_path):
         ({"steps": 5}, "steps was 2, is 5, which the linear schedule depends on"),
     ],
 )
-def test_a_run_does_not_go_on_as_another_run(run, started, change, line):
-    """Guards: a run of two halves, trained with different settings, whose config.yaml tells of the second only."""
+def test_a_run_does_not_resume_with_other_settings(run, started, change, line):
+    """Guards: a run whose halves have different settings, and whose config.yaml only has the second ones."""
     folder, settings = started
     before = (folder / "config.yaml").read_text()
     with pytest.raises(UserError) as error:
@@ -61,7 +61,7 @@ def test_a_run_does_not_go_on_as_another_run(run, started, change, line):
 
 
 def test_changed_records_and_weights_are_noticed_by_their_content(run, started, world, tmp_path):
-    """Guards: a second SFT under the path of the first, under which T-GRPO goes on with a policy of the first."""
+    """Guards: a new SFT model at the path of the old one, while T-GRPO resumes a policy of the old one."""
     folder, settings = started
     records = json.loads((tmp_path / "rl.json").read_text())
     (tmp_path / "rl.json").write_text(json.dumps(records[::-1]))
@@ -80,8 +80,8 @@ def test_changed_records_and_weights_are_noticed_by_their_content(run, started, 
         run("tgrpo", **settings)
 
 
-def test_settings_that_change_no_result_may_change(run, started, world, tmp_path, capsys):
-    """Guards: a run that cannot be moved to other paths, more workers or another micro-batch."""
+def test_settings_that_do_not_change_the_result_may_change(run, started, world, tmp_path, capsys):
+    """Guards: a run that cannot be moved to other paths, more workers or another micro-batch size."""
     folder, settings = started
     os.rename(tmp_path / "base", tmp_path / "moved")
     os.rename(tmp_path / "rl.json", tmp_path / "moved.json")
@@ -96,16 +96,16 @@ def test_settings_that_change_no_result_may_change(run, started, world, tmp_path
     assert [row["step"] for row in again] == [row["step"] for row in whole] and again[0] == whole[0]
 
 
-def test_going_on_all_the_same_is_possible_and_said(run, started, capsys):
-    """Guards: a check that cannot be overruled by somebody who knows why."""
+def test_resume_changed_continues_and_names_the_changes(run, started, capsys):
+    """Guards: a check that cannot be overridden."""
     folder, settings = started
     run("tgrpo", **settings | {"lr": 1e-3, "resume_changed": "true"})
     said = capsys.readouterr().out
     assert "although lr was 0.0005, is 0.001" in said and "resumed from" in said
 
 
-def test_fewer_steps_than_done_is_an_error(run, started):
-    """Guards: a policy of 2 steps relabelled as the final one of 1."""
+def test_fewer_steps_than_the_checkpoint_is_an_error(run, started):
+    """Guards: a policy after 2 steps saved as the final one of 1 step."""
     folder, settings = started
     run("tgrpo", **settings | {"steps": 3, "lr_schedule": "constant", "resume_changed": "true"})
     with pytest.raises(UserError, match="steps: 1, but .*checkpoint-2 is already after step 2"):
@@ -113,8 +113,8 @@ def test_fewer_steps_than_done_is_an_error(run, started):
 
 
 @pytest.mark.parametrize("save_every", [0, 1])
-def test_a_finished_run_is_not_trained_again_over_its_model(run, started, save_every, capsys):
-    """Guards: a `final` overwritten by another run where there is no checkpoint to compare with; hours spent again."""
+def test_a_finished_run_is_not_overwritten(run, started, save_every, capsys):
+    """Guards: a `final` overwritten by another run that had no checkpoint to compare with."""
     folder, settings = started
     shutil.rmtree(folder)
     settings = settings | {"save_every": save_every, "lr_schedule": "constant"}
@@ -137,8 +137,8 @@ def test_a_finished_run_is_not_trained_again_over_its_model(run, started, save_e
     assert (folder / "final/model.safetensors").read_bytes() != weights
 
 
-def test_resume_false_moves_the_old_run_aside(run, started, capsys):
-    """Guards: new checkpoints deleted as older ones are kept; after a kill, the old run resumed in place of the new one."""
+def test_resume_false_moves_the_earlier_run_aside(run, started, capsys):
+    """Guards: new checkpoints deleted in favour of older ones; the earlier run resumed instead of the new one."""
     folder, settings = started
     old = {p.name for p in folder.iterdir()} - {".lock"}
     first = read_jsonl(folder / "metrics.jsonl")
@@ -154,8 +154,8 @@ def test_resume_false_moves_the_old_run_aside(run, started, capsys):
     assert (folder / "earlier-2/checkpoint-1").is_dir() and (folder / "earlier-1/checkpoint-1").is_dir()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tmp_path, capsys):
-    """Guards: a traceback from inside torch for a file that a full disk or a copy cut short."""
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(run, tmp_path, capsys):
+    """Guards: a traceback from torch for a file that is incomplete after a full disk or an interrupted copy."""
     settings = {**SETTINGS, "steps": 4}
     folder = run("tgrpo", **settings)
     whole = without_times(folder)
@@ -178,8 +178,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tmp_pa
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_a_checkpoint_of_the_other_kind_names_the_command_that_helps(run, started, monkeypatch, sharded):
-    """Guards: sharded weights that one process fails to load, or whole ones that FSDP does, with a traceback."""
+def test_a_sharded_checkpoint_in_a_whole_run_names_the_export_command(run, started, monkeypatch, sharded):
+    """Guards: a traceback if one process loads sharded weights, or FSDP loads whole ones."""
     folder, settings = started
     if sharded:
         (folder / "checkpoint-1/pytorch_model_fsdp_0").mkdir()
@@ -195,8 +195,8 @@ def test_a_checkpoint_of_the_other_kind_names_the_command_that_helps(run, starte
 # --------------------------------------------------------------------------------------------- one run, one folder
 
 
-def test_a_second_run_in_the_folder_stops_at_once_and_a_dead_one_does_not_block(run, tmp_path):
-    """Guards: two runs that write each other's checkpoints; a lock that outlives a crash."""
+def test_two_runs_cannot_share_a_folder_and_a_crash_releases_it(run, tmp_path):
+    """Guards: two runs that overwrite each other's checkpoints; a lock that remains after a crash."""
     folder = tmp_path / "out"
     code = f"import common, time; common.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, text=True)
@@ -209,7 +209,7 @@ def test_a_second_run_in_the_folder_stops_at_once_and_a_dead_one_does_not_block(
     run("tgrpo", steps=1, max_new_tokens=4)
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_an_error_before_the_model_loads(run, tmp_path, monkeypatch):
     """Guards: an hour of loading before the first write fails."""
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(policy, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
@@ -218,8 +218,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(run
             run(stage, output="file/out")
 
 
-def test_a_failed_write_names_the_file_and_promises_only_what_is_there(tmp_path):
-    """Guards: "earlier checkpoints are whole" where there are none; temporary files that a full disk leaves behind."""
+def test_a_failed_write_names_the_file_and_the_checkpoint_that_exists(tmp_path):
+    """Guards: a message about checkpoints that do not exist; temporary files left by a full disk."""
 
     def full():
         raise OSError(28, "No space left on device")
@@ -241,8 +241,8 @@ def test_a_failed_write_names_the_file_and_promises_only_what_is_there(tmp_path)
 # --------------------------------------------------------------------------------------------- what is a checkpoint
 
 
-def test_weights_that_are_not_the_models_are_refused_by_name(world, tmp_path, run):
-    """Guards: training that starts from random numbers for what a checkpoint lacks, with no more than a warning."""
+def test_missing_and_unexpected_tensors_are_named(world, tmp_path, run):
+    """Guards: missing tensors that are initialised at random, with only a warning."""
     shutil.copytree(world / "base", tmp_path / "base")
     path, whole = tmp_path / "base/model.safetensors", load_file(world / "base/model.safetensors")
     name = next(n for n in whole if n.endswith("layers.1.mlp.up_proj.weight"))
@@ -302,8 +302,8 @@ LAUNCHERS = {
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_a_stopped_run_saves_and_leaves_no_process_behind(world, tmp_path, launcher, number, to_group, saves):
-    """Guards: workers that die of the group's signal and take the run along; training, or 2 workers, orphaned for ever."""
+def test_a_stopped_run_saves_and_leaves_no_processes(world, tmp_path, launcher, number, to_group, saves):
+    """Guards: workers that die of the process group's signal and end the run; orphaned training or worker processes."""
     command = [
         *LAUNCHERS[launcher],
         "tgrpo.py",

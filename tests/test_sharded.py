@@ -1,4 +1,6 @@
-"""The sharded code path (FSDP2) on two CPU processes: the same numbers as one process, no rank left waiting, runs that survive."""
+"""The sharded code path (FSDP2) on two CPU processes: the same numbers as one process, no rank left waiting, runs that
+survive.
+"""
 
 import json
 import os
@@ -31,16 +33,30 @@ def launch(command, timeout=240, **kwargs):
     return done.returncode, done.stdout + done.stderr
 
 
-# accelerate configs as `accelerate config` writes them; each asks for things that would change what is trained.
+# accelerate configs as `accelerate config` writes them; each requests things that would change the training.
 ACCELERATE_CONFIGS = {
-    "fsdp1": {"fsdp_version": 1, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_backward_prefetch": "BACKWARD_PRE",
-              "fsdp_transformer_layer_cls_to_wrap": "Qwen2_5_VLDecoderLayer", "fsdp_sharding_strategy": "SHARD_GRAD_OP",
-              "fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_sync_module_states": True, "fsdp_use_orig_params": False,
-              "fsdp_cpu_ram_efficient_loading": False, "fsdp_offload_params": False},
-    "fsdp2": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_activation_checkpointing": True,
-              "fsdp_cpu_ram_efficient_loading": False, "fsdp_offload_params": True, "fsdp_reshard_after_forward": False,
-              "fsdp_state_dict_type": "FULL_STATE_DICT"},
-}  # fmt: skip
+    "fsdp1": {
+        "fsdp_version": 1,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_backward_prefetch": "BACKWARD_PRE",
+        "fsdp_transformer_layer_cls_to_wrap": "Qwen2_5_VLDecoderLayer",
+        "fsdp_sharding_strategy": "SHARD_GRAD_OP",
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_sync_module_states": True,
+        "fsdp_use_orig_params": False,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_offload_params": False,
+    },
+    "fsdp2": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_activation_checkpointing": True,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_offload_params": True,
+        "fsdp_reshard_after_forward": False,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +104,8 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo", "credit", "frozen", "mixed sft", "mixed tgrpo"])
-def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, stage):
-    """Guards: loss or metrics averaged by ranks instead of tokens and completions; weights of a stale shard in the file."""
+def test_two_sharded_processes_train_like_one_process(world, outputs, stage):
+    """Guards: loss or metrics averaged per rank instead of per token and completion; stale shards in the saved file."""
     one, two = outputs
     # A step moves a weight by 1e-3. AdamW divides a gradient by its own size, so where the gradient is almost 0, a
     # difference in rounding moves the weight by a few percent of a step.
@@ -103,16 +119,20 @@ def test_two_sharded_processes_take_the_step_one_process_takes(world, outputs, s
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
-def test_a_users_accelerate_config_shards_and_changes_nothing_else(outputs, name):
-    """Guards: FSDP1 crashed; FSDP2 with bf16 returned log-probs in steps of 0.03, and 4 accumulation steps a quarter of the loss."""
+def test_an_accelerate_config_with_fsdp_gives_the_same_training(outputs, name):
+    """Guards: a crash with FSDP1; log-probs in steps of 0.03 with FSDP2 and bf16; a quarter of the loss with 4
+    accumulation steps.
+    """
     _, two = outputs
     assert without_times(two / name) == without_times(two / "tgrpo")
     assert difference(weights(two / name), weights(two / "tgrpo")) == 0
 
 
 @pytest.mark.parametrize("layout", ["untied", "tied"])
-def test_the_hubs_layout_goes_through_every_stage_sharded_in_bfloat16(hub, outputs, layout):
-    """Guards: a `final` that says float32 over bfloat16 weights, loses the tied head, or is another after a resume."""
+def test_a_hub_checkpoint_passes_every_stage_sharded_in_bfloat16(hub, outputs, layout):
+    """Guards: a `final` whose config names float32 for bfloat16 weights, that loses the tied head, or that differs
+    after a resume.
+    """
     folder = outputs[1] / layout
     for stage, start in (("sft", hub / layout), ("tgrpo", folder / "sft/final")):
         final = checked_final(folder / stage / "final", hub / layout, torch.bfloat16)
@@ -125,8 +145,8 @@ def test_the_hubs_layout_goes_through_every_stage_sharded_in_bfloat16(hub, outpu
     assert len(read_jsonl(folder / "eval/predictions.jsonl")) > 12
 
 
-def test_frozen_vision_stays(world, outputs):
-    """Guards: freeze_vision that only leaves the optimizer out, or freezes everything."""
+def test_freeze_vision_freezes_the_vision_tower_only(world, outputs):
+    """Guards: freeze_vision that only skips the optimizer, or that freezes everything."""
     base = load_file(world / "base/model.safetensors")
     for folder in outputs:
         for name, tensor in weights(folder / "frozen").items():
@@ -134,21 +154,21 @@ def test_frozen_vision_stays(world, outputs):
                 assert torch.equal(tensor, base[name]), name
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(outputs):
-    """Guards: one rank that leaves while the other waits for it; work lost when a job is preempted."""
+def test_sigterm_on_one_rank_saves_and_the_same_command_resumes(outputs):
+    """Guards: one rank that exits while the other waits for it; work lost when a job is preempted."""
     _, two = outputs
     assert difference(weights(two / "stopped"), weights(two / "tgrpo")) == 0
     assert without_times(two / "stopped") == without_times(two / "tgrpo")
 
 
-def test_real_rollouts_on_two_ranks_never_wait_for_each_other(outputs):
-    """Guards: a deadlock on unequal completions, on an image beside a video, on a rank whose only clip is unreadable."""
+def test_unequal_rollouts_on_two_ranks_do_not_deadlock(outputs):
+    """Guards: a deadlock with unequal completions, with a picture or an unreadable clip on one rank."""
     rows = read_jsonl(outputs[1] / "real/metrics.jsonl")
     assert len(rows) == 6 and rows[-1]["data/skipped"] == 1
 
 
-def test_bfloat16_trains_float32_weights_and_leaves_a_bfloat16_model(outputs):
-    """Guards: mixed dtypes that stop the first step on a GPU; master weights rounded to bfloat16."""
+def test_bfloat16_keeps_float32_master_weights_and_saves_bfloat16(outputs):
+    """Guards: mixed dtypes that fail in the first step on a GPU; master weights rounded to bfloat16."""
     final = weights(outputs[1] / "bf16")
     assert {t.dtype for t in final.values()} == {torch.bfloat16} and all(
         torch.isfinite(t).all() for t in final.values()
@@ -156,7 +176,7 @@ def test_bfloat16_trains_float32_weights_and_leaves_a_bfloat16_model(outputs):
     assert len(read_jsonl(outputs[1] / "bf16/metrics.jsonl")) == 2
 
 
-def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):
+def test_the_final_model_loads_without_our_code(outputs):
     """Guards: DTensors or wrapper names in the exported file."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -166,16 +186,18 @@ def test_the_loading_of_the_final_model_needs_nothing_of_ours(outputs):
     AutoProcessor.from_pretrained(folder)
 
 
-def test_a_rank_that_breaks_ends_all_and_its_traceback_stands_last(world, tmp_path):
-    """Guards: the other ranks waiting for hours in a collective, and the cause lost among their complaints."""
+def test_one_failing_rank_stops_all_ranks_and_its_traceback_is_last(world, tmp_path):
+    """Guards: the other ranks waiting for hours in a collective, and the cause hidden among their errors."""
     begin = time.perf_counter()
     status, said = launch([*TORCHRUN, "tests/two_ranks.py", world, tmp_path, "full_shard", "explode"], timeout=90)
     assert status != 0 and time.perf_counter() - begin < 60
     assert "rank 1 broke" in said[said.rindex("Root Cause") :]
 
 
-def test_two_machines_train_as_one(world, outputs, tmp_path):
-    """Guards: a rank taken for the local one, or every machine writing the same files (here: two launchers on loopback)."""
+def test_two_machines_train_like_one(world, outputs, tmp_path):
+    """Guards: a global rank used as the local one, or both machines writing the same files (here: two launchers on
+    loopback).
+    """
     command = [
         sys.executable,
         "-m",
@@ -202,8 +224,8 @@ def test_two_machines_train_as_one(world, outputs, tmp_path):
     assert difference(weights(outputs[1] / "sft"), weights(tmp_path / "sft")) < 1e-5
 
 
-def test_a_sharded_checkpoint_becomes_a_plain_model_by_one_command(outputs, tmp_path):
-    """Guards: shards that only the same number of GPUs can read."""
+def test_one_command_exports_a_sharded_checkpoint(outputs, tmp_path):
+    """Guards: shards that only the same number of GPUs can load."""
     folder = outputs[1] / "stopped"
     status, said = launch([sys.executable, "-m", "tools.export", folder / "checkpoint-1", tmp_path / "plain"])
     assert status == 0, said[-2000:]

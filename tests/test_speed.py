@@ -27,7 +27,7 @@ def mixed_pack(model):
 
 
 def test_the_text_layers_never_read_a_value_from_the_device():
-    """Guards: int(tensor.max()) or a boolean index in a layer, which stops the host in each of 28 layers, three times a step."""
+    """Guards: int(tensor.max()) or a boolean index in a layer: the host would wait in each of 28 layers."""
     model = naive.tiny_policy()
     inputs = mixed_pack(model).inputs
     B, L = inputs["input_ids"].shape
@@ -43,8 +43,10 @@ def test_the_text_layers_never_read_a_value_from_the_device():
     assert output.last_hidden_state.shape == hidden_BLD.shape
 
 
-def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeypatch):
-    """Guards: lengths read from the GPU by every vision block, in the loss or in the prefill; lengths of another batch."""
+def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
+    """Guards: lengths that every vision block reads from the GPU, in the loss or in the prefill; lengths of another
+    batch.
+    """
     model = naive.tiny_policy()
     config = model.config.vision_config
     packed = mixed_pack(model)
@@ -65,8 +67,8 @@ def test_the_vision_blocks_get_the_lengths_of_their_windows_from_the_cpu(monkeyp
     assert len(moved) == 1 and moved[0] is grid
 
 
-def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypatch):
-    """Guards: a new static cache per rollout, for whose addresses CUDA graphs are recorded anew at every step."""
+def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypatch):
+    """Guards: a new static cache per rollout, so that CUDA graphs are recorded again at every step."""
     model = naive.tiny_policy()
     graphs, addresses = [], {}
 
@@ -107,8 +109,8 @@ def test_compiled_rollouts_compile_once_per_shape_and_keep_their_cache(monkeypat
     assert len(graphs) == 3
 
 
-def test_what_one_gpu_would_measure_runs_without_one():
-    """Guards: a script for GPUs that nobody could run before there was one, and that stops at its first line there."""
+def test_the_gpu_benchmark_runs_on_a_cpu():
+    """Guards: a GPU script that has never run before someone has a GPU, and fails there."""
     command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

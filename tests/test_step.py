@@ -1,4 +1,6 @@
-"""How a step is put together: what is scored, with which frames, and the gradient of the real loop against the plain one."""
+"""How a step is put together: what is scored, with which frames, and the gradient of the real loop against the plain
+one.
+"""
 
 import json
 
@@ -28,8 +30,8 @@ def scored(texts, shuffled=(), record=RECORD, lengths=None, **settings):
     return group, metrics
 
 
-def test_a_group_by_hand():
-    """Guards: a reward left out or counted twice, p̃ of the wrong group, a bonus for wrong answers, metrics of something else."""
+def test_score_of_a_group_computed_by_hand():
+    """Guards: a reward left out or counted twice, p̃ of the wrong group, a bonus for wrong answers, wrong metrics."""
     group, metrics = scored([RIGHT, BARE, WRONG, RIGHT], [WRONG, RIGHT], lengths=[6, 2, 6, 20])
     assert {name: values.tolist() for name, values in group.rewards.items()} == {
         "accuracy": [1, 1, 0, 1],
@@ -61,8 +63,8 @@ def test_a_group_by_hand():
     assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
 
 
-def test_settings_reach_the_score():
-    """Guards: alpha, target, std, rule or omega of the config that nothing reads."""
+def test_every_reward_setting_changes_the_score():
+    """Guards: a setting (alpha, target, std, rule, omega) that is never read."""
     texts, shuffled = [RIGHT, RIGHT, WRONG, WRONG], [WRONG, WRONG]
     base = scored(texts, shuffled)[0].advantages_G
     for change in (
@@ -90,8 +92,8 @@ def test_settings_reach_the_score():
     assert score(group, TGRPOConfig(), [1])["completion/truncated"] == 0.5
 
 
-def test_each_prompt_is_scored_by_its_own_type():
-    """Guards: the first record's problem type judging the whole batch."""
+def test_each_prompt_is_scored_by_its_own_problem_type():
+    """Guards: the first record's problem type used for the whole batch."""
     for kind, solution, text in (
         ("numerical", "1000", "1,000"),
         ("free-form", "a red cat", "a red cat"),
@@ -106,7 +108,7 @@ def test_each_prompt_is_scored_by_its_own_type():
 
 
 def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
-    """Guards: a shuffled group that is shown the frames in order, so that p̃ is p; groups that get each other's texts."""
+    """Guards: a shuffled group that sees ordered frames; groups that get each other's texts."""
     cfg = TGRPOConfig(
         model=str(world / "base"),
         data_root=str(world / "world"),
@@ -142,8 +144,10 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
             number += 1
 
 
-def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
-    """Guards: a top-k, a penalty or a least length in the checkpoint's generation_config; a temperature in one place only."""
+def test_rollout_ignores_the_checkpoints_sampling_settings():
+    """Guards: a top-k, a penalty or a minimum length in the checkpoint's generation_config; a temperature in one place
+    only.
+    """
     hostile = dict(
         top_k=3,
         top_p=0.5,
@@ -176,8 +180,8 @@ def test_rollout_samples_from_the_policy_whatever_the_checkpoint_asks_for():
         assert (logps_GT[row, : len(completion)] - expected).abs().max() < 1e-4
 
 
-def test_a_rollout_that_fails_leaves_the_models_settings_as_they_were(monkeypatch):
-    """Guards: generation settings swapped for the rollout and, after an error in it, never put back."""
+def test_a_failed_rollout_restores_the_generation_config(monkeypatch):
+    """Guards: generation settings that are replaced for the rollout and not restored after an error."""
     model = naive.tiny_policy()
     before, config = model.generation_config.to_dict(), model.generation_config
     monkeypatch.setattr(model, "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
@@ -186,16 +190,21 @@ def test_a_rollout_that_fails_leaves_the_models_settings_as_they_were(monkeypatc
     assert model.generation_config is config and config.to_dict() == before
 
 
-def test_top_p_cuts_and_temperature_0_is_greedy():
-    """Guards: evaluation's sampling settings that nothing reads."""
+def test_top_p_and_temperature_reach_the_sampler():
+    """Guards: sampling settings of the evaluation that are never read."""
     model, prompts = naive.tiny_policy(), naive.mixed_prompts()
-    many = lambda *sampling: {tuple(c.tolist()) for c in rollout(model, prompts[:1], [40], naive.tokenizer, *sampling)}
+
+    def many(*sampling):
+        return {tuple(c.tolist()) for c in rollout(model, prompts[:1], [40], naive.tokenizer, *sampling)}
+
     assert len(many(0, 3)) == 1 == len(many(1.0, 3, 1e-6)) and many(0, 3) == many(1.0, 3, 1e-6)
     assert len(many(1.0, 3)) > 20
 
 
-def test_the_loops_gradient_is_the_plain_one(world, run, monkeypatch):
-    """Guards: a loss with the wrong sign, at another temperature, over other tokens, or with another group's advantages."""
+def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run, monkeypatch):
+    """Guards: a loss with the wrong sign, at another temperature, over other tokens, or with another group's
+    advantages.
+    """
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
     real, kept = tgrpo.sample_groups, []
     monkeypatch.setattr(tgrpo, "sample_groups", lambda *args: kept.extend(real(*args)) or kept)
@@ -233,8 +242,8 @@ def test_the_loops_gradient_is_the_plain_one(world, run, monkeypatch):
     )
 
 
-def test_a_step_makes_rewarded_completions_likelier_and_is_held_by_the_reference(world, run, monkeypatch):
-    """Guards: a loss with the wrong sign, a reference that moves with the policy, a KL that pushes away."""
+def test_training_raises_the_reward_and_beta_limits_the_kl(world, run, monkeypatch):
+    """Guards: a loss with the wrong sign, a reference that changes with the policy, a KL term with the wrong sign."""
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(completion.count("e") > 1))
     settings = dict(
         steps=12,
@@ -247,25 +256,35 @@ def test_a_step_makes_rewarded_completions_likelier_and_is_held_by_the_reference
     )
     rows = read_jsonl(run("tgrpo", "free", beta=0.0, **settings) / "metrics.jsonl")
     held = read_jsonl(run("tgrpo", "held", beta=5.0, **settings) / "metrics.jsonl")
-    accuracy = lambda rows: sum(r["reward/accuracy"] for r in rows[-3:]) / 3
+
+    def accuracy(rows):
+        return sum(r["reward/accuracy"] for r in rows[-3:]) / 3
+
     assert accuracy(rows) > rows[0]["reward/accuracy"] + 0.2
     assert held[0]["policy/kl"] == 0 < held[5]["policy/kl"] and accuracy(held) < accuracy(rows)
 
 
 def test_the_loss_grows_with_the_distance_from_the_reference():
-    """Guards: + for − before β: a KL that pays for leaving the cold start."""
+    """Guards: + instead of − before β: a KL term that rewards leaving the SFT model."""
     logps, far = -torch.ones(1, 4), -torch.ones(1, 4) * 2
-    loss = lambda ref, beta: tgrpo.grpo_loss(logps, logps, ref, torch.zeros(1), torch.ones(1, 4), 0.2, beta)[0].item()
+
+    def loss(ref, beta):
+        return tgrpo.grpo_loss(logps, logps, ref, torch.zeros(1), torch.ones(1, 4), 0.2, beta)[0].item()
+
     kl = tgrpo.kl_k3(logps, far).mean().item()
     assert loss(logps, 0.5) == 0 and loss(far, 0.5) == pytest.approx(0.5 * kl) and kl > 0.1
 
 
-def test_gradients_are_clipped_and_the_schedule_and_decay_are_used(run):
-    """Guards: max_grad_norm, lr, weight_decay or a schedule that nothing reads."""
+def test_optimizer_settings_change_the_weights(run):
+    """Guards: a max_grad_norm, lr, weight_decay or schedule that is never read."""
     from safetensors.torch import load_file
 
-    weights = lambda name, **s: load_file(run("sft", name, steps=2, warmup_steps=0, **s) / "final/model.safetensors")
-    distance = lambda a, b: max((a[k] - b[k]).abs().max().item() for k in a)
+    def weights(name, **s):
+        return load_file(run("sft", name, steps=2, warmup_steps=0, **s) / "final/model.safetensors")
+
+    def distance(a, b):
+        return max((a[k] - b[k]).abs().max().item() for k in a)
+
     base = weights("base")
     for name, setting in {
         "lr": {"lr": 1e-5},
@@ -277,14 +296,19 @@ def test_gradients_are_clipped_and_the_schedule_and_decay_are_used(run):
         assert distance(base, weights(name, **setting)) > 1e-6, name
 
 
-def test_the_toys_table_counts_what_it_says(tmp_path):
-    """Guards: conflict clips that are the agreeing ones, ordered and shuffled swapped, flashes among the temporal questions."""
-    row = lambda source, cue, frames, accuracy: {
-        "data_source": source,
-        "cue": cue,
-        "frames": frames,
-        "accuracy": accuracy,
-    }
+def test_the_toy_table_counts_the_right_questions(tmp_path):
+    """Guards: conflict clips confused with agreeing ones, ordered swapped with shuffled, flashes counted as temporal
+    questions.
+    """
+
+    def row(source, cue, frames, accuracy):
+        return {
+            "data_source": source,
+            "cue": cue,
+            "frames": frames,
+            "accuracy": accuracy,
+        }
+
     rows = [
         row("toy-direction", "lies", "ordered", 1.0),
         row("toy-direction", "lies", "shuffled", 0.0),

@@ -61,8 +61,10 @@ def start(arguments, **kwargs):
     )
 
 
-def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
-    """Guards: a checkpoint that forgets optimizer, order or seeds; a log with steps twice or missing; SIGKILL while saving."""
+def test_a_killed_run_ends_like_an_uninterrupted_run(world, tmp_path):
+    """Guards: a checkpoint without optimizer, order or seeds; repeated or missing steps in the log; SIGKILL while
+    saving.
+    """
     whole, run = (
         start(command(world, tmp_path / "whole")),
         start(command(world, tmp_path / "killed"), start_new_session=True),
@@ -82,11 +84,14 @@ def test_a_killed_run_ends_as_one_never_stopped(world, tmp_path):
     assert difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(world, run, tmp_path):
-    """Guards: a checkpoint cut short that is later resumed from, or a traceback from inside a library."""
+def test_a_full_disk_keeps_the_last_checkpoint_and_gives_advice(world, run, tmp_path):
+    """Guards: an incomplete checkpoint that is later resumed, or a traceback from a library."""
     settings = dict(save_every=2, max_new_tokens=12, lr_schedule="constant")
     run("tgrpo", steps=3, **settings)
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # weights are larger than this
+
+    def small():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # weights are larger than this
+
     for lock in common.held_locks.values():  # this process is done with the folder
         lock.close()
     full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
@@ -99,8 +104,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(world, run, 
 
 
 @pytest.mark.parametrize("bad_steps, ends", [([1], "well"), ([0, 1, 2], "in an error")])
-def test_steps_without_a_finite_gradient_are_skipped_three_in_a_row_end_the_run(run, monkeypatch, bad_steps, ends):
-    """Guards: one NaN that wipes out all weights, or a run that skips its way through the night."""
+def test_a_step_without_finite_gradients_is_skipped_and_three_end_the_run(run, monkeypatch, bad_steps, ends):
+    """Guards: one NaN that destroys all weights, or a run that skips every step."""
     import tgrpo
 
     real, calls = tgrpo.grpo_loss, []
@@ -119,8 +124,8 @@ def test_steps_without_a_finite_gradient_are_skipped_three_in_a_row_end_the_run(
             run("tgrpo", steps=4)
 
 
-def test_an_exported_checkpoint_is_the_model_of_that_step(run, tmp_path):
-    """Guards: an export of the starting model, or of names nobody can load."""
+def test_an_exported_checkpoint_has_the_weights_of_its_step(run, tmp_path):
+    """Guards: an export of the starting model, or with tensor names that nobody can load."""
     out = run("sft", steps=2, save_every=1)
     export.export(out / "checkpoint-1", tmp_path / "plain")
     plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(out)

@@ -22,14 +22,14 @@ def double(*values):
 
 @pytest.mark.parametrize("value", [0.0, 1.2, 0.1 + 0.2, 1 / 3, 1e6])
 @pytest.mark.parametrize("std", ["group", "none"])
-def test_equal_rewards_teach_nothing(value, std):
-    """Guards: a mean that rounds leaves 1e-17, which division by std + 1e-4 makes a gradient out of nothing."""
+def test_equal_rewards_give_zero_advantages(value, std):
+    """Guards: a rounding error of 1e-17 in the mean, which division by std + 1e-4 turns into a gradient."""
     for size in (1, 2, 3, 8):
         assert group_advantages(torch.full((size,), value, dtype=torch.float64), std).tolist() == [0.0] * size
 
 
 def test_advantages_are_relative_to_the_group():
-    """Guards: biased std, or a mean over the batch instead of the group."""
+    """Guards: a biased std, or a mean over the batch instead of the group."""
     rewards = double(0, 1, 1, 2.2, 0.4)
     normed = group_advantages(rewards)
     assert abs(normed.mean()) < 1e-12
@@ -40,14 +40,17 @@ def test_advantages_are_relative_to_the_group():
     assert torch.allclose(group_advantages(rewards * 3, "none"), plain * 3)
 
 
-def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
+def test_temporal_term_cancels_in_the_reward_but_not_in_the_advantage():
     """Guards: the published placement, under which T-GRPO is GRPO whenever rewards take two values (method.md)."""
     correct = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
     rewards = correct.double() + 1  # accuracy + format
     grpo = group_advantages(rewards)
     as_published = temporal_advantages(rewards, 0.3 * correct, "reward")
     ours = temporal_advantages(rewards, 0.3 * correct, "advantage")
-    two = lambda advantages_G: [f"{a:+.4f}" for a in advantages_G[:2].tolist()]  # a correct one, a wrong one
+
+    def two(advantages_G):
+        return [f"{a:+.4f}" for a in advantages_G[:2].tolist()]  # a correct one, a wrong one
+
     assert [two(grpo), two(as_published), two(ours)] == [
         ["+1.0952", "-0.7302"],
         ["+1.0953", "-0.7302"],
@@ -61,8 +64,8 @@ def test_temporal_term_in_the_reward_cancels_and_in_the_advantage_acts():
     ).abs().max() > 0.1
 
 
-def test_advantage_functions_leave_their_inputs_alone():
-    """Guards: an in-place edit through a view that changes what a later term sees."""
+def test_advantage_functions_do_not_modify_their_inputs():
+    """Guards: an in-place operation on a view that changes a later term."""
     rewards, bonus = double(1, 2, 3), double(0.3, 0, 0.3)
     temporal_advantages(rewards, bonus)
     assert rewards.tolist() == [1, 2, 3] and bonus.tolist() == [0.3, 0, 0.3]
@@ -87,7 +90,10 @@ def test_kl_k3_is_unbiased_and_never_negative():
 
 def example(seed=0, G=3, T=5):
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     logps = -normal(G, T).abs()
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.float64)
     return logps, logps + 0.3 * normal(G, T), logps + 0.3 * normal(G, T), normal(G), mask
@@ -96,7 +102,10 @@ def example(seed=0, G=3, T=5):
 def test_loss_gradient_equals_finite_differences():
     """Guards: a detach in the wrong place. Ratios here lie on both sides of the clip range."""
     logps, old, ref, advantages, mask = example()
-    f = lambda x: grpo_loss(x, old, ref, advantages, mask, 0.2, 0.04)[0].sum()
+
+    def f(x):
+        return grpo_loss(x, old, ref, advantages, mask, 0.2, 0.04)[0].sum()
+
     x = logps.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(f(x), x)
     for i in range(3):
@@ -117,7 +126,7 @@ def test_first_update_is_the_policy_gradient():
 @pytest.mark.parametrize(
     "advantage, log_ratio, moves", [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)]
 )
-def test_clipping_stops_only_what_already_went_far_enough(advantage, log_ratio, moves):
+def test_clipping_only_stops_moves_beyond_the_clip_range(advantage, log_ratio, moves):
     """Guards: clipping both ways (min and max confused): a wrong move must always be pulled back."""
     x = double(-1.0)[None].requires_grad_()
     loss, _, clipped = grpo_loss(x, x.detach() - log_ratio, None, double(advantage), torch.ones(1, 1), 0.2, 0.0)
@@ -125,12 +134,15 @@ def test_clipping_stops_only_what_already_went_far_enough(advantage, log_ratio, 
     assert (x.grad.abs().item() > 0) == moves and bool(clipped) != moves
 
 
-def test_each_completion_counts_once_whatever_its_length():
+def test_each_completion_counts_once_regardless_of_length():
     """Guards: a mean over all tokens, which lets long completions outvote short ones."""
     short, long = torch.ones(1, 4), torch.ones(1, 4)
     short[0, 1:] = 0
     logps = -torch.ones(1, 4)
-    loss = lambda mask: grpo_loss(logps, logps, None, double(1.0), mask, 0.2, 0.0)[0].item()
+
+    def loss(mask):
+        return grpo_loss(logps, logps, None, double(1.0), mask, 0.2, 0.0)[0].item()
+
     assert loss(short) == pytest.approx(loss(long)) == pytest.approx(-1.0)
 
 
@@ -146,7 +158,7 @@ def test_padding_carries_no_loss():
 
 
 def test_completion_mask_keeps_the_first_eos_and_nothing_after():
-    """Guards: pad = EOS habits, under which stopping is never trained."""
+    """Guards: masking EOS as padding, so that stopping is never trained."""
     ids = torch.tensor([[7, 8, 1, 1, 2], [1, 7, 7, 7, 7], [7, 7, 7, 7, 7], [7, 9, 2, 1, 7]])
     assert completion_mask(ids, [1]).int().tolist() == [
         [1, 1, 1, 0, 0],
@@ -170,8 +182,8 @@ def trim(sequence):
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_shared_rollout_says_what_plain_generate_says(model, G):
-    """Guards: wrong positions after a repeated cache, rope_deltas of another prompt, left padding that leaks."""
+def test_rollout_with_a_shared_prompt_equals_plain_generate(model, G):
+    """Guards: wrong positions after the cache is repeated, rope_deltas of another prompt, attention to left padding."""
     prompts = naive.mixed_prompts()
     counts = [G, 1, G + 1]
     shared = iter(rollout(model, prompts, counts, naive.tokenizer, temperature=0, max_new_tokens=20))
@@ -182,8 +194,8 @@ def test_shared_rollout_says_what_plain_generate_says(model, G):
             assert next(shared).tolist() == plain.tolist()
 
 
-def test_logps_are_those_generate_sampled_from(model):
-    """Guards: top-k = 50 from generation defaults, a temperature in one place only, wrong positions, padding."""
+def test_logps_equal_the_distribution_generate_sampled_from(model):
+    """Guards: top-k = 50 from the generation defaults, a temperature in one place only, wrong positions, padding."""
     prompts, T = naive.mixed_prompts(), 0.7
     torch.manual_seed(0)
     batch = data.collate_prompts(prompts, naive.PAD)
@@ -229,8 +241,8 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("G", [1, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_logps_and_gradients_equal_the_plain_way(model, G, temperature):
-    """Guards: a completion that sees its neighbour, wrong positions, mixed image and video batches, unequal lengths."""
+def test_packed_logps_and_gradients_equal_separate_rows(model, G, temperature):
+    """Guards: attention to another completion, wrong positions, pictures beside clips, unequal lengths."""
     prompts, groups = sampled_groups(model, G)
     lengths = [len(c) for group in groups for c in group]
     assert G == 1 or len(set(lengths)) > 1
@@ -243,8 +255,8 @@ def test_packed_logps_and_gradients_equal_the_plain_way(model, G, temperature):
         assert a is None or (a - b).abs().max() < 1e-4 * max(1, b.abs().max().item())
 
 
-def test_the_vision_tower_runs_once_whatever_the_batch_holds(model, monkeypatch):
-    """Guards: sharded ranks that gather its weights a different number of times, and wait for each other for ever."""
+def test_the_vision_tower_runs_once_per_batch_of_pictures_and_clips(model, monkeypatch):
+    """Guards: a deadlock of sharded ranks that gather its weights a different number of times."""
     calls, real = [], model.model.visual.forward
     monkeypatch.setattr(model.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     prompts, groups = sampled_groups(model, 2)
@@ -256,7 +268,7 @@ def test_the_vision_tower_runs_once_whatever_the_batch_holds(model, monkeypatch)
 
 
 def test_micro_batches_and_padding_change_nothing(model):
-    """Guards: a normalisation per micro-batch, or a long neighbour in the batch that changes a short row."""
+    """Guards: normalisation per micro-batch, or a short row that changes with a longer one in its batch."""
     prompts, groups = sampled_groups(model, 3)
     together, _ = completion_logps(model, pack(model, prompts, groups, naive.PAD), 1.0, BANNED)
     row = 0
@@ -267,8 +279,8 @@ def test_micro_batches_and_padding_change_nothing(model):
             row += 1
 
 
-def test_the_head_is_chunked_not_changed(model, monkeypatch):
-    """Guards: an off-by-one at a chunk border; entropy of the banned tokens."""
+def test_a_chunked_head_gives_the_same_logps(model, monkeypatch):
+    """Guards: an off-by-one error at a chunk border; entropy that counts banned tokens."""
     hidden, targets = torch.randn(11, 32), torch.arange(3, 14)
     whole = model.lm_head(hidden, targets, 0.5, BANNED)
     monkeypatch.setattr(policy, "LOGITS_CHUNK", 4)
@@ -282,7 +294,7 @@ def test_the_head_is_chunked_not_changed(model, monkeypatch):
 
 
 def test_placeholders_are_never_sampled():
-    """Guards: a sampled <|video_pad|>, whose missing pixels stop the next forward."""
+    """Guards: a sampled <|video_pad|> without pixels, which makes the next forward pass fail."""
     model = naive.tiny_policy()
     with torch.no_grad():
         model.lm_head.weight[list(BANNED)] = model.lm_head.weight.abs().max() * 10 * model.lm_head.weight.sign().mean(0)
@@ -290,8 +302,8 @@ def test_placeholders_are_never_sampled():
     assert not set(BANNED) & {int(i) for c in completions for i in c}
 
 
-def test_rollout_works_from_a_training_model():
-    """Guards: generate() under train() with gradient checkpointing drops its cache and says something else."""
+def test_rollout_of_a_model_in_training_mode_keeps_its_cache():
+    """Guards: generate() in training mode with gradient checkpointing, which drops its cache."""
     model = naive.tiny_policy()
     expected = rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, temperature=0, max_new_tokens=8)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

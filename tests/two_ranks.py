@@ -1,8 +1,9 @@
-"""Runs the real stages on one or two CPU processes, several in a row; test_sharded.py starts it and compares what it leaves.
+"""Runs the real stages on one or two CPU processes; test_sharded.py starts it and compares the results.
 
-    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER OUT full_shard        or        python tests/two_ranks.py FOLDER OUT none
+    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER OUT full_shard
+    python tests/two_ranks.py FOLDER OUT none
 
-Sampling differs with the number of processes, so here a prompt's completions follow from its tokens and pixels alone.
+Sampling depends on the number of processes, so here a prompt's completions are a function of its tokens and pixels.
 """
 
 import os
@@ -52,7 +53,9 @@ def checked_refresh(copy, model):
 
 
 def run(stage, output, accelerate_config=None, **settings):
-    """One stage with configs/toy.yaml, in OUT/output; under the environment that an accelerate config gives, if one is named."""
+    """One stage with configs/toy.yaml, in OUT/output; under the environment that an accelerate config gives, if one is
+    named.
+    """
     if PartialState._shared_state:  # a second stage in this process: let accelerate begin anew
         kind = DistributedType.MULTI_CPU if "WORLD_SIZE" in os.environ else DistributedType.NO
         for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
@@ -92,7 +95,9 @@ def run(stage, output, accelerate_config=None, **settings):
 
 
 def launcher_environment(config):
-    """What `accelerate launch --config_file CONFIG --gradient_accumulation_steps 4` puts into the environment, by its own code."""
+    """What `accelerate launch --config_file CONFIG --gradient_accumulation_steps 4` puts into the environment, by its
+    own code.
+    """
     command = ["--config_file", str(config), "--gradient_accumulation_steps", "4", "script.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     found = prepare_multi_gpu_env(arguments)
@@ -100,7 +105,9 @@ def launcher_environment(config):
 
 
 def hub_stages(layout):
-    """All stages, sharded and in bfloat16, on a checkpoint in the hub's layout; each training stage is stopped and resumed."""
+    """All stages, sharded and in bfloat16, on a checkpoint in the hub's layout; each training stage is stopped and
+    resumed.
+    """
     settings = {"bf16": "true", "gradient_checkpointing": "true", "save_every": 1}
 
     def trained(stage, model, **more):
@@ -155,7 +162,8 @@ def main():
     assert not (OUT / "stopped/final").exists() and (OUT / "stopped/checkpoint-1/state.json").exists()
     run(tgrpo, "stopped", updates_per_rollout=2)  # the same command goes on
 
-    # a user's own accelerate config asks for FSDP, and for much that would train otherwise: the same numbers all the same
+    # a user's own accelerate config asks for FSDP, and for much that would train otherwise: the same numbers all the
+    # same
     for name in ("fsdp1", "fsdp2"):
         run(tgrpo, name, accelerate_config=FOLDER / f"{name}.yaml", fsdp="none", updates_per_rollout=2)
 
