@@ -1,4 +1,6 @@
-"""A picture is a clip of one moment (data.as_clip): the model computes from it what it computes from Hugging Face's image."""
+"""A picture is a clip of one moment (data.as_clip): the model computes from it what it computes from Hugging Face's
+image.
+"""
 
 import naive
 import torch
