@@ -421,3 +421,38 @@ def refuse_object(path, text):
             )
     if "\n" in text.strip():
         raise UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")
+
+
+# ----------------------------------------------------------------------------------------------- what scripts print
+
+
+def table(header, rows):
+    """An aligned Markdown table. Cells are strings or numbers; the first column is left-aligned, the others right-aligned.
+
+    >>> print(table(["model", "n"], [["SFT", 7], ["T-GRPO", 120]]))
+    | model  |   n |
+    | ------ | --: |
+    | SFT    |   7 |
+    | T-GRPO | 120 |
+    """
+    lines = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines.insert(1, rule)
+    text = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def mean_and_se(values):
+    """Mean and its standard error, with the unbiased variance; the error is 0 for one value.
+
+    >>> mean_and_se([1.0, 2.0, 3.0, 2.0])
+    (2.0, 0.408248290463863)
+    """
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
