@@ -427,7 +427,7 @@ def refuse_object(path, text):
 
 
 def table(header, rows):
-    """An aligned Markdown table. Cells are strings or numbers; the first column is left-aligned, the others right-aligned.
+    """An aligned Markdown table of strings and numbers: the first column is left-aligned, the others right-aligned.
 
     >>> print(table(["model", "n"], [["SFT", 7], ["T-GRPO", 120]]))
     | model  |   n |
