@@ -6,28 +6,26 @@ One record (the format Video-R1 released; unknown extra keys are kept):
      "problem_type": "multiple choice", "options": ["A. left", "B. right"], "solution": "<answer>B</answer>",
      "process": "<think>It starts left and ends right.</think>", "path": "./clips/7.mp4", "data_source": "toy"}
 
-and the prompt made from it: the frames, then PROMPT filled with the problem, its options and a hint. For the cold start
-the answer is `process`, a newline, `solution`.
+The prompt is the frames, then PROMPT filled with the problem, its options and a hint. SFT learns to answer with
+`process`, a newline, `solution`.
 
     python data.py --config configs/toy.yaml --stage tgrpo            # print one example, as the model sees it
-    python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what cannot be read
-    python data.py --config configs/toy.yaml --stage tgrpo --check --out readable.json    # write the usable rows too
-    python data.py --records mine.json --split 0.1 --out my_data      # 10 % of the clips into test.json, the rest
-    into train.json python data.py --distill predictions.jsonl --out cot.json         # a big model's good answers as
-    chains of thought for sft.py
+    python data.py --config configs/toy.yaml --stage tgrpo --check    # decode every file once; list what is unusable
+    python data.py --config configs/toy.yaml --stage tgrpo --check --out usable.json    # write the usable rows too
 
-A solution may also be a number or lack its tags ("3", 3, "B"), options may lack their letters (the prompt gives
-them), and `<video>` or `<image>` in a problem, which other formats have, is taken out. `start` and `end` in seconds
-show a part of a clip; `fps` is the rate of a folder of stills.
+A solution may also be a number or lack its tags ("3", 3, "B"). Options may lack their letters: the prompt adds them.
+`<video>` and `<image>`, which other formats put into the problem, are removed. `start` and `end`, in seconds, select a
+part of a clip. `fps` is the rate of a folder of stills.
 
-A file that is no list of records is an error at once. A row that is wrong, like media that cannot be read, is skipped,
-counted and named, up to `max_unreadable` of the rows. Nothing is ever replaced by another clip, and no question is ever
-trained without its pixels.
+A file that is not a list of records stops the run at once. A bad row, or one whose media cannot be read, is skipped,
+counted and named, up to the share `max_unreadable`. No clip ever replaces another, and no question is trained without
+its pixels.
 
-Axes: F frames · H height · W width · C channels · P tokens of a prompt
+Axes: F frames · H height · W width · C channels · P tokens of a prompt · L tokens of a row · B rows
 """
 
 import atexit
+import functools
 import json
 import multiprocessing
 import os
@@ -37,9 +35,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -51,16 +47,7 @@ from transformers.video_utils import VideoMetadata
 
 import settings
 from frames import read_clip, read_folder, read_picture
-from rewards import (
-    ACCURACY,
-    CORRECT,
-    accuracy_reward,
-    format_reward,
-    lettered,
-    parse_solution,
-    tagged_solution,
-    tags_in,
-)
+from rewards import ACCURACY, lettered, parse_solution, tagged_solution, tags_in
 from settings import UserError, option, read_rows
 
 PROMPT = """{problem}
@@ -77,8 +64,8 @@ HINTS = {
     "free-form": "The result is a short text.",
 }
 
-# the fields that every record has
-FIELDS = {
+# The fields that every record has, with their types.
+REQUIRED_FIELDS = {
     "problem_id": (str, int),
     "problem": str,
     "data_type": str,
@@ -86,29 +73,31 @@ FIELDS = {
     "solution": (str, int, float),
     "path": str,
 }
-# frame: a folder of numbered stills
+# "frame" is a folder of numbered stills.
 DATA_TYPES = ("video", "image", "frame")
-# tokens that mean pixels or turns to the model, not words
-CONTROL = re.compile(r"<\|\w+\|>")
+# Tokens that mean pixels or turns to the model, not words.
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 SURROGATE = re.compile("[\ud800-\udfff]")
-# where other formats put the pixels
+# How other formats mark the position of the pixels in a question.
 PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image)>")
-# bad rows that an error lists
-LISTED = 1000
+# An error lists this many bad rows.
+MAX_LISTED = 1000
+# Consecutive frames that the vision tower merges into one temporal patch.
+TEMPORAL_PATCH = 2
 
 
 class Unusable(Exception):
-    """This record's media cannot be read, or its prompt is too long: skip it, count it, name it."""
+    """The media of a record cannot be read, or its prompt is too long. The record is skipped, counted and named."""
 
 
 # --------------------------------------------------------------------------------------------------- records
 
 
 def load_records(path, data_root, max_unreadable=0.0, need_process=False):
-    """(records, bad rows) of a JSON or JSONL file: a list of dicts in the file's order, and {"row 7": its fault}.
+    """(records, bad rows) of a JSON or JSONL file: a list of dicts in file order, and {"row 7": what is wrong}.
 
-    Rows count from 1. Solutions come with their tags. Raises UserError with the list of bad rows if they are more than
-    `max_unreadable` of all rows.
+    Rows count from 1. Solutions have their answer tags. Raises UserError, with a list of the bad rows, if they are more
+    than the share `max_unreadable` of all rows.
     """
     rows = read_rows(path)
     refuse_conversations(path, rows)
@@ -116,20 +105,21 @@ def load_records(path, data_root, max_unreadable=0.0, need_process=False):
     bad_rows = {f"row {number}": reason for number, reason in reasons.items()}
     if len(bad_rows) > max_unreadable * len(rows) or not usable:
         lines = [f"  {name}: {reason}" for name, reason in bad_rows.items()]
-        if len(lines) > LISTED:
-            lines = [*lines[:LISTED], f"  and {len(lines) - LISTED} more"]
+        if len(lines) > MAX_LISTED:
+            lines = [*lines[:MAX_LISTED], f"  and {len(lines) - MAX_LISTED} more"]
         raise UserError(
             f"{path}: {len(bad_rows)} of {len(rows)} rows are bad, more than max_unreadable {max_unreadable} allows:\n"
             + "\n".join(lines)
-            + "\nRaise max_unreadable to train without them, or write the usable rows into a file of their own: "
+            + "\nRaise max_unreadable to train without them, or write the usable rows to a file of their own: "
             "python data.py --config CONFIG --stage STAGE --check --out FILE"
         )
     return list(usable.values()), bad_rows
 
 
 def split_rows(rows, data_root, need_process=False):
-    """({row number: record}, {row number: what is wrong}), numbers from 1. Records have tags round their solutions."""
-    usable, reasons = {}, {}
+    """({row number: record}, {row number: what is wrong}), numbers from 1. Solutions get their answer tags."""
+    usable = {}
+    reasons = {}
     for number, row in enumerate(rows, 1):
         try:
             check_record(row, data_root, need_process)
@@ -140,7 +130,7 @@ def split_rows(rows, data_root, need_process=False):
 
 
 def refuse_conversations(path, rows):
-    """UserError, one line, for a file of conversations as LLaVA and chat data sets have them."""
+    """Raises UserError, one line, for a file of conversations in the format of LLaVA and other chat data sets."""
     for name in ("conversations", "messages"):
         if isinstance(rows[0], dict) and name in rows[0] and "problem" not in rows[0]:
             raise UserError(
@@ -150,10 +140,33 @@ def refuse_conversations(path, rows):
 
 
 def check_record(row, data_root, need_process):
-    """ValueError naming the first field of `row` that is wrong, with its value."""
+    """Raises ValueError naming the first wrong field of `row` and its value."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a record, got {row!r:.80}")
-    for name, kind in FIELDS.items():
+    check_question(row)
+    for name in ("problem", "solution", "process"):
+        check_text(name, row.get(name))
+    options = row.get("options") or []
+    for option_text in options:
+        check_text("options", option_text)
+    try:
+        parse_solution(row["solution"], row["problem_type"], options)
+    except ValueError as error:
+        raise ValueError(f"solution: {error}") from None
+    if need_process:
+        check_process(row.get("process"))
+    check_times(row)
+    media_path(row, data_root)
+    picture_path = row.get("image_path")
+    if picture_path:
+        if not isinstance(picture_path, str):
+            raise ValueError(f"image_path: expected text, got {picture_path!r:.80}")
+        media_path({"path": picture_path}, data_root)
+
+
+def check_question(row):
+    """Raises ValueError if a required field is missing or has the wrong type, or if the options are wrong."""
+    for name, kind in REQUIRED_FIELDS.items():
         if row.get(name) in (None, ""):
             raise ValueError(f"{name}: missing")
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
@@ -165,65 +178,61 @@ def check_record(row, data_root, need_process):
     if row["problem_type"] not in ACCURACY:
         raise ValueError(f"problem_type: expected one of {', '.join(ACCURACY)}, got {row['problem_type']!r:.80}")
     options = row.get("options") or []
-    if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
         raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
     if row["problem_type"] == "multiple choice" and not options:
         raise ValueError("options: a multiple choice question without options")
-    for name in ("problem", "solution", "process"):
-        check_text(name, row.get(name))
-    for option_text in options:
-        check_text("options", option_text)
-    try:
-        parse_solution(row["solution"], row["problem_type"], options)
-    except ValueError as error:
-        raise ValueError(f"solution: {error}") from None
-    if need_process and not (isinstance(row.get("process"), str) and row["process"].strip()):
-        raise ValueError("process: missing; the SFT stage needs a chain of thought")
-    if need_process and [tag for tag, *_ in tags_in(row["process"])] != ["<think>", "</think>"]:
-        raise ValueError(f"process: expected one think block, <think>…</think>, got {row['process']!r:.80}")
-    check_part(row)
-    media_path(row, data_root)
-    if row.get("image_path"):
-        if not isinstance(row["image_path"], str):
-            raise ValueError(f"image_path: expected text, got {row['image_path']!r:.80}")
-        media_path({"path": row["image_path"]}, data_root)
 
 
 def check_text(name, text):
-    """ValueError if a text would not reach the model as words."""
+    """Raises ValueError if the model would not read the text as words, or if it cannot be encoded."""
     if not isinstance(text, str):
         return
-    found = CONTROL.search(text) if "<|" in text else None
-    if found:
-        raise ValueError(f"{name}: holds {found[0]}, a token that the model takes for pixels or the end of a turn")
+    # this runs on every text of 263,071 rows, so first the quick look
+    token = CONTROL_TOKEN.search(text) if "<|" in text else None
+    if token:
+        raise ValueError(f"{name}: holds {token[0]}, a token that the model takes for pixels or the end of a turn")
     if not text.isascii() and SURROGATE.search(text):
-        raise ValueError(f"{name}: half of a surrogate pair is no text: {text!a:.80}")
+        raise ValueError(f"{name}: half of a surrogate pair is not text: {text!a:.80}")
 
 
-def check_part(row):
-    """ValueError if the part of the clip to show, or the rate of a folder of stills, is no sense in seconds."""
-    start, end = row.get("start"), row.get("end")
-    if (start, end) != (None, None):
+def check_process(process):
+    """Raises ValueError unless `process` is a chain of thought in one think block."""
+    if not isinstance(process, str) or not process.strip():
+        raise ValueError("process: missing; the SFT stage needs a chain of thought")
+    tags = [tag for tag, _, _ in tags_in(process)]
+    if tags != ["<think>", "</think>"]:
+        raise ValueError(f"process: expected one think block, <think>…</think>, got {process!r:.80}")
+
+
+def check_times(row):
+    """Raises ValueError if `start` and `end` of a clip, or the rate of a folder of stills, make no sense."""
+    start = row.get("start")
+    end = row.get("end")
+    if start is not None or end is not None:
         if not is_number(start) or not is_number(end):
             raise ValueError(f"start, end: expected two numbers of seconds, got {start!r:.40}, {end!r:.40}")
         if start > end:
             raise ValueError(f"start, end: {start} is after {end}")
     rate = row.get("fps")
-    if row["data_type"] == "frame" and rate is not None and not (is_number(rate) and 0.001 <= rate <= 1000):
-        raise ValueError(f"fps: expected stills per second, got {rate!r:.40}")
+    if row["data_type"] == "frame" and rate is not None:
+        if not is_number(rate) or not 0.001 <= rate <= 1000:
+            raise ValueError(f"fps: expected stills per second, got {rate!r:.40}")
 
 
 def is_number(value):
+    """Whether a value from JSON is a number that can be a time in seconds (NaN is not)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def media_path(row, data_root):
-    """The absolute path of the record's media. ValueError if it escapes data_root (symlinks are allowed)."""
+def media_path(record, data_root):
+    """The absolute path of a record's media. Raises ValueError if it escapes data_root (symlinks are allowed)."""
     root = os.path.abspath(data_root)
-    path = os.path.abspath(os.path.join(root, row["path"]))
-    inside = path == root or path.startswith(os.path.join(root, ""))
-    if "\0" in path or not inside:
-        raise ValueError(f"path: leaves the data root {data_root}: {row['path']!r:.80}")
+    path = os.path.abspath(os.path.join(root, record["path"]))
+    # with the separator, as /data/media2 also starts with /data/media
+    is_inside = path == root or path.startswith(os.path.join(root, ""))
+    if "\0" in path or not is_inside:
+        raise ValueError(f"path: leaves the data root {data_root}: {record['path']!r:.80}")
     return path
 
 
@@ -233,61 +242,75 @@ def media_path(row, data_root):
 def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
-    The processor derives the time between two frames from the metadata: total_num_frames / fps / F seconds, the true
-    one. It is the same in SFT, rollout, loss and evaluation. `start` and `end` (seconds from the first frame) show a
-    part of a clip. `last_frame`: the clip ends on the question's own picture, which is always shown. `image_path`:
-    that picture is a file and becomes one more frame at the end. Raises Unusable with file and reason.
+    From the metadata the processor derives the true time between two frames, total_num_frames / fps / F seconds. It is
+    the same in SFT, rollout, loss and evaluation. Raises Unusable with the file and the reason, and ValueError for a
+    path that escapes data_root.
     """
     path = media_path(record, cfg.data_root)
     try:
         if record["data_type"] == "image":
             return read_picture(path), None
-        picture = None
-        if record.get("image_path"):
-            picture = read_picture(media_path({"path": record["image_path"]}, cfg.data_root))
-        n = max(1, cfg.max_frames - (picture is not None))
-        part = {"start": record.get("start"), "end": record.get("end"), "last_frame": bool(record.get("last_frame"))}
-        if record["data_type"] == "frame":
-            clip = read_folder(path, n, record.get("fps"), **part)
-        else:
-            clip = read_clip(path, n, **part, reader=cfg.video_reader)
-        frames_FHWC, indices, total, fps = clip
-        if picture is not None:
-            height, width = frames_FHWC.shape[1:3]
-            picture = ImageOps.pad(picture, (width, height))
-            frames_FHWC = np.concatenate([frames_FHWC, np.asarray(picture)[None]])
-            # one more frame, at the same distance
-            total = total * (1 + 1 / len(indices))
-            indices = [*indices, indices[-1] + 1]
-        return frames_FHWC, VideoMetadata(total_num_frames=total, fps=fps, frames_indices=indices)
+        return load_clip(record, path, cfg)
     except Exception as error:
-        # a hostile file may raise anything: name it and go on
+        # a damaged file may raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise Unusable(f"{record['path']}: {reason:.200}") from error
 
 
-def shuffled_order(n_frames, rng, unit="frame", patch=2):
-    """A random order of the frames that is not the given one, as a list of indices; None if there is only one unit.
+def load_clip(record, path, cfg):
+    """(frames, metadata) of a video or a folder of stills.
 
-    unit="frame" permutes single frames, as published: the pair blended into one temporal patch then holds two distant
-    moments. unit="patch" moves whole pairs, which leaves the motion inside a pair readable.
+    `start` and `end` (seconds from the first frame) select a part. With `last_frame` the clip ends on the question's
+    own picture, which is always shown. `image_path` is a file with that picture: it becomes one more frame at the end.
     """
-    size = patch if unit == "patch" else 1
-    # an odd last frame fills its patch by repeating itself, as the processor would make it do
-    units = [[min(i + k, n_frames - 1) for k in range(size)] for i in range(0, n_frames, size)]
-    if len(units) < 2:
+    picture = None
+    n_frames = cfg.max_frames
+    if record.get("image_path"):
+        picture = read_picture(media_path({"path": record["image_path"]}, cfg.data_root))
+        n_frames = max(1, n_frames - 1)
+    part = {"start": record.get("start"), "end": record.get("end"), "last_frame": bool(record.get("last_frame"))}
+    if record["data_type"] == "frame":
+        clip = read_folder(path, n_frames, record.get("fps"), **part)
+    else:
+        clip = read_clip(path, n_frames, **part, reader=cfg.video_reader)
+    frames_FHWC, indices, total, fps = clip
+    if picture is not None:
+        height, width = frames_FHWC.shape[1:3]
+        picture_HWC = np.asarray(ImageOps.pad(picture, (width, height)))
+        # one more frame, at the same distance as the others
+        total = total * (1 + 1 / len(indices))
+        indices = [*indices, indices[-1] + 1]
+        frames_FHWC = np.concatenate([frames_FHWC, picture_HWC[None]])
+    return frames_FHWC, VideoMetadata(total_num_frames=total, fps=fps, frames_indices=indices)
+
+
+def shuffled_order(n_frames, rng, unit="frame"):
+    """A random order of the frames, never the given one, as a list of indices; None if there is only one unit.
+
+    unit="frame" permutes single frames, as published: a temporal patch then blends two distant moments. unit="patch"
+    moves whole pairs, which keeps the motion inside a pair. An odd last frame then fills its pair by repeating itself,
+    as the processor would pad it.
+    """
+    size = TEMPORAL_PATCH if unit == "patch" else 1
+    n_units = -(-n_frames // size)
+    if n_units < 2:
         return None
-    order = list(range(len(units)))
-    while order == list(range(len(units))):  # never the identity: it would be the ordered group again
-        rng.shuffle(order)
-    return [frame for u in order for frame in units[u]]
+    in_order = list(range(n_units))
+    unit_order = list(in_order)
+    while unit_order == in_order:
+        rng.shuffle(unit_order)
+    frame_order = []
+    for i in unit_order:
+        for frame in range(i * size, (i + 1) * size):
+            frame_order.append(min(frame, n_frames - 1))
+    return frame_order
 
 
 # --------------------------------------------------------------------------------------------------- prompts
 
 
 def plain_problem(record):
-    """The question without the words that other formats put where the pixels go.
+    """The question without the placeholders for pixels that other formats use.
 
     >>> plain_problem({"problem": "<video>\\nWhat is in <image> and where?"})
     'What is in and where?'
@@ -296,38 +319,36 @@ def plain_problem(record):
 
 
 def messages(record, cfg):
-    """The record as a conversation of one turn: the picture part, then the question."""
+    """The record as a conversation of one turn: the clip or picture, then the question."""
     question = (cfg.prompt or PROMPT).format(
         problem=plain_problem(record),
         options="\n".join(lettered(record.get("options") or [])),
         hint=HINTS[record["problem_type"]],
     )
-    picture = {"type": "image"} if record["data_type"] == "image" else {"type": "video"}
-    return [{"role": "user", "content": [picture, {"type": "text", "text": question.strip()}]}]
+    media_type = "image" if record["data_type"] == "image" else "video"
+    return [{"role": "user", "content": [{"type": media_type}, {"type": "text", "text": question.strip()}]}]
 
 
 def encode(processor, record, media, metadata, cfg):
-    """Model inputs of one prompt: input_ids, attention_mask, mm_token_type_ids (1, P), pixels, grid, frame times.
+    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels, patch
+    grid and seconds per temporal patch of its clip.
 
-    Raises Unusable if the prompt is longer than max_prompt_tokens: cutting it would part pixels from their tokens.
+    Raises Unusable if the prompt is longer than max_prompt_tokens: truncation would separate pixels from their tokens.
     """
     text = processor.apply_chat_template(messages(record, cfg), tokenize=False, add_generation_prompt=True)
-    size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}  # pixels a frame, despite the names
+    # pixels per frame, despite the names
+    size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
     if record["data_type"] == "image":
         inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
         inputs = as_clip(inputs, processor)
     else:
-        inputs = processor(
-            text=[text],
-            videos=[media],
-            return_tensors="pt",
-            videos_kwargs={
-                "size": size,
-                "cap_pixels_per_frame": False,
-                "video_metadata": [metadata],
-                "do_sample_frames": False,
-            },
-        )
+        video_settings = {
+            "size": size,
+            "cap_pixels_per_frame": False,
+            "video_metadata": [metadata],
+            "do_sample_frames": False,
+        }
+        inputs = processor(text=[text], videos=[media], videos_kwargs=video_settings, return_tensors="pt")
     inputs = dict(inputs)
     length = inputs["input_ids"].shape[1]
     if length > cfg.max_prompt_tokens:
@@ -350,26 +371,26 @@ def as_clip(inputs, processor):
         "mm_token_type_ids": is_picture * 2,
         "pixel_values_videos": inputs["pixel_values"],
         "video_grid_thw": inputs["image_grid_thw"],
+        # its only moment is at time 0, so every value gives the same positions
         "second_per_grid_ts": [1.0],
     }
 
 
 def target_ids(processor, record):
-    """What the cold start learns to say: process, newline, solution, end of turn. Tensor of token ids."""
-    end = processor.tokenizer.eos_token
-    text = record["process"].strip() + "\n" + record["solution"].strip() + end
+    """What SFT learns to generate: process, newline, solution, end of turn. 1-D tensor of token ids."""
+    text = record["process"].strip() + "\n" + record["solution"].strip() + processor.tokenizer.eos_token
     return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
-# ------------------------------------------------------------------------------------------ from files to batches
+# --------------------------------------------------------------------------------------------------- samples
 
 
 @dataclass
 class Sample:
-    """One record, encoded for the model; or its record and the `error` that makes its media unusable.
+    """One record, encoded for the model; or the record and the `error` that makes it unusable.
 
-    `ordered`, `shuffled` and each of `extra_shuffles` (for temporal credit) are model inputs of encode(). `shuffled` is
-    None and `extra_shuffles` empty for a picture and for a clip of one frame. `target` holds the token ids that SFT learns.
+    `ordered`, `shuffled` and each of `extra_shuffles` (for temporal credit) are model inputs from encode(). A picture
+    and a clip of one frame have no `shuffled` (None) and no `extra_shuffles`. `target` is the token ids SFT learns.
     """
 
     record: dict
@@ -383,11 +404,11 @@ class Sample:
 
 
 class Samples(Dataset):
-    """Item `position` of the endless training order (or of the file, with shuffle=False) as a Sample.
+    """Item `position` of the endless training order (of the file, with shuffle=False) as a Sample.
 
-    `orders` says which of "ordered" and "shuffled" are encoded; `n_shuffles` is the number of extra shuffles. Frames are
-    shuffled by the seed and the position; in evaluation by the seed and the question, so that their order does not depend
-    on which other questions are asked.
+    `orders` names which of "ordered" and "shuffled" are encoded; `n_shuffles` is the number of extra shuffles. The
+    generator that shuffles frames depends on the seed and the position; in evaluation on the seed and the question, so
+    that the order of frames does not depend on which other questions are in the set.
     """
 
     def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, shuffle=True, n_shuffles=0):
@@ -416,66 +437,86 @@ class Samples(Dataset):
     def encoded(self, record, position):
         """The Sample of a record. Raises Unusable."""
         media, metadata = load_media(record, self.cfg)
+        sample = Sample(record, position)
+        if "ordered" in self.orders:
+            sample.ordered = encode(self.processor, record, media, metadata, self.cfg)
+        if self.targets:
+            sample.target = target_ids(self.processor, record)
+        # a picture has no order
+        if metadata is None:
+            return sample
         question = position
         if not self.shuffle and "benchmark" in record:
             question = f"{record['benchmark']}/{record['id']}"
         rng = random.Random(f"{self.cfg.seed}/{question}/frames")
-        sample = Sample(record, position)
-        if "ordered" in self.orders:
-            sample.ordered = encode(self.processor, record, media, metadata, self.cfg)
-        if metadata is not None and "shuffled" in self.orders:
+        if "shuffled" in self.orders:
             sample.frame_order = self.permutation(record, len(media), rng)
             if sample.frame_order is not None:
                 sample.shuffled = encode(self.processor, record, media[sample.frame_order], metadata, self.cfg)
-        for _ in range(self.n_shuffles if metadata is not None else 0):
+        for _ in range(self.n_shuffles):
             order = self.permutation(record, len(media), rng)
             if order is not None:
                 sample.extra_shuffles.append(encode(self.processor, record, media[order], metadata, self.cfg))
-        if self.targets:
-            sample.target = target_ids(self.processor, record)
         return sample
 
     def permutation(self, record, n_frames, rng):
-        """A shuffled order of a clip's frames (see shuffled_order); a question's own picture stays at the end."""
-        own = int(bool(record.get("image_path") or record.get("last_frame")))
-        order = shuffled_order(n_frames - own, rng, self.cfg.shuffle_unit)
-        return None if order is None else order + [n_frames - 1] * own
+        """A shuffled order of a clip's frames, or None. The question's own picture stays at the end."""
+        has_picture = bool(record.get("image_path") or record.get("last_frame"))
+        if not has_picture:
+            return shuffled_order(n_frames, rng, self.cfg.shuffle_unit)
+        order = shuffled_order(n_frames - 1, rng, self.cfg.shuffle_unit)
+        if order is None:
+            return None
+        return [*order, n_frames - 1]
 
 
-def blank_sample(processor, cfg):
-    """Two black frames and nothing said: what a rank runs, with weight 0, to keep step with the others."""
-    record = {
-        "problem": "",
-        "problem_type": "free-form",
-        "data_type": "video",
-        "path": "",
-        "process": "",
-        "solution": "",
-    }
+def dummy_sample(processor, cfg):
+    """A sample of two black frames, used with zero weight.
+
+    A rank that is short of samples runs it, so that all ranks make the same number of forward passes.
+    """
+    record = {"problem": "", "problem_type": "free-form", "data_type": "video", "path": "", "solution": ""}
     frames_FHWC = np.zeros((2, 28, 28, 3), dtype=np.uint8)
     metadata = VideoMetadata(total_num_frames=2, fps=1.0, frames_indices=[0, 1])
     ordered = encode(processor, record, frames_FHWC, metadata, cfg)
     return Sample(record, ordered=ordered, target=torch.tensor([processor.tokenizer.eos_token_id]))
 
 
-def data_index(position, n, seed):
-    """Which record stands at `position` of the endless order: a new permutation of all `n` each epoch."""
-    return epoch_order(position // n, n, seed)[position % n]
+def data_index(position, n_records, seed):
+    """The record at `position` of the endless training order: a new permutation of all records in each epoch."""
+    epoch = position // n_records
+    return epoch_order(epoch, n_records, seed)[position % n_records]
 
 
-@lru_cache(maxsize=1)
-def epoch_order(epoch, n, seed):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+@functools.lru_cache(maxsize=1)
+def epoch_order(epoch, n_records, seed):
+    return np.random.default_rng([seed, epoch]).permutation(n_records)
+
+
+def rank_batches(cfg, start_step, rank, ranks):
+    """Yields the positions of this rank's share of each step's batch. To resume, the number of the step is enough."""
+    share = cfg.batch_size // ranks
+    for step in range(start_step, cfg.steps):
+        first = step * cfg.batch_size + rank * share
+        yield list(range(first, first + share))
+
+
+# --------------------------------------------------------------------------------------------------- workers
 
 
 def loader(samples, batches, cfg):
-    """Lists of samples for lists of positions, made in worker processes ahead of the training step.
+    """Yields the samples of each batch (a list of positions). Worker processes prepare them ahead of the training step.
 
-    They travel as numpy arrays: handing over hundreds of small tensors by shared memory takes longer than copying them.
+    Workers return numpy arrays: passing many small tensors through shared memory is slower than copying them.
     """
     prefetch = 4 if cfg.num_workers else None
     for batch in with_workers(samples, cfg, batch_sampler=batches, prefetch_factor=prefetch, collate_fn=as_numpy):
         yield [convert_arrays(sample, np.ndarray, torch.from_numpy) for sample in batch]
+
+
+def as_numpy(batch):
+    """The samples with numpy arrays for tensors. Not a lambda: Python 3.14 pickles what it hands to workers."""
+    return [convert_arrays(sample, torch.Tensor, torch.Tensor.numpy) for sample in batch]
 
 
 def convert_arrays(sample, kind, function):
@@ -483,27 +524,22 @@ def convert_arrays(sample, kind, function):
     return Sample(**tree_map_only(kind, function, vars(sample)))
 
 
-def with_workers(dataset, cfg, **settings):
-    """A DataLoader whose worker processes ignore signals, and end with this process, however it ends."""
+def with_workers(dataset, cfg, **arguments):
+    """A DataLoader whose worker processes ignore signals, and end when this process ends for any reason."""
     # nothing else would end them if this process fails
     atexit.register(kill_workers)
-    return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=start_worker, **settings)
-
-
-def as_numpy(batch):
-    """A function of the module's own: what workers get must be picklable (Python 3.14 starts them by forkserver)."""
-    return [convert_arrays(sample, torch.Tensor, torch.Tensor.numpy) for sample in batch]
+    return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=start_worker, **arguments)
 
 
 def start_worker(_):
-    """Leave signals to the main process. A scheduler sends them to all, and the step at hand still needs its clips."""
+    """Leaves signals to the main process. A scheduler signals all processes, but the current step needs its clips."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
 
 
 def leave_with(parent):
-    """End this worker once its parent is gone: blocked on a full pipe it would stay for ever."""
+    """Ends this worker once its parent is gone: blocked on a full pipe, it would run forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -514,19 +550,11 @@ def kill_workers():
         child.kill()
 
 
-def rank_batches(cfg, start_step, rank, ranks):
-    """Positions of this rank's share of each step's batch, from `start_step` on: resuming needs only the step."""
-    share = cfg.batch_size // ranks
-    for step in range(start_step, cfg.steps):
-        first = step * cfg.batch_size + rank * share
-        yield list(range(first, first + share))
-
-
 # ------------------------------------------------------------------------------------------------- collators
 
 
 def join_media(inputs):
-    """The pixels, grids and frame times of several prompts, concatenated in their order: one call of the vision tower each."""
+    """The pixels, patch grids and seconds per temporal patch of several prompts, concatenated in order."""
     names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     return {name: torch.cat([x[name] for x in inputs]) for name in names}
 
@@ -538,8 +566,10 @@ def pad(rows, value, side):
 
 def collate_prompts(inputs, pad_id):
     """Prompts of unequal length as one left-padded batch, ready for generate."""
-    fill = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    return {name: pad([x[name][0] for x in inputs], value, "left") for name, value in fill.items()} | join_media(inputs)
+    batch = join_media(inputs)
+    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("mm_token_type_ids", 0)):
+        batch[name] = pad([x[name][0] for x in inputs], fill, "left")
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -547,164 +577,59 @@ def collate_prompts(inputs, pad_id):
 
 @dataclass
 class DataConfig(settings.SharedConfig):
-    """Looks at a stage's records without a model."""
+    """Inspects a stage's records without a model."""
 
-    stage: str = option("tgrpo", "whose records", choices=settings.STAGES)
     check: bool = option(False, "decode every file once and list what cannot be read")
-    distill: str = option("", "predictions of evaluate.py: keep the good chains of thought as records for sft.py")
-    split: float = option(
-        0.0, "share of the clips to set aside: `records` as train.json and test.json in --out", low=0, high=0.9
-    )
-    out: str = option(
-        "", "file to write: with --check the usable rows, with --distill the records for sft.py; with --split a folder"
-    )
-    min_accuracy: float = option(
-        CORRECT, "with --distill: an answer's accuracy must be larger than this", low=0, high=1
-    )
+    out: str = option("", "with --check: file for the usable rows")
 
 
-class ReadMedia(Dataset):
-    """Item i: why the media of records[i] cannot be read, or None. At module level, so that workers can unpickle it."""
-
-    def __init__(self, records, cfg):
-        self.records, self.cfg = records, cfg
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        try:
-            load_media(self.records[i], self.cfg)
-        except Unusable as error:
-            return str(error)
+def why_unreadable(record, cfg):
+    """Why the media of a record cannot be read, or None."""
+    try:
+        load_media(record, cfg)
+    except Unusable as error:
+        return str(error)
 
 
 def check_media(records, cfg):
     """Reads the media of {row number: record} in worker processes. Returns {row number: why they cannot be read}."""
-    results = with_workers(ReadMedia(list(records.values()), cfg), cfg, batch_size=None)
+    read = functools.partial(why_unreadable, cfg=cfg)
+    results = with_workers(list(records.values()), cfg, batch_size=None, collate_fn=read)
     results = tqdm(results, total=len(records), desc="reading media", unit="file")
     return {number: reason for number, reason in zip(records, results) if reason}
 
 
-def check(cfg, need_process):
-    """Lists the rows that cannot be used, writes the others to cfg.out if it is given. Returns the exit status."""
+def check(cfg, stage):
+    """Prints the unusable rows, writes the others to cfg.out if it is given. Returns the exit status."""
     rows = read_rows(cfg.records)
     refuse_conversations(cfg.records, rows)
-    records, reasons = split_rows(rows, cfg.data_root, need_process)
+    records, reasons = split_rows(rows, cfg.data_root, need_process=stage == "sft")
     reasons = reasons | check_media(records, cfg)
-    usable = [row for number, row in enumerate(rows, 1) if number not in reasons]
     for number in sorted(reasons):
         row = rows[number - 1]
         name = f" (problem_id {row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
         print(f"row {number}{name}: {reasons[number]}")
-    print(f"{len(usable)} of {len(rows)} rows of {cfg.records} can be used by {cfg.stage}")
-    if cfg.out:
-        if not usable:
-            raise UserError(f"{cfg.records}: no row can be used, {cfg.out} is not written")
-        settings.write_atomic(cfg.out, json.dumps(usable, indent=1, ensure_ascii=False))
-        print(f"they are in {cfg.out}")
-        return 0
-    return int(len(reasons) > cfg.max_unreadable * len(rows))
-
-
-def distill(rows, data_root, min_accuracy=CORRECT):
-    """(records for sft.py, Counter of reasons why the other predictions were dropped). UserError for a row that is no prediction.
-
-    Of each question the most accurate answer is kept, the first of equals. `process` is its think block, `solution` the truth.
-    """
-    best, dropped = {}, Counter()
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict) and row.get("error"):
-            dropped["media unusable"] += 1
-            continue
-        try:
-            check_record(row, data_root, need_process=False)
-        except ValueError as error:
-            raise UserError(f"row {number} of the predictions: {error}") from None
-        text, question, reason = row.get("prediction") or "", (row.get("benchmark"), row.get("id")), None
-        if row.get("frames") == "shuffled":
-            reason = "frames were shuffled"
-        elif not format_reward(text):
-            reason = "not one think block and one answer"
-        elif not (thought := text[text.index("<think>") + 7 : text.index("</think>")].strip()):
-            reason = "nothing thought"
-        elif (accuracy := accuracy_reward(text, row["solution"], row["problem_type"])) <= min_accuracy:
-            reason = "answer not accurate enough"
-        else:
-            reason = "another answer to the same question" if question in best else None
-            if reason is None or accuracy > best[question][0]:
-                names = (
-                    "problem_id",
-                    "problem",
-                    "data_type",
-                    "problem_type",
-                    "options",
-                    "solution",
-                    "path",
-                    "data_source",
-                )
-                shown = {n: row[n] for n in ("start", "end", "fps", "image_path", "last_frame") if n in row}
-                best[question] = (
-                    accuracy,
-                    {**{n: row.get(n) for n in names}, **shown, "process": f"<think>{thought}</think>"},
-                )
-        dropped[reason] += reason is not None
-    return [record for _, record in best.values()], +dropped
-
-
-def clips_of(rows):
-    """The clips that these rows are on; "./a.mp4" and "a.mp4" are one."""
-    return {os.path.normpath(row["path"]) for row in rows}
-
-
-def split(rows, share, seed):
-    """(training rows, test rows), in their order. All rows on one clip are on the same side; `share` counts clips.
-
-    rows: dicts with a `path`. Each side has at least one clip. UserError for a row without a path, or for fewer than
-    two clips.
-    """
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-            raise UserError(f"row {number}: path: missing")
-    clips = sorted(clips_of(rows))
-    if len(clips) < 2:
-        raise UserError(f"all {len(rows)} rows are on one clip: nothing to split")
-    random.Random(seed).shuffle(clips)
-    n_test = min(max(1, round(share * len(clips))), len(clips) - 1)
-    test_clips = set(clips[:n_test])
-    test = [row for row in rows if os.path.normpath(row["path"]) in test_clips]
-    train = [row for row in rows if os.path.normpath(row["path"]) not in test_clips]
-    return train, test
-
-
-def write_split(cfg):
-    """Write cfg.records as train.json and test.json into the folder cfg.out, and say how many rows and clips each
-    has.
-    """
-    train, test = split(read_rows(cfg.records), cfg.split, cfg.seed)
-    n_all = len(clips_of(train + test))
-    for name, rows in (("train", train), ("test", test)):
-        path = os.path.join(cfg.out, f"{name}.json")
-        settings.write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False))
-        print(f"{path}: {len(rows)} of {len(train + test)} rows, on {len(clips_of(rows))} of {n_all} clips")
+    usable = [row for number, row in enumerate(rows, 1) if number not in reasons]
+    print(f"{len(usable)} of {len(rows)} rows of {cfg.records} can be used by {stage}")
+    if not cfg.out:
+        return int(len(reasons) > cfg.max_unreadable * len(rows))
+    if not usable:
+        raise UserError(f"{cfg.records}: no row can be used, {cfg.out} is not written")
+    settings.write_atomic(cfg.out, json.dumps(usable, indent=1, ensure_ascii=False))
+    print(f"they are in {cfg.out}")
+    return 0
 
 
 def main():
-    stage = settings.given("stage", "tgrpo")  # it says which section of the config to read
-    cfg = settings.load_config(DataConfig, stage, doc=__doc__, partial=True)
-    if cfg.distill:
-        settings.require(cfg, "data", "out")
-        rows = read_rows(cfg.distill)
-        records, dropped = distill(rows, cfg.data_root, cfg.min_accuracy)
-        settings.write_atomic(cfg.out, json.dumps(records, indent=1, ensure_ascii=False))
-        print("\n".join([f"{n} dropped: {reason}" for reason, n in dropped.most_common()]))
-        return print(f"{len(records)} of {len(rows)} answers kept: {cfg.out}")
+    # the stage names the section of the config to read
+    parser = settings.SettingsParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
+    known, others = parser.parse_known_args()
+    stage = known.stage
+    cfg = settings.load_config(DataConfig, stage, argv=others, doc=__doc__, partial=True)
     settings.require(cfg, stage, "records")
-    if cfg.split:
-        settings.require(cfg, "data", "out")
-        return write_split(cfg)
     if cfg.check:
-        sys.exit(check(cfg, need_process=stage == "sft"))
+        sys.exit(check(cfg, stage))
     records, bad_rows = load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=stage == "sft")
     for name, reason in bad_rows.items():
         print(f"skipped {name}: {reason}")

@@ -48,7 +48,7 @@ def main():
 
     samples = data.Samples(records, processor, cfg, targets=True)
     batches = data.loader(samples, data.rank_batches(cfg, run.first_step, rank, ranks), cfg)
-    dummy = data.blank_sample(processor, cfg)
+    dummy = data.dummy_sample(processor, cfg)
 
     # 1. records
     for step, batch in run.steps(batches):

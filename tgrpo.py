@@ -338,7 +338,7 @@ def print_rollouts(step, group):
 
 def dummy_group(processor, cfg):
     """What a rank without readable records runs, with weight 0, so that all ranks run the same forward passes."""
-    sample = data.blank_sample(processor, cfg)
+    sample = data.dummy_sample(processor, cfg)
     return Group(sample, [sample.target], [""], advantages_G=torch.zeros(1))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import data
-from rewards import ACCURACY
+from rewards import ACCURACY, extract_answer
 from settings import UserError, read_jsonl
+from tools import distill, split
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = json.loads((ROOT / "examples/records.json").read_text(encoding="utf-8"))
@@ -88,6 +89,47 @@ def test_the_examples_media_can_be_read(monkeypatch, stage):
     assert not done.value.code
 
 
+def answered(row, thought, answer):
+    """The prediction `row` with another completion."""
+    return {**row, "prediction": f"<think>{thought}</think>\n<answer>{answer}</answer>"}
+
+
+def test_distilled_answers_train_the_sft_model(run, world, tmp_path, capsys):
+    """Guards: records that sft.py cannot read; wrong, truncated or duplicate answers among the records."""
+    out = run("evaluate", records=world / "world/rl.json")
+    rows = [row for row in read_jsonl(out / "predictions.jsonl") if row["frames"] == "ordered"]
+    truths = [extract_answer(row["solution"]) for row in rows]
+    good = [answered(rows[i], f"thought {i}", truths[i]) for i in range(6)]
+    bad = [
+        answered(rows[0], "a second thought", truths[0]),
+        answered(rows[6], "", truths[6]),
+        answered(rows[7], "wrong", "no"),
+        {**rows[8], "prediction": f"<answer>{truths[8]}</answer>"},
+        {**rows[9], "prediction": "<think>cut off"},
+        {**answered(rows[10], "x", truths[10]), "frames": "shuffled"},
+        {"benchmark": "rl", "id": "gone", "error": "cannot be read", "path": "x"},
+    ]
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in good + bad))
+    distill.main([str(predictions), "--out", str(tmp_path / "cot.json"), "--data_root", str(world / "world")])
+    printed = capsys.readouterr().out
+    for line in (
+        "1 dropped: another answer to the same question",
+        "1 dropped: no thought",
+        "1 dropped: answer not accurate enough",
+        "2 dropped: not one think block and one answer",
+        "1 dropped: frames were shuffled",
+        "1 dropped: media unusable",
+        "6 of 13 answers kept",
+    ):
+        assert line in printed, printed
+    records = json.loads((tmp_path / "cot.json").read_text())
+    assert [record["process"] for record in records] == [f"<think>thought {i}</think>" for i in range(6)]
+    assert [record["solution"] for record in records] == [row["solution"] for row in rows[:6]]
+    sft = run("sft", "sft", records=tmp_path / "cot.json", steps=1, batch_size=2, micro_batch_size=2)
+    assert (sft / "final").exists()
+
+
 def test_a_distilled_record_shows_the_same_part_of_its_clip():
     """Guards: a chain of thought about seconds 3 to 5 that is trained on the whole video."""
     row = EXAMPLES[0] | {
@@ -97,7 +139,7 @@ def test_a_distilled_record_shows_the_same_part_of_its_clip():
         "end": 5,
         "prediction": "<think>It moves.</think><answer>B</answer>",
     }
-    [record], _ = data.distill([row], ROOT / "examples")
+    [record], _ = distill.distill([row], ROOT / "examples")
     assert (record["start"], record["end"], record["process"]) == (
         3,
         5,
@@ -119,29 +161,36 @@ def rows_on(n_clips, per_clip):
 def test_no_clip_is_on_both_sides_and_no_row_is_lost():
     """Guards: a test question on a clip that was trained on, also where its path is spelt otherwise; a row dropped."""
     rows = rows_on(20, 3)
-    train, test = data.split(rows, 0.1, seed=0)
+    train, test = split.split(rows, 0.1, seed=0)
     clips = [{Path(row["path"]).name for row in side} for side in (train, test)]
     assert not clips[0] & clips[1] and len(clips[1]) == 2 and len(test) == 6
     assert sorted(map(str, train + test)) == sorted(map(str, rows))
-    assert data.split(rows, 0.1, seed=0) == (train, test)
+    assert split.split(rows, 0.1, seed=0) == (train, test)
     # in another order of the rows a clip stays where it was
     shuffled = random.Random(1).sample(rows, len(rows))
-    assert {row["problem_id"] for row in data.split(shuffled, 0.1, seed=0)[1]} == {row["problem_id"] for row in test}
-    assert len({str(data.split(rows, 0.1, seed)[1]) for seed in range(5)}) > 1
+    assert {row["problem_id"] for row in split.split(shuffled, 0.1, seed=0)[1]} == {row["problem_id"] for row in test}
+    assert len({str(split.split(rows, 0.1, seed)[1]) for seed in range(5)}) > 1
 
 
 @pytest.mark.parametrize("share, n_test", [(0.001, 1), (0.9, 2)])
 def test_neither_side_is_empty(share, n_test):
     """Guards: an empty test set of few clips, or nothing left to train on."""
-    train, test = data.split(rows_on(3, 1), share, seed=0)
+    train, test = split.split(rows_on(3, 1), share, seed=0)
     assert len(test) == n_test and len(train) == 3 - n_test
 
 
-def test_a_split_is_written_whole_and_counted(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag, command", [("--split", "tools.split"), ("--distill", "tools.distill")])
+def test_a_flag_that_became_a_tool_names_the_tool(monkeypatch, flag, command):
+    """Guards: an old command line that fails without naming the command that replaced it."""
+    with pytest.raises(UserError, match=f"{flag} is now a command of its own: python -m {command}"):
+        run_data(monkeypatch, "--records", "mine.json", flag, "0.1", "--out", "x")
+
+
+def test_a_split_is_written_whole_and_counted(tmp_path, capsys):
     """Guards: a file changed on its way through; counts of rows that pass for counts of clips."""
     rows = rows_on(10, 2)
     (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
-    run_data(monkeypatch, "--records", tmp_path / "mine.json", "--split", 0.2, "--out", tmp_path / "parts")
+    split.main([str(tmp_path / "mine.json"), "--share", "0.2", "--out", str(tmp_path / "parts")])
     said = capsys.readouterr().out
     assert "train.json: 16 of 20 rows, on 8 of 10 clips" in said and "test.json: 4 of 20 rows, on 2 of 10 clips" in said
     parts = [json.loads((tmp_path / f"parts/{name}.json").read_text(encoding="utf-8")) for name in ("train", "test")]
@@ -159,7 +208,7 @@ def test_a_split_is_written_whole_and_counted(tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_split_is_one_line(rows, line):
     """Guards: a traceback, or a test set that is the training set."""
     with pytest.raises(UserError, match=line):
-        data.split(rows, 0.1, seed=0)
+        split.split(rows, 0.1, seed=0)
 
 
 # -------------------------------------------------------------------------------------------------- other formats

@@ -1,0 +1,106 @@
+"""Turns the good answers of a large model into chains of thought for sft.py.
+
+python -m tools.distill predictions.jsonl --out cot.json --data_root DIR
+
+The predictions are those of evaluate.py. For each question the most accurate answer is kept, the first of equals: its
+think block becomes `process`, and `solution` stays the truth. An answer must have the right format, a thought, frames
+in order, and an accuracy above --min_accuracy.
+"""
+
+import argparse
+import json
+from collections import Counter
+
+from data import check_record
+from rewards import CORRECT, accuracy_reward, format_reward
+from settings import UserError, print_utf8, read_rows, write_atomic
+
+# Fields of a prediction that its record keeps: always these, and these if they are there.
+FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
+OPTIONAL_FIELDS = ("start", "end", "fps", "image_path", "last_frame")
+
+
+def distill(rows, data_root, min_accuracy=CORRECT):
+    """(records for sft.py, Counter of why the other predictions were dropped).
+
+    Raises UserError for a row that is not a prediction.
+    """
+    # question -> (accuracy, record)
+    best = {}
+    dropped = Counter()
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and row.get("error"):
+            dropped["media unusable"] += 1
+            continue
+        try:
+            check_record(row, data_root, need_process=False)
+        except ValueError as error:
+            raise UserError(f"row {number} of the predictions: {error}") from None
+        completion = row.get("prediction") or ""
+        reason = why_no_lesson(row, completion)
+        if reason:
+            dropped[reason] += 1
+            continue
+        accuracy = accuracy_reward(completion, row["solution"], row["problem_type"])
+        if accuracy <= min_accuracy:
+            dropped["answer not accurate enough"] += 1
+            continue
+        question = (row.get("benchmark"), row.get("id"))
+        if question in best:
+            dropped["another answer to the same question"] += 1
+            if accuracy <= best[question][0]:
+                continue
+        best[question] = (accuracy, record_of(row, completion))
+    return [record for _, record in best.values()], dropped
+
+
+def why_no_lesson(row, completion):
+    """Why a completion cannot be an SFT target, whatever its answer; None if it can."""
+    if row.get("frames") == "shuffled":
+        return "frames were shuffled"
+    if not format_reward(completion):
+        return "not one think block and one answer"
+    if not thought_in(completion):
+        return "no thought"
+    return None
+
+
+def thought_in(completion):
+    """The text of the one think block, stripped."""
+    _, _, after = completion.partition("<think>")
+    thought, _, _ = after.partition("</think>")
+    return thought.strip()
+
+
+def record_of(row, completion):
+    """The record for sft.py of a prediction and its completion."""
+    record = {name: row.get(name) for name in FIELDS}
+    for name in OPTIONAL_FIELDS:
+        if name in row:
+            record[name] = row[name]
+    record["process"] = f"<think>{thought_in(completion)}</think>"
+    return record
+
+
+def main(argv=None):
+    print_utf8()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("predictions", metavar="predictions.jsonl")
+    parser.add_argument("--out", required=True, help="JSON file of records to write")
+    parser.add_argument("--data_root", default=".", help="folder that the paths of the predictions are relative to")
+    parser.add_argument(
+        "--min_accuracy", type=float, default=CORRECT, help=f"keep answers of a higher accuracy; default: {CORRECT}"
+    )
+    args = parser.parse_args(argv)
+    rows = read_rows(args.predictions)
+    records, dropped = distill(rows, args.data_root, args.min_accuracy)
+    write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))
+    for reason, count in dropped.most_common():
+        print(f"{count} dropped: {reason}")
+    print(f"{len(records)} of {len(rows)} answers kept: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
