@@ -421,3 +421,21 @@ def refuse_object(path, text):
             )
     if "\n" in text.strip():
         raise UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def mean_and_se(values):
+    """Mean and its standard error (0 for one value)."""
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def table(header, rows):
+    """An aligned Markdown table."""
+    lines = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
