@@ -579,24 +579,23 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def prepare_folder(out, seed, fresh):
-    """Delete earlier results if `fresh`. Raises UserError if the folder holds a world of another seed."""
-    if fresh:
-        for name in ("world", "base", "sft", "tgrpo", "eval"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("summary.json", "learning_curves.png"):
-            (out / name).unlink(missing_ok=True)
-    if (out / "world/world.json").exists():
-        made = json.loads((out / "world/world.json").read_text(encoding="utf-8"))
-        if made["seed"] != seed:
-            raise UserError(f"toy.py: {out} holds seed {made['seed']}, not {seed}; choose another --out, or --fresh")
+def check_seed(out, seed):
+    """Raise UserError if the folder holds a world of another seed."""
+    world_file = out / "world/world.json"
+    if world_file.exists():
+        made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
+        if made != seed:
+            raise UserError(f"{out} holds seed {made}, not {seed}; choose another --out, or delete that folder")
 
 
 def main():
     print_utf8()
     args = parse_arguments()
     out = args.out.resolve()
-    prepare_folder(out, args.seed, args.fresh)
+    if args.fresh:
+        for name in ("world", "base", "sft", "tgrpo", "eval"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    check_seed(out, args.seed)
     # short commands, which a reader can type in this folder
     if out.is_relative_to(ROOT):
         os.chdir(ROOT)
