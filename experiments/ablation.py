@@ -27,7 +27,7 @@ from toy import ROOT
 
 @dataclass
 class Arm:
-    """One way of rewarding: its name in tables, settings of tgrpo.py, colour, and a key of controls.CONTROLS or none."""
+    """One way of rewarding. `settings` are those of tgrpo.py; `control` is one of controls.CONTROLS, or empty."""
 
     label: str
     settings: tuple
