@@ -554,7 +554,7 @@ def plot(out, results):
         right.bar_label(bars, [f"{100 * mean:.0f}" for mean in means], padding=2)
     right.axhline(0.5, color="black", linestyle=":", linewidth=1)
     right.text(2.6, 0.5, "chance", ha="left", va="center", fontsize=8)
-    labels = [HEADINGS[name].replace(" ", "\n") for name in names]
+    labels = [HEADINGS[name].replace(" ", "\n", 1) for name in names]
     right.set(title="3. test clips", xticks=range(3), xticklabels=labels, ylabel="accuracy")
     right.set(ylim=(0, 1.3), yticks=np.arange(0, 1.1, 0.2))
     right.legend(loc="upper center", ncols=2, frameon=False)
