@@ -1,126 +1,139 @@
-"""Draws docs/method.png, one prompt of one step of T-GRPO, from what `python toy.py` left in runs/toy. Nothing in it is made up.
+"""Draws docs/method.png, one prompt of one step of T-GRPO, from the rollouts that `python toy.py` left in runs/toy.
 
 python docs/picture.py [--run runs/toy] [--step 12]
 """
 
 import argparse
 import json
-import re
 import sys
+import textwrap
+from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
-import data
-from rewards import CORRECT, accuracy_reward, temporal_reward
-from settings import SharedConfig, read_jsonl
-from tgrpo import group_advantages
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-RIGHT, WRONG = "#2a7d46", "#b3402e"
+import data  # noqa: E402
+from rewards import CORRECT, accuracy_reward, extract_answer, temporal_reward  # noqa: E402
+from settings import SharedConfig, UserError, read_jsonl  # noqa: E402
 
-
-def choose(rows, records, step):
-    """The first group from `step` on that shows the idea: a lying background, p > p̃ > 0 by a quarter, and some completions wrong."""
-    for now in sorted({r["step"] for r in rows if r["step"] >= step}):
-        for problem_id in dict.fromkeys(r["problem_id"] for r in rows if r["step"] == now):
-            group = [r for r in rows if (r["step"], r["problem_id"]) == (now, problem_id)]
-            ordered, shuffled = ([r for r in group if r["frames"] == order] for order in ("ordered", "shuffled"))
-            record = records[problem_id]
-            right = lambda part: [
-                accuracy_reward(r["text"], record["solution"], record["problem_type"]) > CORRECT for r in part
-            ]
-            p, q = (sum(right(part)) / max(1, len(part)) for part in (ordered, shuffled))
-            if record["cue"] == "lies" and 0 < q <= p - 0.25 and p < 1:
-                return now, record, ordered, right(ordered), shuffled, right(shuffled)
-    sys.exit("no group from this step on shows the idea; try another --step")
+ALPHA = 0.3
+# distinct completions per column, and characters per line of their text
+MAX_DISTINCT = 3
+WIDTH = 46
+CORRECT_COLOUR = "#2a7d46"
+WRONG_COLOUR = "#b3402e"
 
 
-def draw(run, step, path):
-    records = {r["problem_id"]: r for r in json.loads((run / "world/rl.json").read_text(encoding="utf-8"))}
-    now, record, ordered, right_G, shuffled, right_S = choose(read_jsonl(run / "tgrpo/rollouts.jsonl"), records, step)
-    frames, _ = data.load_media(record, SharedConfig(data_root=str(run / "world"), max_frames=8))
-    p, q = np.mean(right_G), np.mean(right_S)
-    r_t = temporal_reward(p, q)
-    rewards_G = torch.tensor([r["accuracy"] + r["format"] + r["length"] for r in ordered], dtype=torch.float64)
-    grpo_G = group_advantages(rewards_G)
+def is_correct(row, record):
+    return accuracy_reward(row["text"], record["solution"], record["problem_type"]) > CORRECT
 
-    figure = plt.figure(figsize=(13, 6.4))
-    figure.text(
-        0.5,
-        0.965,
-        f"{record['problem']}   {'   '.join(record['options'])}   (truth: {record['solution'][8]})",
-        ha="center",
-        fontsize=13,
-        weight="bold",
-    )
-    for x, order, group, right, title in (
-        (0.03, range(8), ordered, right_G, "G = 8 completions, frames in order"),
-        (
-            0.535,
-            shuffled[0]["frame_order"],
-            shuffled,
-            right_S,
-            "S = 4 completions, frames shuffled (only asked, never trained)",
-        ),
-    ):
-        figure.text(x, 0.905, title, fontsize=11.5)
-        axis = figure.add_axes((x, 0.765, 0.435, 0.125))
-        axis.imshow(
-            np.concatenate([np.pad(frames[i], ((0, 0), (0, 3), (0, 0)), constant_values=255) for i in order], 1)
-        )
+
+def reason(row):
+    """The chain of thought of a completion."""
+    return row["text"].split("</think>")[0].removeprefix("<think>").strip()
+
+
+def reason_agrees(row, record):
+    """Whether the chain of thought ends with the option that the completion answers."""
+    options = {option[0]: option[3:] for option in record["options"]}
+    letter = extract_answer(row["text"])
+    return letter in options and reason(row).endswith(f" {options[letter]}.")
+
+
+def n_distinct(rows):
+    return len({row["text"] for row in rows})
+
+
+def choose(rows, records, first_step):
+    """(step, record, ordered rows, shuffled rows) of the first group from this step on that shows the idea.
+
+    The order of the frames helps (p > p̃ > 0, by at least 1/4), one ordered completion is wrong, all reasons agree with
+    their answers, and the distinct completions fit into the picture. Raises UserError if there is no such group.
+    """
+    groups = {}
+    for row in rows:
+        if row["step"] >= first_step:
+            groups.setdefault((row["step"], row["problem_id"]), []).append(row)
+    for (step, problem_id), group in groups.items():
+        record = records[problem_id]
+        ordered = [row for row in group if row["frames"] == "ordered"]
+        shuffled = [row for row in group if row["frames"] == "shuffled"]
+        if not shuffled or not all(reason_agrees(row, record) for row in group):
+            continue
+        if max(n_distinct(ordered), n_distinct(shuffled)) > MAX_DISTINCT:
+            continue
+        p = np.mean([is_correct(row, record) for row in ordered])
+        p_shuffled = np.mean([is_correct(row, record) for row in shuffled])
+        if 0 < p_shuffled <= p - 0.25 and p < 1:
+            return step, record, ordered, shuffled
+    raise UserError(f"no group from step {first_step} on shows the idea; try another --step")
+
+
+def draw_column(figure, x, title, frames, order, rows, record):
+    """One strip of numbered frames, in this order, and below it the distinct completions with their counts."""
+    figure.text(x, 0.845, title, fontsize=15, weight="bold")
+    for position, i in enumerate(order):
+        axis = figure.add_axes((x + 0.055 * position, 0.72, 0.052, 0.105))
+        axis.imshow(frames[i])
         axis.axis("off")
-        for i, (r, ok) in enumerate(zip(group, right)):
-            thought = re.sub(r"</?think>", "", r["text"].split("\n")[0])
-            answer = r["text"].split("<answer>")[-1].split("</answer>")[0]
-            y = 0.725 - 0.047 * i
-            figure.text(x, y, f"{thought}  → {answer}", fontsize=8.7, color=RIGHT if ok else WRONG)
-            figure.text(
-                x + 0.438, y, "right" if ok else "wrong", fontsize=8.7, color=RIGHT if ok else WRONG, ha="right"
-            )
-    figure.text(0.03, 0.315, f"p = {sum(right_G)}/{len(right_G)}", fontsize=13)
-    figure.text(0.535, 0.315, f"p̃ = {sum(right_S)}/{len(right_S)}", fontsize=13)
-    figure.text(
-        0.5,
-        0.225,
-        f"the temporal term, for the correct ones in order:   r_t = α (p − p̃) = 0.3 × ({p:g} − {q:g}) = {r_t:g}",
-        ha="center",
-        fontsize=13,
-    )
-    lines = [("advantage, correct", right_G.index(True), True), ("advantage, wrong", right_G.index(False), False)]
-    for i, (label, g, ok) in enumerate(lines):
-        value = grpo_G[g].item()
-        figure.text(
-            0.5,
-            0.15 - 0.06 * i,
-            f"{label}:   {value:+.2f} (GRPO)" + (f"  + {r_t:g}  =  {value + r_t:+.2f}" if ok else "   unchanged"),
-            ha="center",
-            fontsize=12,
-            color=RIGHT if ok else WRONG,
-        )
-    figure.text(
-        0.5,
-        0.022,
-        f"step {now} of the toy run; the background says {'A' if record['solution'][8] == 'B' else 'B'}, and lies. "
-        "Advantages are those of the first correct and the first wrong completion.",
-        ha="center",
-        fontsize=9,
-        color="gray",
-    )
-    figure.savefig(path, dpi=110)
-    print(f"{path}: step {now}, problem {record['problem_id']}, p {p:g}, p̃ {q:g}")
+        axis.set_title(str(i + 1), fontsize=12, y=-0.52)
+    counts = Counter((is_correct(row, record), reason(row), extract_answer(row["text"])) for row in rows)
+    # correct completions first, then the most frequent ones
+    ranked = sorted(counts.items(), key=lambda item: (item[0][0], item[1]), reverse=True)
+    for i, ((correct, thought, letter), count) in enumerate(ranked):
+        text = textwrap.fill(f"{thought} → {letter}", WIDTH)
+        colour = CORRECT_COLOUR if correct else WRONG_COLOUR
+        y = 0.635 - 0.115 * i
+        figure.text(x, y, f"{count} {'✓' if correct else '✗'}", fontsize=15, color=colour, va="top")
+        figure.text(x + 0.052, y, text, fontsize=13, color=colour, va="top")
+
+
+def draw(step, record, frames, ordered, shuffled, path):
+    right = [is_correct(row, record) for row in ordered]
+    right_shuffled = [is_correct(row, record) for row in shuffled]
+    p = f"{sum(right)}/{len(right)}"
+    p_shuffled = f"{sum(right_shuffled)}/{len(right_shuffled)}"
+    bonus = temporal_reward(np.mean(right), np.mean(right_shuffled), ALPHA)
+
+    figure = plt.figure(figsize=(10, 5.5))
+    question = f"{record['problem']}   {'   '.join(record['options'])}   (truth: {extract_answer(record['solution'])})"
+    figure.text(0.5, 0.93, question, fontsize=16, ha="center")
+    draw_column(figure, 0.02, "Frames in order", frames, range(len(frames)), ordered, record)
+    draw_column(figure, 0.515, "Frames shuffled", frames, shuffled[0]["frame_order"], shuffled, record)
+    figure.text(0.25, 0.235, f"p = {p} correct", fontsize=16, ha="center")
+    figure.text(0.75, 0.235, f"p̃ = {p_shuffled} correct", fontsize=16, ha="center")
+    canvas = figure.add_axes((0, 0, 1, 1))
+    canvas.axis("off")
+    canvas.set(xlim=(0, 1), ylim=(0, 1))
+    canvas.annotate("", (0.5, 0.17), (0.5, 0.285), arrowprops=dict(arrowstyle="-|>", linewidth=2.5, color="black"))
+    formula = f"r = α (p − p̃) = {ALPHA} × ({p} − {p_shuffled}) = {bonus:.2f}"
+    figure.text(0.5, 0.1, formula, fontsize=18, ha="center", weight="bold")
+    target = "is added to the advantage of every correct completion with the frames in order"
+    figure.text(0.5, 0.035, target, fontsize=14, ha="center")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    print(f"{path}: step {step}, problem {record['problem_id']}, p {np.mean(right):g}, p̃ {np.mean(right_shuffled):g}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/toy", help="folder that toy.py wrote")
+    parser.add_argument("--step", type=int, default=12, help="look from this step on")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/method.png")
+    args = parser.parse_args()
+    records = json.loads((args.run / "world/rl.json").read_text(encoding="utf-8"))
+    records = {record["problem_id"]: record for record in records}
+    step, record, ordered, shuffled = choose(read_jsonl(args.run / "tgrpo/rollouts.jsonl"), records, args.step)
+    frames, _ = data.load_media(record, SharedConfig(data_root=str(args.run / "world"), max_frames=8))
+    draw(step, record, frames, ordered, shuffled, args.out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path(__file__).parent.parent / "runs/toy")
-    parser.add_argument("--step", type=int, default=12, help="look from this step on")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "method.png")
-    args = parser.parse_args()
-    draw(args.run, args.step, args.out)
+    main()

@@ -1,13 +1,14 @@
-"""Curves of any run: reward, temporal gap, KL and completion length of T-GRPO, the loss of SFT.
+"""Learning curves of any run: the loss of SFT; reward, temporal gap, KL and completion length of T-GRPO.
 
     python -m tools.plot runs/toy/tgrpo/metrics.jsonl                              # writes metrics.png beside the file
     python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png  # several runs in one picture
 
-A faint line shows the values of the steps, a strong one their mean over about ten steps.
+A faint line shows the value of each step, a strong line the mean over nine steps.
 """
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,19 +16,20 @@ import numpy as np
 
 from settings import UserError, print_utf8, read_jsonl
 
-# metric, title of its panel, label of its axis
+# (metric, title of its panel, label of its axis)
 PANELS = (
     ("loss", "SFT loss", "nats per token"),
-    ("reward/total", "reward", "mean of the completions"),
+    ("reward/total", "reward", "mean over completions"),
     ("temporal/gap", "temporal gap", "p − p̃"),
     ("policy/kl", "KL to the SFT model", "nats per token"),
     ("completion/length", "completion length", "tokens"),
 )
+# steps in the moving average
 WINDOW = 9
 
 
 def smoothed(values, window=WINDOW):
-    """Mean over `window` neighbours; at the ends over those that there are.
+    """Moving average over `window` values; near the ends, over the values that exist.
 
     >>> smoothed([0, 3, 6], 3).tolist()
     [1.5, 3.0, 4.5]
@@ -37,7 +39,7 @@ def smoothed(values, window=WINDOW):
 
 
 def draw_curve(axis, rows, name, label=None, color=None):
-    """The metric `name` over the steps of `rows`, which need not all have it, onto a matplotlib axis."""
+    """Draw the metric `name` over the steps of `rows` onto a matplotlib axis. Rows without the metric are skipped."""
     points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
     if not points:
         return
@@ -47,7 +49,7 @@ def draw_curve(axis, rows, name, label=None, color=None):
 
 
 def save_figure(figure, path):
-    """Write the picture whole: the file holds either its old content or all of the new one."""
+    """Write a PNG atomically. Raises UserError if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -59,13 +61,15 @@ def save_figure(figure, path):
 
 
 def read_metrics(path):
-    """Rows of a metrics.jsonl. UserError if it is missing, empty or something else."""
+    """Rows of a metrics.jsonl. Raises UserError if the file is missing, empty or of another kind."""
     try:
         rows = read_jsonl(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a metrics.jsonl: {error}") from None
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
     if not rows:
-        raise UserError(f"{path}: no metrics in this file" if Path(path).exists() else f"{path}: no such file")
+        raise UserError(f"{path}: no metrics in this file")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}, line {number}: not a row of metrics: {json.dumps(row):.80}")
@@ -73,7 +77,7 @@ def read_metrics(path):
 
 
 def metrics_in(rows):
-    """Names of the metrics to draw of one run: of T-GRPO all but the loss, which says nothing there."""
+    """Names of the metrics to draw. The loss of T-GRPO is left out: its value does not measure progress."""
     names = set()
     for row in rows:
         names.update(row)
@@ -83,24 +87,26 @@ def metrics_in(rows):
 
 
 def plot(files, out):
-    """Draw the curves of these metrics files into the PNG `out`, a panel per metric, a colour per file."""
+    """Draw the curves of these metrics files into the PNG `out`: one panel per metric, one colour per file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     runs = [read_metrics(file) for file in files]
-    known = set().union(*(metrics_in(rows) for rows in runs))
+    known = set()
+    for rows in runs:
+        known |= metrics_in(rows)
     panels = [panel for panel in PANELS if panel[0] in known]
     if not panels:
-        raise UserError(f"{files[0]}: none of {', '.join(name for name, *_ in PANELS)} in this file")
+        names = ", ".join(name for name, _, _ in PANELS)
+        raise UserError(f"{files[0]}: none of {names} in this file")
     n_columns = min(2, len(panels))
-    n_rows = -(-len(panels) // n_columns)
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(5.5 * n_columns, 3.4 * n_rows), squeeze=False, layout="constrained"
-    )
+    n_rows = math.ceil(len(panels) / n_columns)
+    size = (5.5 * n_columns, 3.4 * n_rows)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (name, title, unit) in zip(axes.flat, panels):
-        for number, (file, rows) in enumerate(zip(files, runs)):
+        for number, rows in enumerate(runs):
             if name in metrics_in(rows):
                 draw_curve(axis, rows, name, color=f"C{number % 10}")
         axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit, yscale="log" if name == "loss" else "linear")
@@ -108,10 +114,9 @@ def plot(files, out):
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     if len(files) > 1:
-        handles = [
-            plt.Line2D([], [], color=f"C{number % 10}", label=str(Path(file).parent))
-            for number, file in enumerate(files)
-        ]
+        handles = []
+        for number, file in enumerate(files):
+            handles.append(plt.Line2D([], [], color=f"C{number % 10}", label=str(Path(file).parent)))
         figure.legend(handles=handles, loc="outside lower center", frameon=False)
     else:
         figure.suptitle(str(Path(files[0]).parent))

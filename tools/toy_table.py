@@ -8,19 +8,19 @@ import argparse
 import json
 from pathlib import Path
 
-from settings import UserError, print_utf8
+from settings import UserError, print_utf8, table
 
-MODELS = {"cold_start": "cold start", "tgrpo": "T-GRPO"}
+MODELS = {"sft": "SFT model", "tgrpo": "T-GRPO"}
 COLUMNS = {
     "ordered": "frames in order",
     "shuffled": "frames shuffled",
     "gap": "gap",
-    "conflict": "clips whose background lies",
+    "conflict": "clips with a misleading background",
 }
 
 
 def read_summaries(folders):
-    """{seed: summary} of these runs of toy.py. UserError for a folder without one, and for a seed that comes twice."""
+    """{seed: summary} of these runs of toy.py. Raises UserError for a folder without one, and for a repeated seed."""
     summaries = {}
     for folder in folders:
         try:
@@ -33,28 +33,25 @@ def read_summaries(folders):
     return summaries
 
 
-def cell(values):
-    """Mean and range of shares, in percent."""
-    percent = [100 * value for value in values]
-    return f"{sum(percent) / len(percent):.1f} ({min(percent):.0f} to {max(percent):.0f})"
-
-
-def table(folders):
+def seeds_table(folders):
     """Markdown: test accuracy in percent, mean (lowest to highest seed), of the SFT model and of the trained policy."""
     summaries = read_summaries(folders)
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = []
     for model, label in MODELS.items():
-        cells = [cell([summary[model][name] for summary in summaries.values()]) for name in COLUMNS]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        cells = []
+        for column in COLUMNS:
+            percent = [100 * summary[model][column] for summary in summaries.values()]
+            cells.append(f"{sum(percent) / len(percent):.1f} ({min(percent):.0f} to {max(percent):.0f})")
+        rows.append([label, *cells])
     seeds = ", ".join(str(seed) for seed in sorted(summaries))
-    return "\n".join(lines) + f"\n\nmean and range of seeds {seeds}"
+    return f"{table(['', *COLUMNS.values()], rows)}\n\nmean and range of seeds {seeds}"
 
 
 def main(argv=None):
     print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders that toy.py --out wrote, one per seed")
-    print(table(parser.parse_args(argv).folders))
+    print(seeds_table(parser.parse_args(argv).folders))
 
 
 if __name__ == "__main__":
