@@ -202,7 +202,9 @@ def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
 
     The model is loaded on the CPU, and accelerate then moves or shards it. With `device` (for inference) the weights
     are read straight onto that device. If the model will be sharded, only rank 0 reads the weights and
-    sends them to the other ranks, so a machine holds one copy. Raises UserError if the checkpoint's tensors are not the model's.
+    sends them to the other ranks, so a machine holds one copy.
+
+    Raises UserError if the checkpoint's tensors are not the model's.
     """
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():

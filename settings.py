@@ -1,9 +1,10 @@
-"""Settings and files: what every stage needs before torch is loaded, and all that scoring saved answers needs.
+"""Settings, files and tables: what every script shares and that needs no torch, so that scoring starts in a second.
 
-load_config    defaults, then the YAML file, then --name value; one clear line for every mistake
-write_atomic, append_rows, read_jsonl    files that are whole whatever happens meanwhile
-file_hash, fingerprint      what a file, or a checkpoint's weights, hold
-read_rows      a user's JSON or JSONL file
+load_config                      defaults, then the YAML file, then --name value; one clear line for every mistake
+write_atomic, append_rows        files that are complete even after a crash
+read_jsonl, read_rows            our JSONL files; a user's JSON or JSONL file
+file_hash, fingerprint           identify the content of a file, or the weights of a checkpoint
+table, mean_and_se               what the scripts print
 """
 
 import argparse
@@ -38,21 +39,21 @@ class UserError(SystemExit):
 
 
 def print_utf8():
-    """What is printed is UTF-8, whatever the locale: in Latin-1 or ASCII, "p̃" would end a run with a
-    UnicodeEncodeError.
-    """
+    """Print UTF-8 in every locale: in Latin-1 or ASCII, "p̃" would end a run with a UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-# ---------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------------------------- settings
 
 
 def option(default, help, choices=None, low=None, high=None):
-    """A setting: its default, what it does to training, and the values it may take."""
-    where = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**where, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    """A setting: its default, what it does, and the values it may take."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -128,7 +129,8 @@ class TrainConfig(SharedConfig):
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
     resume: bool = option(
-        True, "go on from the newest checkpoint in output_dir; false: move an earlier run aside, start anew"
+        True,
+        "continue from the newest checkpoint in output_dir; false: move an earlier run aside and start from scratch",
     )
     log_with: str = option(
         "none",
@@ -270,7 +272,7 @@ def as_arguments(source, name, value):
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, to which a key that stands twice is an error instead of the last one winning in silence."""
+    """YAML's safe loader that rejects duplicate keys (PyYAML silently keeps the last one)."""
 
     def construct_mapping(self, node, deep=False):
         for key, _ in node.value:
@@ -280,42 +282,46 @@ class UniqueKeys(yaml.SafeLoader):
                     f"line {line}: merge keys (<<) are not read; write shared settings at the top level"
                 )
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} stands here twice")
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"duplicate key {key}")
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path):
+    """The settings in a YAML file, a dict. Raises UserError if it cannot be read or is not a mapping."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UserError(f"{path}: cannot read this config: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, a number of thousands of digits
+    # ValueError: bytes that are not text, a number with thousands of digits
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{path}: expected settings 'name: value', got {type(tree).__name__}")
-    return tree or {}  # an empty file: all defaults
+    # an empty file is None: all defaults
+    return tree or {}
 
 
 def given(name, default):
-    """What the command line says for --name, before any setting is read."""
+    """The value of --name on the command line, before the settings are read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", default=default)
     return getattr(parser.parse_known_args()[0], name)
 
 
 def require(cfg, stage, *names):
-    """UserError for the first setting that this stage cannot do without and that is empty."""
+    """Raise UserError if one of these settings is empty."""
     for name in names:
         if not getattr(cfg, name):
             raise UserError(f"{stage}.{name}: missing; set it in the config's section '{stage}:' or with --{name}")
 
 
-# ------------------------------------------------------------------------------------ files, written whole
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def write_atomic(path, text):
-    """The file holds either its old content or all of the new one, whatever happens meanwhile.
+    """Write a file so that it has either its old content or all of the new one, even after a crash.
 
     Raises UserError if it cannot be written.
     """
@@ -332,7 +338,7 @@ def write_atomic(path, text):
 
 
 def append_rows(path, rows):
-    """Add `rows` (dicts) to a JSONL file. UserError if they cannot be written; what was there before stays."""
+    """Append `rows` (dicts) to a JSONL file. Raises UserError if they cannot be written; earlier rows stay."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -350,7 +356,7 @@ def file_hash(path):
 
 
 def sampled_hash(path):
-    """A hash of a file's size and of 1 MB at 16 places of it: all of a small file, and enough of a large one."""
+    """A hash of a file's size and of 1 MB at 16 offsets: all of a small file, and enough of a large one."""
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -362,14 +368,14 @@ def sampled_hash(path):
 
 @functools.cache
 def fingerprint(model):
-    """Which weights a checkpoint folder holds, as a path may hold others tomorrow; "" for a hub name."""
+    """A hash of the weights in a checkpoint folder, because a path may later hold others; "" for a hub name."""
     files = sorted(Path(model).glob("*.safetensors"))
     digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
     return digest.hexdigest()[:16] if files else ""
 
 
 def read_jsonl(path):
-    """Rows of a JSONL file; a last line cut short by a crash is left out (its work is done again)."""
+    """Rows of a JSONL file. An incomplete last line, left by a crash, is ignored (its work is repeated)."""
     if not Path(path).exists():
         return []
     lines = Path(path).read_bytes().split(b"\n")
@@ -377,15 +383,16 @@ def read_jsonl(path):
 
 
 def read_rows(path):
-    """List of a JSON file, or the lines of a JSONL file. UserError for a file that is neither, or empty."""
+    """The list in a JSON file, or the lines of a JSONL file. Raises UserError for any other or an empty file."""
     try:
-        # utf-8-sig: Windows programs begin a file with a byte order mark
+        # utf-8-sig: Windows programs may begin a file with a byte order mark
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot read these records: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    rows, number = [], 0
+    rows = []
+    number = 0
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
@@ -405,8 +412,7 @@ def read_rows(path):
 
 
 def refuse_object(path, text):
-    """UserError if the whole text is one JSON object that holds the records, as {"train": [...]}, or one laid out
-    over lines."""
+    """Raise UserError if the text is a single JSON object, for example {"train": [records]}."""
     if not text.lstrip().startswith("{"):
         return
     try:
@@ -423,7 +429,7 @@ def refuse_object(path, text):
         raise UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")
 
 
-# ----------------------------------------------------------------------------------------------- what scripts print
+# ------------------------------------------------------------------------------------------------ what scripts print
 
 
 def table(header, rows):
