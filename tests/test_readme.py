@@ -1,214 +1,153 @@
-"""The README says what is there: its commands run in a test or need what no test has, and all it names exists."""
+"""README.md, docs/ and experiments/README.md: their commands run in a test, and everything they name exists."""
 
 import importlib
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import toy
-from settings import read_jsonl
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCE = {
-    p.name: p.read_text()
-    for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("tools/*.py")]
-}
-FLAGS = set(re.findall(r"--(\w+)", " ".join(SOURCE.values()))) | {
-    f
-    for cls in ("SharedConfig", "TrainConfig", "DataConfig", "EvalConfig", "TGRPOConfig")
-    for f in re.findall(
-        r"^    (\w+): \w+ = option",
-        next(t for t in SOURCE.values() if f"class {cls}(" in t or f"class {cls}:" in t),
-        re.M,
-    )
-}
-ELSEWHERE = ("needs GPUs; not run", "needs the hub; not run", "needs the data; not run")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "experiments/README.md"]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+FOLDERS = (".", "tests", "docs", "tools", "benchmarks", "experiments", "bench")
+SOURCE = {path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+ALL_SOURCE = "\n".join(SOURCE.values())
+# settings of the stages, and arguments of the tools and of accelerate
+FLAGS = set(re.findall(r"^    (\w+): \w+ = option", ALL_SOURCE, re.M)) | set(re.findall(r'"--(\w+)"', ALL_SOURCE))
+FLAGS |= {"config", "help", "config_file", "multi_gpu", "num_machines", "num_processes", "machine_rank"}
+FLAGS |= {"main_process_ip", "main_process_port"}
+NOT_HERE = ("needs GPUs", "needs the hub", "needs the data")
 
-# Every other command: the test that runs it, or the very code behind it.
+# Every other command: the test that runs it, or the code behind it. The 7B commands of the README need GPUs.
 RUN_BY = {
+    "accelerate launch sft.py --config configs/7b.yaml": "test_every_shipped_config_loads",
+    "accelerate launch tgrpo.py --config configs/7b.yaml": "test_every_shipped_config_loads",
+    "accelerate launch evaluate.py --config configs/7b.yaml": "test_every_shipped_config_loads",
+    "accelerate launch tgrpo.py --config configs/credit.yaml": "test_a_credit_run_samples_no_shuffled_completions",
+    "accelerate launch evaluate.py --config configs/toy.yaml": "test_every_stage_of_the_toy_runs_as_its_command",
+    "accelerate launch -m experiments.controls --control shuffled --config configs/credit.yaml": "test_control_replaces_the_bonus_of_tgrpo",
     "pip install -r requirements.txt && python toy.py": "test_every_stage_of_the_toy_runs_as_its_command",
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run",
     "python -m tools.plan_memory --config configs/7b.yaml --gpus 8": "test_what_the_plan_says_of_the_shipped_configs",
-    "accelerate launch evaluate.py --config configs/toy.yaml": "test_every_stage_of_the_toy_runs_as_its_command",
     "python evaluate.py --score predictions.jsonl": "test_scoring_loads_no_torch",
-    "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_joined_with_the_official_files",
-    "python evaluate.py --score predictions.jsonl --report report.html --data_root DIR": "test_the_report_is_written_with_the_run",
-    "python -m tools.distill predictions.jsonl --out cot.json --data_root DIR": "test_distilled_answers_train_the_sft_model",
-    "python toy.py --ablate": "test_the_ablation_of_one_seed",
-    "for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done": "test_every_stage_of_the_toy_runs_as_its_command",
-    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4": "test_the_toys_table_is_the_mean_and_the_range_of_its_seeds",
-    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_of_each_stage_lie_beside_its_metrics",
-    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_several_runs_are_compared_in_one_picture",
-    "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
+    "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_joined",
+    "python -m tools.report predictions.jsonl --data_root DIR": "tests/test_report.py",
+    "python -m tools.distill predictions.jsonl --out cot.json --data_root DIR": "test_distilled_answers_train",
+    "python -m experiments.ablation": "test_ablation_runs_every_arm",
+    "python -m experiments.two_rationales": "test_teacher_gives_both_reasons",
+    "for seed in 0 1 2; do python toy.py --seed $seed --out runs/seed$seed; done": "test_every_stage_of_the_toy_runs",
+    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2": "test_the_toys_table_is_the_mean_and_the_range",
+    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_of_each_stage",
+    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_several_runs_are_compared",
+    "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts",
+    "python -m tools.rollouts runs/try/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts",
     "python -m tools.split mine.json --share 0.1 --out my_data": "test_a_split_is_written_whole_and_counted",
-    "python sft.py --config examples/own.yaml --model runs/toy/base --output_dir runs/try/sft --steps 2": "test_the_examples_train_in_both_stages_and_are_answered",
-    "python evaluate.py --config examples/own.yaml --model runs/try/tgrpo/final --output_dir runs/try/eval --max_new_tokens 40": "test_the_examples_train_in_both_stages_and_are_answered",
-    "python tgrpo.py --config examples/own.yaml --model runs/try/sft/final --output_dir runs/try/tgrpo --steps 2 --max_new_tokens 40": "test_the_examples_train_in_both_stages_and_are_answered",
-    "python -m tools.rollouts runs/try/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
     "python data.py --config examples/own.yaml --stage sft --check": "test_the_examples_media_can_be_read",
     "python data.py --config examples/own.yaml --check": "test_the_examples_media_can_be_read",
-    "python -m tools.distill runs/own/teacher/predictions.jsonl --out my_data/cot.json": "test_distilled_answers_train_the_sft_model",
+    "python -m tools.distill runs/own/teacher/predictions.jsonl --out my_data/cot.json": "test_distilled_answers_train",
+    "python sft.py --config examples/own.yaml": "test_the_examples_train_in_both_stages_and_are_answered",
+    "python tgrpo.py --config examples/own.yaml": "test_the_examples_train_in_both_stages_and_are_answered",
+    "python evaluate.py --config examples/own.yaml": "test_the_examples_train_in_both_stages_and_are_answered",
 }
 
 
 def commands():
-    """(command, comment) of every line in the README's code blocks."""
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S):
-        for line in [] if language else block.strip().split("\n"):
-            command, _, comment = line.partition("  #")
-            yield command.strip(), comment.strip()
+    """(command, comment) of every line in the pages' code blocks."""
+    for text in TEXTS.values():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+            for line in [] if language else block.strip().split("\n"):
+                command, _, comment = line.partition("  #")
+                yield command.strip(), comment.strip()
 
 
-@pytest.mark.parametrize("command, comment", list(commands()), ids=lambda text: text[:60])
-def test_every_command_runs_in_a_test_or_says_why_not(command, comment):
-    """Guards: a command that was true once; a flag that was renamed."""
+@pytest.mark.parametrize("command, comment", sorted(set(commands())), ids=lambda text: text[:60])
+def test_every_documented_command_runs_in_a_test_or_names_what_it_needs(command, comment):
+    """Guards: a command that no longer works; a flag that was renamed."""
     for name in re.findall(r"[\w/]+\.(?:py|yaml)\b", command):
         assert (ROOT / name).is_file(), name
+    for name in re.findall(r"-m ((?:tools|experiments)\.\w+)", command):
+        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
     for flag in re.findall(r"--([a-z_]\w*)", command.split("hf download")[0]):
-        assert flag in FLAGS or flag in (
-            "multi_gpu",
-            "num_machines",
-            "num_processes",
-            "machine_rank",
-            "main_process_ip",
-            "main_process_port",
-        ), flag
-    if comment not in ELSEWHERE:
-        test = RUN_BY[command]
-        assert (ROOT / test).is_file() or any(f"def {test}(" in text for text in SOURCE.values()), test
+        assert flag in FLAGS, flag
+    if comment not in NOT_HERE:
+        # a command with more arguments is run by the test of the shorter one
+        known = [start for start in RUN_BY if command == start or command.startswith(f"{start} --")]
+        assert known, command
+        test = RUN_BY[max(known, key=len)]
+        assert (ROOT / test).is_file() or f"def {test}" in ALL_SOURCE, test
 
 
-def test_everything_the_readme_names_exists():
-    """Guards: a file, function, test, setting or metric that is gone, or was never there."""
-    for name in set(re.findall(r"`([^`\n]+)`", README)) | set(re.findall(r"\]\(([^)]+)\)", README)):
-        if re.fullmatch(r"(rewards|tgrpo|data|policy|common|toy)\.[a-zA-Z_]+", name) and not name.endswith(
-            (".py", ".json")
-        ):
-            module, attribute = name.split(".")
-            assert hasattr(importlib.import_module(module), attribute), name
-        elif re.fullmatch(r"[\w./]+\.(py|yaml|png|txt)", name):
-            assert (ROOT / name).exists(), name
-        elif name.startswith("test_"):
-            assert any(f"def {name}(" in text for text in SOURCE.values()), name
-        elif match := re.match(r"--(\w+)", name):
-            assert match[1] in FLAGS, name
-        elif match := re.fullmatch(r"(\w+): [\w]+", name):
-            assert match[1] in FLAGS, name
-        elif re.fullmatch(r"(reward|temporal|group|policy|completion|data|time|rollout|memory)/\w+", name):
-            group, key = name.split("/")
-            made = {"time": f'lap("{key}")', "reward": f'"{key}"'}.get(group, name)
-            assert any(
-                made in text or name in text or f"{group}/{key.rsplit('_', 1)[0]}_{{" in text
-                for text in SOURCE.values()
-            ), name
-        elif re.fullmatch(r"[a-z]+_[a-z_]+", name) and not name.startswith("object"):
-            assert name in FLAGS or any(re.search(rf"\b{name}\b", text) for text in SOURCE.values()), name
-    for name in ("GPT-4o", "not run", "Apache-2.0"):
-        assert name in README
+def names_in(page):
+    """Names between backquotes outside of code blocks."""
+    text = re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.M | re.S)
+    return sorted(set(re.findall(r"`([^`\n]+)`", text)))
 
 
-def test_published_scores_are_the_same_in_the_readme_and_in_the_table():
-    """Guards: a typo in one of two places."""
+def exists(name):
+    """True if a name on a page is a file, function, test, setting or metric of this repository, or looks like none."""
+    module = re.fullmatch(r"(rewards|tgrpo|data|policy|common|frames|settings|toy)\.([a-zA-Z_]+)", name)
+    if module and module[2] not in ("py", "json", "yaml"):
+        return hasattr(importlib.import_module(module[1]), module[2])
+    if re.fullmatch(r"[\w./]+\.(py|yaml|png|txt)|[\w./]+/", name):
+        places = (ROOT, ROOT / "experiments", ROOT / "docs")
+        return any((place / name).exists() for place in places) or name.startswith(("data/", "my_data/", "runs/"))
+    if name.startswith("test_"):
+        return f"def {name}(" in ALL_SOURCE
+    if name in ("--name value", "._003.png"):
+        return True
+    flag = re.match(r"--(\w+)", name) or re.fullmatch(r"(\w+): \w+", name)
+    if flag:
+        return flag[1] in FLAGS
+    if re.fullmatch(r"(reward|temporal|group|policy|completion|data|time|rollout|memory)/\w+", name):
+        group, key = name.split("/")
+        if group == "time":
+            return f'lap("{key}")' in ALL_SOURCE
+        if group == "reward":
+            return f'"{key}"' in ALL_SOURCE
+        return name in ALL_SOURCE or f"{group}/{key.rsplit('_', 1)[0]}_{{" in ALL_SOURCE
+    if re.fullmatch(r"[a-z]+_[a-z_]+", name):
+        return re.search(rf"\b{name}\b", ALL_SOURCE) is not None
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_everything_a_page_names_exists(page):
+    """Guards: a file, function, test, setting, metric or link that was removed or renamed."""
+    assert [name for name in names_in(page) if not exists(name)] == []
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_says_once_what_was_not_run():
+    """Guards: a README that grows back into a manual; a claim about GPUs without a run."""
+    assert len(README.encode()) < 9500
+    assert README.count("not yet been run on GPUs") == 1 and "Apache-2.0" in README
+    assert re.findall(r"@\w+@|NNN", README) == []
+
+
+def test_the_lines_in_the_readme_are_those_of_the_files():
+    """Guards: a reading time computed for an earlier version (5 % off at most)."""
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M):
+        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(actual - int(lines)) <= 0.05 * actual, (name, actual)
+
+
+def test_published_scores_are_equal_in_the_docs_and_in_the_code():
+    """Guards: a typo in one of the two."""
     from benchmarks import PUBLISHED
 
     columns = ["vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme"]
-    for label, model in (
-        ("GPT-4o", "GPT-4o"),
-        ("Qwen2.5-VL-7B, CoT prompt", "Qwen2.5-VL-7B (CoT prompt)"),
-        ("Video-R1-7B (T-GRPO)", "Video-R1-7B"),
-    ):
-        row = next(line for line in README.split("\n") if line.startswith(f"| {label} |")).split("|")[2:-1]
+    lines = TEXTS[ROOT / "docs/benchmarks.md"].split("\n")
+    models = {
+        "GPT-4o": "GPT-4o",
+        "Qwen2.5-VL-7B, CoT prompt": "Qwen2.5-VL-7B (CoT prompt)",
+        "Video-R1-7B (T-GRPO)": "Video-R1-7B",
+    }
+    for label, model in models.items():
+        row = next(line for line in lines if line.startswith(f"| {label} |")).split("|")[2:-1]
         for name, cell in zip(columns, row, strict=True):
-            assert (
-                tuple(map(float, cell.split("/"))) == PUBLISHED[model].get(name)
-                if cell.strip() != "–"
-                else name not in PUBLISHED[model]
-            )
-
-
-def test_the_tables_of_the_experiment_are_the_files():
-    """Guards: a result typed by hand, or one of an earlier run."""
-    from experiments.ablation import tables
-
-    for line in tables(json.loads((ROOT / "experiments/ablation.json").read_text())).split("\n"):
-        assert not line.startswith("|") or line in README, line
-
-
-def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd):
-    """Guards: a first command that breaks on a fresh machine; a summary without the promised numbers; a second run that works again."""
-    launch, make_world = toy.launch, toy.make_world
-    fewer = {
-        "sft.py": ("--steps", 2, "--batch_size", 4, "--micro_batch_size", 4),
-        "tgrpo.py": ("--steps", 2, "--batch_size", 2, "--micro_batch_size", 2),
-    }
-    monkeypatch.setattr(
-        toy, "launch", lambda script, *rest, **kwargs: launch(script, *rest, *fewer.get(script, ()), **kwargs)
-    )
-    monkeypatch.setattr(
-        toy, "make_world", lambda folder, seed, **kwargs: make_world(folder, seed, 12, 12, 8, 4, **kwargs)
-    )
-    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
-    toy.main()
-    said = capfd.readouterr().out
-    for command in ("sft.py", "tgrpo.py", "evaluate.py"):
-        assert f"$ accelerate launch {command} --config configs/toy.yaml" in said
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary) == {"cold_start", "tgrpo", "seconds", "seed"} and set(summary["seconds"]) == {
-        "world",
-        "sft",
-        "tgrpo",
-        "evaluate",
-        "total",
-    }
-    assert set(summary["tgrpo"]) == {"ordered", "shuffled", "gap", "conflict"} and "background lies" in said
-    assert (tmp_path / "learning_curves.png").read_bytes()[1:4] == b"PNG" and len(
-        read_jsonl(tmp_path / "tgrpo/rollouts.jsonl")
-    ) > 16
-    toy.main()
-    said = capfd.readouterr().out
-    assert "everything was in place: --fresh runs it again" in said and "$ accelerate" not in said
-
-
-def test_the_picture_of_the_method_is_drawn_from_a_run(tmp_path, world):
-    """Guards: a picture nobody can make again."""
-    record = next(r for r in json.loads((world / "world/rl.json").read_text()) if r["cue"] == "lies")
-    truth = record["solution"][8]
-    said = lambda letter: f"<think>so it is.</think>\n<answer>{letter}</answer>"
-    wrong = "AB"[truth == "A"]
-    rows = [
-        {
-            "step": 12,
-            "problem_id": record["problem_id"],
-            "frames": "ordered",
-            "text": said(truth if i else wrong),
-            "accuracy": float(i > 0),
-            "format": 1.0,
-            "length": 0.0,
-        }
-        for i in range(8)
-    ] + [
-        {
-            "step": 12,
-            "problem_id": record["problem_id"],
-            "frames": "shuffled",
-            "text": said("AB"[i % 2]),
-            "frame_order": list(range(7, -1, -1)),
-        }
-        for i in range(4)
-    ]
-    (tmp_path / "tgrpo").mkdir()
-    (tmp_path / "tgrpo/rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "world").symlink_to(world / "world")
-    done = subprocess.run(
-        [sys.executable, "docs/picture.py", "--run", str(tmp_path), "--out", str(tmp_path / "m.png")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "p 0.875, p̃ 0.5" in done.stdout, done.stderr[-1500:]
-    assert (tmp_path / "m.png").stat().st_size > 10_000
+            if cell.strip() == "–":
+                assert name not in PUBLISHED[model]
+            else:
+                assert tuple(map(float, cell.split("/"))) == PUBLISHED[model][name]
