@@ -1,16 +1,10 @@
 """The README says what is there: its commands run in a test or need what no test has, and all it names exists."""
 
 import importlib
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-import toy
-from settings import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,11 +33,11 @@ RUN_BY = {
     "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_joined_with_the_official_files",
     "python evaluate.py --score predictions.jsonl --report report.html --data_root DIR": "test_the_report_is_written_with_the_run",
     "python -m tools.distill predictions.jsonl --out cot.json --data_root DIR": "test_distilled_answers_train_the_sft_model",
-    "python toy.py --ablate": "test_the_ablation_of_one_seed",
+    "python -m experiments.ablation": "test_ablation_runs_every_arm_once_per_seed",
     "for seed in 0 1 2 3 4; do python toy.py --seed $seed --out runs/seed$seed; done": "test_every_stage_of_the_toy_runs_as_its_command",
-    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4": "test_the_toys_table_is_the_mean_and_the_range_of_its_seeds",
-    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_of_each_stage_lie_beside_its_metrics",
-    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_several_runs_are_compared_in_one_picture",
+    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2 runs/seed3 runs/seed4": "test_seeds_table_is_mean_and_range",
+    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_are_written_beside_the_metrics",
+    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_two_runs_have_two_colours_in_one_picture",
     "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts_needs_only_the_run",
     "python -m tools.split mine.json --share 0.1 --out my_data": "test_a_split_is_written_whole_and_counted",
     "python sft.py --config examples/own.yaml --model runs/toy/base --output_dir runs/try/sft --steps 2": "test_the_examples_train_in_both_stages_and_are_answered",
@@ -129,86 +123,3 @@ def test_published_scores_are_the_same_in_the_readme_and_in_the_table():
                 if cell.strip() != "–"
                 else name not in PUBLISHED[model]
             )
-
-
-def test_the_tables_of_the_experiment_are_the_files():
-    """Guards: a result typed by hand, or one of an earlier run."""
-    from experiments.ablation import tables
-
-    for line in tables(json.loads((ROOT / "experiments/ablation.json").read_text())).split("\n"):
-        assert not line.startswith("|") or line in README, line
-
-
-def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd):
-    """Guards: a first command that breaks on a fresh machine; a summary without the promised numbers; a second run that works again."""
-    launch, make_world = toy.launch, toy.make_world
-    fewer = {
-        "sft.py": ("--steps", 2, "--batch_size", 4, "--micro_batch_size", 4),
-        "tgrpo.py": ("--steps", 2, "--batch_size", 2, "--micro_batch_size", 2),
-    }
-    monkeypatch.setattr(
-        toy, "launch", lambda script, *rest, **kwargs: launch(script, *rest, *fewer.get(script, ()), **kwargs)
-    )
-    monkeypatch.setattr(
-        toy, "make_world", lambda folder, seed, **kwargs: make_world(folder, seed, 12, 12, 8, 4, **kwargs)
-    )
-    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
-    toy.main()
-    said = capfd.readouterr().out
-    for command in ("sft.py", "tgrpo.py", "evaluate.py"):
-        assert f"$ accelerate launch {command} --config configs/toy.yaml" in said
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary) == {"cold_start", "tgrpo", "seconds", "seed"} and set(summary["seconds"]) == {
-        "world",
-        "sft",
-        "tgrpo",
-        "evaluate",
-        "total",
-    }
-    assert set(summary["tgrpo"]) == {"ordered", "shuffled", "gap", "conflict"} and "background lies" in said
-    assert (tmp_path / "learning_curves.png").read_bytes()[1:4] == b"PNG" and len(
-        read_jsonl(tmp_path / "tgrpo/rollouts.jsonl")
-    ) > 16
-    toy.main()
-    said = capfd.readouterr().out
-    assert "everything was in place: --fresh runs it again" in said and "$ accelerate" not in said
-
-
-def test_the_picture_of_the_method_is_drawn_from_a_run(tmp_path, world):
-    """Guards: a picture nobody can make again."""
-    record = next(r for r in json.loads((world / "world/rl.json").read_text()) if r["cue"] == "lies")
-    truth = record["solution"][8]
-    said = lambda letter: f"<think>so it is.</think>\n<answer>{letter}</answer>"
-    wrong = "AB"[truth == "A"]
-    rows = [
-        {
-            "step": 12,
-            "problem_id": record["problem_id"],
-            "frames": "ordered",
-            "text": said(truth if i else wrong),
-            "accuracy": float(i > 0),
-            "format": 1.0,
-            "length": 0.0,
-        }
-        for i in range(8)
-    ] + [
-        {
-            "step": 12,
-            "problem_id": record["problem_id"],
-            "frames": "shuffled",
-            "text": said("AB"[i % 2]),
-            "frame_order": list(range(7, -1, -1)),
-        }
-        for i in range(4)
-    ]
-    (tmp_path / "tgrpo").mkdir()
-    (tmp_path / "tgrpo/rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "world").symlink_to(world / "world")
-    done = subprocess.run(
-        [sys.executable, "docs/picture.py", "--run", str(tmp_path), "--out", str(tmp_path / "m.png")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "p 0.875, p̃ 0.5" in done.stdout, done.stderr[-1500:]
-    assert (tmp_path / "m.png").stat().st_size > 10_000
