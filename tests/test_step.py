@@ -310,8 +310,8 @@ def test_the_toy_table_counts_the_right_questions(tmp_path):
         }
 
     rows = [
-        row("toy-direction", "lies", "ordered", 1.0),
-        row("toy-direction", "lies", "shuffled", 0.0),
+        row("toy-direction", "misleads", "ordered", 1.0),
+        row("toy-direction", "misleads", "shuffled", 0.0),
         row("toy-size", "agrees", "ordered", 0.0),
         row("toy-size", "agrees", "shuffled", 0.0),
         row("toy-size", "neutral", "ordered", 1.0),

@@ -30,20 +30,20 @@ def rl_row(step, reward=1.0):
 
 @pytest.fixture(scope="module")
 def colours():
-    """The colours of matplotlib's first two lines, as the picture has them."""
+    """The RGB colours of matplotlib's first two lines."""
     return {"first": (31, 119, 180), "second": (255, 127, 14)}
 
 
 def count(path, colour):
-    """Pixels of this colour in a picture."""
+    """Number of pixels of this colour in a picture."""
     return int((np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - colour).max(-1) < 8).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------- curves
 
 
-def test_curves_of_each_stage_lie_beside_its_metrics(tmp_path, colours, capsys):
-    """Guards: a picture of T-GRPO alone, an empty one of SFT, or a temporary file left beside it."""
+def test_curves_are_written_beside_the_metrics(tmp_path, colours, capsys):
+    """Guards: a stage whose picture is empty; a temporary file left behind."""
     sft = write_rows(tmp_path / "sft/metrics.jsonl", [{"step": i, "loss": 2 - i / 10} for i in range(20)])
     rl = write_rows(tmp_path / "rl/metrics.jsonl", [rl_row(i) for i in range(20)])
     for file in (sft, rl):
@@ -53,16 +53,16 @@ def test_curves_of_each_stage_lie_beside_its_metrics(tmp_path, colours, capsys):
     assert 0 < count(sft.with_suffix(".png"), colours["first"]) < count(rl.with_suffix(".png"), colours["first"])
 
 
-def test_what_is_drawn_of_a_run():
-    """Guards: the loss of T-GRPO, which says nothing, or a panel without a curve where nothing was shuffled."""
+def test_panels_follow_the_metrics_of_the_run():
+    """Guards: the meaningless loss of T-GRPO; an empty panel for a metric that the run does not have."""
     drawn = [name for name, *_ in plot.PANELS if name in plot.metrics_in([rl_row(0)])]
     assert drawn == ["reward/total", "temporal/gap", "policy/kl", "completion/length"]
     plain = {name: value for name, value in rl_row(0).items() if name != "temporal/gap"}
     assert "temporal/gap" not in plot.metrics_in([plain]) and "loss" in plot.metrics_in([{"step": 0, "loss": 1.0}])
 
 
-def test_several_runs_are_compared_in_one_picture(tmp_path, colours):
-    """Guards: a second file ignored, or drawn in the first one's colour; a missing metric that ends the picture."""
+def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
+    """Guards: a second file that is ignored or has the first one's colour; a row without a metric that stops the plot."""
     first = write_rows(tmp_path / "a/metrics.jsonl", [rl_row(i) for i in range(20)])
     rows = [rl_row(i, reward=2.0) for i in range(30)]
     del rows[3]["temporal/gap"], rows[4]["reward/total"]
@@ -83,8 +83,8 @@ def test_several_runs_are_compared_in_one_picture(tmp_path, colours):
         ('{"step": 1, "lr": 1}\n', "none of loss, reward/total"),
     ],
 )
-def test_a_file_that_is_no_metrics_is_one_line(tmp_path, text, line):
-    """Guards: a traceback, or an empty picture, for a mistyped path or another file."""
+def test_wrong_metrics_file_is_one_clear_line(tmp_path, text, line):
+    """Guards: a traceback or an empty picture for a mistyped path or another kind of file."""
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=line) as error:
@@ -232,23 +232,21 @@ def test_the_page_of_rollouts_in_a_browser(rl_run):
 # ------------------------------------------------------------------------------------------------- the toy's table
 
 
-def test_the_toys_table_is_the_mean_and_the_range_of_its_seeds(tmp_path):
-    """Guards: a number of the README typed by hand; two commits or settings in one mean; one seed counted twice."""
+def test_seeds_table_is_mean_and_range(tmp_path):
+    """Guards: a number of the README typed by hand; one seed counted twice; a folder without results."""
     for seed, shift in ((0, 0.0), (1, 0.06)):
         scores = {"ordered": 0.6 + shift, "shuffled": 0.5, "gap": 0.1 + shift, "conflict": 0.2}
+        summary = {"seed": seed, "sft": scores, "tgrpo": scores}
         (tmp_path / f"{seed}").mkdir()
-        (tmp_path / f"{seed}/summary.json").write_text(
-            json.dumps({"cold_start": scores, "tgrpo": scores, "seed": seed, "seconds": {}})
-        )
-    table = toy_table.table([tmp_path / "0", tmp_path / "1"])
-    assert (
-        "| T-GRPO | 63.0 (60 to 66) | 50.0 (50 to 50) | 13.0 (10 to 16) | 20.0 (20 to 20) |" in table
-        and "seeds 0, 1" in table
-    )
+        (tmp_path / f"{seed}/summary.json").write_text(json.dumps(summary))
+    lines = toy_table.seeds_table([tmp_path / "0", tmp_path / "1"]).split("\n")
+    cells = [cell.strip() for cell in lines[3].split("|")[1:-1]]
+    assert cells == ["T-GRPO", "63.0 (60 to 66)", "50.0 (50 to 50)", "13.0 (10 to 16)", "20.0 (20 to 20)"]
+    assert lines[-1] == "mean and range of seeds 0, 1"
     with pytest.raises(UserError, match="seed 0 twice"):
-        toy_table.table([tmp_path / "0", tmp_path / "0"])
+        toy_table.seeds_table([tmp_path / "0", tmp_path / "0"])
     with pytest.raises(UserError, match="no summary.json in"):
-        toy_table.table([tmp_path])
+        toy_table.seeds_table([tmp_path])
 
 
 def test_options_without_letters_have_those_of_the_prompt_on_the_page():
