@@ -587,7 +587,7 @@ def test_greys_of_any_depth_are_scaled(tmp_path, name, image):
 def test_greys_of_an_unknown_range_are_named(tmp_path, values):
     """Guards: a depth map that becomes a white picture."""
     Image.fromarray(values).save(tmp_path / "a.tif")
-    with pytest.raises(data.Unusable, match="which of them is white is not known"):
+    with pytest.raises(data.Unusable, match="it is not known which of them is white"):
         data.load_media(record("a.tif", "image"), config(tmp_path))
 
 
