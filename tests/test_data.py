@@ -98,7 +98,7 @@ def numbers(frames):
     ],
 )
 def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
-    """Guards: a bad record that is scored 0, or trained on, instead of being an error before anything starts."""
+    """Guards: a bad record that is scored 0 or trained on, instead of an error before anything starts."""
     file = tmp_path / "records.json"
     file.write_text(json.dumps([GOOD, GOOD | change]))
     with pytest.raises(UserError) as error:
@@ -107,7 +107,7 @@ def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
 
 
 def test_all_bad_rows_are_listed_at_once(tmp_path):
-    """Guards: one error a run, so that ten bad rows take ten runs."""
+    """Guards: one error per run, so that ten bad rows take ten runs."""
     file = tmp_path / "records.jsonl"
     rows = [GOOD | {"problem_type": "x"} if i % 3 == 0 else GOOD for i in range(30)]
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
@@ -134,16 +134,16 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
         ('{\n "problem_id": 1\n}', "one JSON object over several lines"),
     ],
 )
-def test_broken_record_files_are_one_clear_error(tmp_path, text, message):
-    """Guards: a traceback, a message that does not fit, or a training run over no data at all."""
+def test_broken_record_files_give_one_clear_error(tmp_path, text, message):
+    """Guards: a traceback, a misleading message, or a training run without data."""
     file = tmp_path / "records.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         data.load_records(file, tmp_path, max_unreadable=0.5)
 
 
-def test_json_and_jsonl_are_the_same_and_unknown_keys_are_kept(tmp_path):
-    """Guards: a reader that drops what it does not know; a byte order mark, as Windows programs write, that is "not JSON"."""
+def test_json_and_jsonl_give_equal_records_with_unknown_keys(tmp_path):
+    """Guards: a reader that drops unknown keys; a byte order mark, as Windows programs write it, that is "not JSON"."""
     rows = [GOOD | {"problem_id": i, "mine": [i], "fps": "25"} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
@@ -154,8 +154,8 @@ def test_json_and_jsonl_are_the_same_and_unknown_keys_are_kept(tmp_path):
     )
 
 
-def test_a_few_bad_rows_are_left_out_and_named(tmp_path):
-    """Guards: one odd row that refuses 263,071; bad rows past the limit, or silently dropped."""
+def test_a_few_bad_rows_are_skipped_and_named(tmp_path):
+    """Guards: one bad row that blocks 263,071; bad rows beyond the limit; bad rows dropped silently."""
     odd = {3: {"solution": "<answer>C</answer>"}, 50: {"problem_type": "maths"}, 99: {"path": ""}}
     rows = [GOOD | {"problem_id": i} | odd.get(i, {}) for i in range(1, 101)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -168,7 +168,7 @@ def test_a_few_bad_rows_are_left_out_and_named(tmp_path):
     assert all(f"row {i}: " in str(error.value) for i in odd)
 
 
-def test_bare_solutions_get_their_tags(tmp_path):
+def test_solutions_without_tags_get_them(tmp_path):
     """Guards: an SFT target without answer tags, or a row refused because its solution is 3, "3" or "B"."""
     rows = [
         GOOD | {"solution": "B"},
@@ -180,8 +180,8 @@ def test_bare_solutions_get_their_tags(tmp_path):
     assert [r["solution"] for r in records] == ["<answer>B</answer>", "<answer>3</answer>", "<answer>2.5</answer>"]
 
 
-def test_check_writes_the_rows_that_can_be_used(tmp_path, monkeypatch, capsys):
-    """Guards: a partial download that has to be sorted out by hand; rows rewritten on the way."""
+def test_check_writes_the_usable_rows_unchanged(tmp_path, monkeypatch, capsys):
+    """Guards: a partial download that has to be sorted by hand; rows changed in the process."""
     write_video(tmp_path / "clip.mp4", 4)
     rows = [GOOD | {"solution": "B", "mine": 1}, GOOD | {"path": "gone.mp4"}, GOOD | {"solution": "Z"}, GOOD]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -199,15 +199,15 @@ def test_check_writes_the_rows_that_can_be_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["data.py", "--check", "--out", str(out), *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
         data.main()
-    said = capsys.readouterr().out
-    assert exit.value.code == 0 and f"2 of 4 rows of {tmp_path / 'a.json'} can be used by tgrpo" in said
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and f"2 of 4 rows of {tmp_path / 'a.json'} can be used by tgrpo" in printed
     name = f"(problem_id {GOOD['problem_id']})"
-    assert f"row 2 {name}: gone.mp4: no such file" in said and f"row 3 {name}: solution:" in said
+    assert f"row 2 {name}: gone.mp4: no such file" in printed and f"row 3 {name}: solution:" in printed
     assert json.loads(out.read_text()) == [rows[0], rows[3]]
 
 
 def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, monkeypatch, capsys):
-    """Guards: 60 odd rows that refuse the set, or go unnamed; half a minute and more before the first step."""
+    """Guards: 60 bad rows that block the whole set or go unnamed; more than half a minute before the first step."""
     texts = json.loads((world / "world/rl.json").read_text())
     odd = range(1000, 263_071, 4400)
     good_lines = [json.dumps(row) + "\n" for row in texts]
@@ -218,23 +218,24 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
     load_records, loaded = data.load_records, {}
 
     def timed_load(*arguments, **keywords):
-        begin = time.perf_counter()
+        # not wall-clock time: other processes may share the cores
+        begin = time.process_time()
         records, bad_rows = load_records(*arguments, **keywords)
-        loaded.update(seconds=time.perf_counter() - begin, n_records=len(records), bad_rows=list(bad_rows))
+        loaded.update(seconds=time.process_time() - begin, n_records=len(records), bad_rows=list(bad_rows))
         return records, bad_rows
 
     monkeypatch.setattr(data, "load_records", timed_load)
     out = run("tgrpo", records=tmp_path / "all.jsonl", batch_size=1, micro_batch_size=1)
     assert loaded["seconds"] < 30 and loaded["n_records"] == 263_011
     assert loaded["bad_rows"] == [f"row {i + 1}" for i in odd] and len(odd) == 60
-    said = capsys.readouterr().out
-    assert all(f"skipped row {i + 1}: solution: not a number" in said for i in odd)
-    assert "60 unusable records were skipped" in said
+    printed = capsys.readouterr().out
+    assert all(f"skipped row {i + 1}: solution: not a number" in printed for i in odd)
+    assert "60 unusable records were skipped" in printed
     assert [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")] == [60, 60]
 
 
-def test_a_root_that_is_a_prefix_is_not_the_root(tmp_path):
-    """Guards: comparing paths as text, where /data/media2 begins with /data/media."""
+def test_a_folder_whose_name_starts_like_the_root_is_outside(tmp_path):
+    """Guards: paths compared as text, where /data/media2 starts with /data/media."""
     with pytest.raises(ValueError, match="leaves the data root"):
         data.media_path(GOOD | {"path": "../media2/clip.mp4"}, tmp_path / "media")
     assert data.media_path(GOOD | {"path": "./a/../b.mp4"}, tmp_path) == str(tmp_path / "b.mp4")
@@ -250,10 +251,12 @@ def bad_file(kind, path):
         path.write_text("this is no video " * 50)
     elif kind == "audio-only":
         write_audio(path)
-    elif kind == "index cut off":  # the index stands at the end of an mp4
+    # the index is at the end of an mp4
+    elif kind == "index cut off":
         write_video(path, 40)
         path.write_bytes(path.read_bytes()[:-700])
-    elif kind == "frames cut off":  # here it stands at the beginning, the frames are gone
+    # here it is at the beginning, and frames are missing
+    elif kind == "frames cut off":
         write_video(path, 40, movflags="faststart")
         path.write_bytes(path.read_bytes()[:-600])
     elif kind == "folder":
@@ -265,7 +268,7 @@ def bad_file(kind, path):
 )
 @pytest.mark.parametrize("data_type", ["video", "image", "frame"])
 def test_unreadable_media_are_named_and_nothing_else_is_shown(tmp_path, kind, data_type):
-    """Guards: another clip in place of the unreadable one, while question and answer stay."""
+    """Guards: an unreadable clip replaced by another one, while question and answer stay."""
     bad_file(kind, tmp_path / "clip.mp4")
     record = GOOD | {"data_type": data_type}
     with pytest.raises(data.Unusable, match="clip.mp4: .+"):
@@ -275,8 +278,8 @@ def test_unreadable_media_are_named_and_nothing_else_is_shown(tmp_path, kind, da
 
 
 @pytest.mark.parametrize("total, expected", [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (12, [1, 4, 7, 10])])
-def test_frames_are_uniform_and_their_times_true(tmp_path, total, expected):
-    """Guards: frames from the beginning only; frame times that assume 2 fps (M-RoPE then disagrees with the clip)."""
+def test_frames_are_uniform_and_have_their_true_times(tmp_path, total, expected):
+    """Guards: frames from the beginning only; frame times that assume 2 fps, so that M-RoPE disagrees with the clip."""
     write_video(tmp_path / "clip.mp4", total, fps=5)
     frames, metadata = data.load_media(GOOD, config(tmp_path, max_frames=4))
     assert numbers(frames) == expected == metadata.frames_indices
@@ -297,8 +300,8 @@ def test_frames_are_uniform_and_their_times_true(tmp_path, total, expected):
         ("a.wmv", "wmv2", {"g": "12"}),
     ],
 )
-def test_the_frames_asked_for_are_the_frames_shown(tmp_path, name, codec, options):
-    """Guards: a decoder that lands on a neighbour after seeking, in silence: in an avi all frames can then be the first."""
+def test_the_requested_frames_are_returned(tmp_path, name, codec, options):
+    """Guards: a decoder that silently returns a neighbour after seeking. In an avi all frames can then be the first."""
     write_video(tmp_path / name, 48, fps=25, size=(128, 96), codec=codec, options=options, brighter=5)
     frames, metadata = data.load_media(GOOD | {"path": name}, config(tmp_path, max_frames=8))
     assert metadata.frames_indices == [3, 9, 15, 21, 27, 33, 39, 45] and metadata.fps == pytest.approx(25)
@@ -306,7 +309,7 @@ def test_the_frames_asked_for_are_the_frames_shown(tmp_path, name, codec, option
 
 
 def test_a_folder_of_stills_is_a_video_at_3_fps(tmp_path):
-    """Guards: data_type "frame" turned into a question without pixels; files in listing order, where 10.png comes before 2.png."""
+    """Guards: "frame" records without pixels; stills in listing order, where 10.png comes before 2.png."""
     for folder, digits in (("padded", 5), ("plain", 1)):
         (tmp_path / folder).mkdir()
         for i in (3, 1, 0, 2, 11, 10, 9, 8, 7, 6, 5, 4):
@@ -316,16 +319,17 @@ def test_a_folder_of_stills_is_a_video_at_3_fps(tmp_path):
 
 
 def test_a_picture_is_read_upright(tmp_path):
-    """Guards: a phone's photo lying on its side, with left and right swapped for up and down."""
+    """Guards: a phone's photo on its side, so that left and right become up and down."""
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    # turn by 90 degrees to see it upright
+    exif[0x0112] = 6
     image.save(tmp_path / "clip.mp4", format="jpeg", exif=exif)
     assert data.load_media(GOOD | {"data_type": "image"}, config(tmp_path))[0].size == (40, 60)
 
 
-def test_a_picture_the_processor_would_refuse_is_unusable_from_the_start(tmp_path):
-    """Guards: a run that dies days in, in a worker, of one picture that --check had called readable."""
+def test_a_picture_that_the_processor_refuses_is_unusable(tmp_path):
+    """Guards: a worker that fails after days of training, at a picture that --check called readable."""
     Image.new("RGB", (4020, 20)).save(tmp_path / "clip.mp4", format="png")
     with pytest.raises(data.Unusable, match="4020 x 20 pixels"):
         data.load_media(GOOD | {"data_type": "image"}, config(tmp_path))
@@ -337,7 +341,7 @@ def test_a_picture_the_processor_would_refuse_is_unusable_from_the_start(tmp_pat
 @pytest.mark.parametrize("unit", ["frame", "patch"])
 @pytest.mark.parametrize("n", range(2, 12))
 def test_shuffling_is_a_permutation_and_never_the_identity(unit, n):
-    """Guards: a shuffled group that is the ordered one; frames lost; a partial last pair."""
+    """Guards: a shuffled group that is in order; lost frames; an incomplete last pair."""
     seen = set()
     for seed in range(60):
         order = data.shuffled_order(n, random.Random(seed), unit)
@@ -347,15 +351,16 @@ def test_shuffling_is_a_permutation_and_never_the_identity(unit, n):
         padded = list(range(n)) + [n - 1] * (unit == "patch" and n % 2)
         assert sorted(order) == padded and order != padded
         seen.add(tuple(order))
-        if unit == "patch":  # the motion inside a pair stays
+        # the motion inside a pair stays
+        if unit == "patch":
             pairs = set(zip(order[::2], order[1::2]))
             assert pairs == set(zip(padded[::2], padded[1::2]))
     assert not seen or len(seen) >= {2: 1, 3: 5, 4: 20}.get(n if unit == "frame" else (n + 1) // 2, 20)
     assert data.shuffled_order(1, random.Random(0), unit) is None
 
 
-def test_shuffling_comes_from_its_seed():
-    """Guards: a permutation nobody can reproduce, or the same one for every clip."""
+def test_the_shuffled_order_depends_on_its_seed_only():
+    """Guards: a permutation that cannot be reproduced, or the same one for every clip."""
     orders = [data.shuffled_order(8, random.Random(f"0/{i}/frames")) for i in range(20)]
     assert orders == [data.shuffled_order(8, random.Random(f"0/{i}/frames")) for i in range(20)]
     assert len({tuple(o) for o in orders}) > 15
@@ -364,13 +369,14 @@ def test_shuffling_comes_from_its_seed():
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def test_the_rendered_prompt_exactly():
-    """Guards: options or the hint lost from the prompt, a template that is not the config's."""
+def test_the_prompt_is_exactly_the_template():
+    """Guards: options or the hint missing from the prompt; the config's template ignored."""
     cfg = SharedConfig()
     content = data.messages(GOOD, cfg)[0]["content"]
     assert content[0] == {"type": "video"}
     assert content[1]["text"] == (
-        "Which way?\nA. left\nB. right\n\nLook at the frames and think it through step by step between <think> and </think>. "
+        "Which way?\nA. left\nB. right\n\n"
+        "Look at the frames and think it through step by step between <think> and </think>. "
         "Then state the result between <answer> and </answer>. The result is the letter of one option."
     )
     assert (
@@ -383,8 +389,8 @@ def test_the_rendered_prompt_exactly():
     assert braces.startswith("What is {x} or {0}?")
 
 
-def test_collators_pad_on_the_right_side():
-    """Guards: left padding in training, right padding in sampling, pixels out of their prompts' order."""
+def test_prompts_are_padded_on_the_left_with_pixels_in_order():
+    """Guards: right padding in sampling; pixels in another order than their prompts."""
     a = {
         "input_ids": torch.tensor([[5, 6]]),
         "attention_mask": torch.ones(1, 2),

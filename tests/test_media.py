@@ -2,7 +2,8 @@
 
     python tests/test_media.py          # how many files of ../shared/media each reader gets right (docs/frames.md)
 
-Painted clips tell their frames' numbers: the lower half holds ten vertical bars, bar b is white where bit b of the number is 1.
+Painted clips show their frames' numbers: the lower half holds ten vertical bars; bar b is white if bit b of the number
+is 1.
 """
 
 import gc
@@ -31,7 +32,7 @@ from settings import SharedConfig
 
 MEDIA = Path(__file__).parent.parent.parent / "shared/media"
 TRUTH = json.loads((MEDIA / "truth.json").read_text()) if MEDIA.is_dir() else {}
-real_files = pytest.mark.skipif(not TRUTH, reason=f"{MEDIA} is not here: it lies beside the repository, not in it")
+real_files = pytest.mark.skipif(not TRUTH, reason=f"{MEDIA} is missing: it is beside the repository, not in it")
 TURNED = ("rot90.mp4", "rot90_mpeg4.mp4")
 
 
@@ -74,7 +75,7 @@ def number_of(frame_HWC):
 
 
 def on_display(times, n):
-    """Indices into `times` (seconds) of the frames on display at (i + 1/2) D / n, by the rule's own words, at 25 per second."""
+    """Indices into `times` (seconds) of the frames on display at (i + 1/2) D / n, for 25 fps: the rule itself."""
     times = [Fraction(t).limit_denominator(10**5) for t in times]
     seconds = times[-1] - times[0] + Fraction(1, 25)
     if len(times) < n:
@@ -93,7 +94,7 @@ def write_clip(
     prepare=None,
     size=(128, 96),
 ):
-    """A painted clip; frame i shows i and appears at ticks[i] / rate seconds. prepare(stream) sets what else a stream has."""
+    """A painted clip; frame i shows i and appears at ticks[i] / rate seconds. prepare(stream) changes the stream."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {"g": "24", "bf": "2", "crf": "10"})
         stream.width, stream.height = size
@@ -116,7 +117,7 @@ def write_clip(
 @pytest.mark.parametrize("n", [5, 16, 64])
 @pytest.mark.parametrize("name", sorted(set(TRUTH) - {"fast_cut_60.mp4", "lost_keyframes.mp4"}))
 def test_real_clips_show_the_frames_on_display(name, n):
-    """Guards: frames counted, not timed: cuts out of order (15 of 16), open groups ten seconds off, uneven rates 8 s off."""
+    """Guards: frames counted, not timed: out of order in cuts, 10 s off in open groups, 8 s off in uneven rates."""
     truth = TRUTH[name]
     shown, metadata = data.load_media(record(name), config(MEDIA, max_frames=n))
     expected = on_display(truth["times"], n)
@@ -135,8 +136,8 @@ def test_real_clips_show_the_frames_on_display(name, n):
 
 @real_files
 @pytest.mark.parametrize("name", TURNED)
-def test_turned_clips_stand_upright(name):
-    """Guards: the display matrix heeded for one codec only, or turned the wrong way round."""
+def test_rotated_clips_are_upright(name):
+    """Guards: a display matrix that is applied for one codec only, or in the wrong direction."""
     upright_HWC = data.load_media(record(name), config(MEDIA, max_frames=200))[0][0]
     with av.open(str(MEDIA / name)) as container:
         stored_HWC = next(container.decode(video=0)).to_ndarray(format="rgb24")
@@ -147,15 +148,15 @@ def test_turned_clips_stand_upright(name):
 
 
 @real_files
-def test_half_a_download_is_named():
-    """Guards: 324 of 700 frames taken for the whole clip, so that "what happens at the end" is asked of its middle."""
+def test_a_partial_download_is_named():
+    """Guards: 324 of 700 frames taken for the whole clip, so that "what happens at the end" is about its middle."""
     with pytest.raises(data.Unusable, match="fast_cut_60.mp4: incomplete: 13.0 s of the 28.0 s"):
         data.load_media(record("fast_cut_60.mp4"), config(MEDIA))
 
 
 @real_files
-def test_a_clip_with_lost_key_frames_ends_and_is_right_where_it_is_whole():
-    """Guards: a read that never returns (decord), or frames of another time in place of the lost ones."""
+def test_a_clip_with_lost_key_frames_is_right_in_its_sound_parts():
+    """Guards: a read that never returns (decord); frames of another time in place of the lost ones."""
     truth = TRUTH["lost_keyframes.mp4"]
     begin = time.perf_counter()
     shown, metadata = data.load_media(record("lost_keyframes.mp4"), config(MEDIA, max_frames=64))
@@ -169,7 +170,7 @@ def test_a_clip_with_lost_key_frames_ends_and_is_right_where_it_is_whole():
 
 @real_files
 @pytest.mark.parametrize("reader", ["exact", "decord"])
-def test_check_ends_on_a_clip_that_decord_waits_on_for_ever(reader, monkeypatch):
+def test_check_ends_on_a_clip_that_hangs_decord(reader, monkeypatch):
     """Guards: a worker of --check or of training that hangs on one damaged file."""
     monkeypatch.setattr(frames, "READ_SECONDS", 3)
     begin = time.perf_counter()
@@ -185,8 +186,8 @@ def test_check_ends_on_a_clip_that_decord_waits_on_for_ever(reader, monkeypatch)
 
 @real_files
 @pytest.mark.parametrize("name", ["black_on_transparent.png", "palette_transparent.png"])
-def test_transparent_ground_is_white(name):
-    """Guards: black writing on transparent ground, all of it black."""
+def test_transparent_backgrounds_become_white(name):
+    """Guards: black writing on a transparent background, all of it black."""
     image, _ = data.load_media(record(name, "image"), config(MEDIA))
     stored = np.asarray(Image.open(MEDIA / name).convert("RGBA"))
     clear = stored[..., 3] == 0
@@ -195,8 +196,8 @@ def test_transparent_ground_is_white(name):
 
 
 @real_files
-def test_a_16_bit_ramp_is_a_ramp():
-    """Guards: 16-bit greys cut off at 255: white."""
+def test_a_16_bit_ramp_stays_a_ramp():
+    """Guards: 16-bit greys clipped at 255, so that all are white."""
     pixels = np.asarray(data.load_media(record("gray16.png", "image"), config(MEDIA))[0])[..., 0].astype(int)
     stored = np.asarray(Image.open(MEDIA / "gray16.png")).astype(float)
     assert np.abs(pixels - stored / 257).max() <= 0.51 and len(np.unique(pixels)) > 100
@@ -206,7 +207,7 @@ def test_a_16_bit_ramp_is_a_ramp():
 
 
 def edit_list_hides(path, n_frames):
-    """Patches an mp4's edit list so that it hides `n_frames` more frames at the beginning, as a cut without re-encoding does."""
+    """Patches an mp4's edit list so that it hides `n_frames` more frames at the start, as a cut does."""
     content = bytearray(path.read_bytes())
     place = content.index(b"elst") + 4
     version_flags, n_entries, duration, media_time = struct.unpack_from(">IIIi", content, place)
@@ -222,7 +223,7 @@ def edit_list_hides(path, n_frames):
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 @pytest.mark.parametrize("n_hidden", [1, 17, 24, 40])
 def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, n_hidden, codec):
-    """Guards: hidden frames counted, so that all others are those of another time."""
+    """Guards: hidden frames that are counted, so that all other frames are those of another time."""
     write_clip(tmp_path / "a.mp4", codec=codec, options={"g": "24", "bf": "2", "b": "2M"})
     edit_list_hides(tmp_path / "a.mp4", n_hidden)
     for n in (7, 200):
@@ -251,7 +252,7 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, n_hidden, codec)
     ],
 )
 def test_containers_and_codecs_show_the_frames_asked_for(tmp_path, name, codec, options):
-    """Guards: leading frames of an open group decoded after a seek, frames in decoding order, packets that no frame comes of."""
+    """Guards: leading frames of an open group decoded after a seek; decoding order; packets without a frame."""
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
     prepare = (lambda stream: setattr(stream, "pix_fmt", "yuvj420p")) if codec == "mjpeg" else None
@@ -280,8 +281,8 @@ UNEVEN = [*range(0, 300, 6), *range(300, 350)]
         ("a.mp4", [0, 1, 3, 4, 5, 8, 9, 100], {}),
     ],
 )
-def test_frames_are_chosen_by_time_not_counted(tmp_path, name, ticks, options):
-    """Guards: a webm of uneven rate told as 25 per second; a late start that shifts every frame; a file without duration refused."""
+def test_frames_are_chosen_by_time_not_by_count(tmp_path, name, ticks, options):
+    """Guards: an uneven webm read as 25 fps; a late start that shifts all frames; a file without a duration refused."""
     write_clip(
         tmp_path / name,
         list(ticks),
@@ -299,7 +300,7 @@ def test_frames_are_chosen_by_time_not_counted(tmp_path, name, ticks, options):
 
 @pytest.mark.parametrize("rate", [24, 30, 60])
 def test_rounded_times_of_an_even_clip_change_no_frame(tmp_path, rate):
-    """Guards: Matroska's whole milliseconds, by which a frame that is due at its moment comes 0.3 ms too late."""
+    """Guards: Matroska's whole milliseconds, which put a frame 0.3 ms after its moment."""
     write_clip(tmp_path / "a.mkv", range(120), rate=rate)
     for n in (8, 15, 40, 60):
         _, metadata = data.load_media(record("a.mkv"), config(tmp_path, max_frames=n))
@@ -319,16 +320,16 @@ def test_rounded_times_of_an_even_clip_change_no_frame(tmp_path, rate):
         ((0.3, 0.7), 3, [9, 12, 15], 0.4 / 3),
     ],
 )
-def test_start_and_end_are_times(tmp_path, part, n, expected, distance):
-    """Guards: the whole clip shown for its part; a part counted at the mean rate; frames before the part, by a rounding of 0.3."""
+def test_start_and_end_are_seconds(tmp_path, part, n, expected, distance):
+    """Guards: the whole clip for its part; a part counted at the mean rate; frames before it because 0.3 is rounded."""
     write_clip(tmp_path / "a.mp4")
     shown, metadata = data.load_media(record("a.mp4", start=part[0], end=part[1]), config(tmp_path, max_frames=n))
     assert [number_of(frame) for frame in shown] == expected == metadata.frames_indices
     assert distance is None or 1 / metadata.sampled_fps == pytest.approx(distance)
 
 
-def test_a_part_of_an_uneven_clip(tmp_path):
-    """Guards: seconds turned into frames at the mean rate."""
+def test_a_part_of_an_uneven_clip_is_chosen_by_time(tmp_path):
+    """Guards: seconds converted to frames at the mean rate."""
     write_clip(tmp_path / "a.mkv", UNEVEN)
     shown, _ = data.load_media(record("a.mkv", start=11, end=13), config(tmp_path, max_frames=4))
     assert [number_of(frame) for frame in shown] == [46, 48, 56, 68]
@@ -351,8 +352,8 @@ def matrix(a, b, c, d):
         ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
     ],
 )
-def test_the_display_matrix_turns_and_mirrors(tmp_path, codec, abcd, turn):
-    """Guards: clips of telephones lying on their side; a mirrored selfie in which left is right."""
+def test_the_display_matrix_rotates_and_mirrors(tmp_path, codec, abcd, turn):
+    """Guards: clips of phones on their side; a mirrored selfie in which left is right."""
     write_clip(tmp_path / "a.mp4", range(3), codec=codec)
     stored = data.load_media(record("a.mp4"), config(tmp_path))[0]
     content = bytearray((tmp_path / "a.mp4").read_bytes())
@@ -366,7 +367,7 @@ def test_the_display_matrix_turns_and_mirrors(tmp_path, codec, abcd, turn):
 @pytest.mark.parametrize("aspect, width", [((64, 45), 182), ((8, 9), 114), ((1, 1), 128)])
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_pixels_are_made_square(tmp_path, aspect, width, codec):
-    """Guards: people squashed or stretched in clips of television and DVD."""
+    """Guards: people squashed or stretched in clips from television and DVD."""
     write_clip(
         tmp_path / "a.mp4",
         range(20),
@@ -387,7 +388,7 @@ def test_pixels_are_made_square(tmp_path, aspect, width, codec):
         ("a.mp4", {"movflags": "faststart", "zeros": ""}),
     ],
 )
-def test_a_part_of_a_download_is_named_and_nearly_all_of_it_is_read(tmp_path, name, options):
+def test_half_a_download_is_refused_and_97_percent_is_read(tmp_path, name, options):
     """Guards: the first half of a clip, or one whose rest was never written, taken for the whole."""
     zeros = "zeros" in options
     write_clip(
@@ -407,8 +408,8 @@ def test_a_part_of_a_download_is_named_and_nearly_all_of_it_is_read(tmp_path, na
         assert len(data.load_media(record(name), config(tmp_path, max_frames=8))[0]) == 8
 
 
-def test_sound_longer_than_the_picture_is_no_loss(tmp_path):
-    """Guards: whole clips called incomplete for the length of their sound."""
+def test_a_clip_whose_sound_is_longer_is_complete(tmp_path):
+    """Guards: whole clips called incomplete because their sound is longer."""
     for name in ("a.mp4", "a.mkv"):
         with av.open(str(tmp_path / name), "w") as container:
             stream = container.add_stream("libx264", rate=25)
@@ -430,8 +431,8 @@ def test_sound_longer_than_the_picture_is_no_loss(tmp_path):
         )
 
 
-def test_the_cover_of_an_audio_file_is_no_clip(tmp_path):
-    """Guards: a song with its cover as a clip of one frame."""
+def test_the_cover_of_an_audio_file_is_not_a_clip(tmp_path):
+    """Guards: a song with a cover picture read as a clip of one frame."""
     with av.open(str(tmp_path / "a.mka"), "w", format="mp4") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         cover = container.add_stream("mjpeg", rate=1)
@@ -462,16 +463,16 @@ def test_seeks_skip_decoding_and_nothing_is_decoded_twice(tmp_path, monkeypatch)
         assert n <= len(counted) <= most
 
 
-def test_what_is_no_file_is_named_at_once(tmp_path):
-    """Guards: a pipe or a device that is waited for, for ever."""
+def test_a_pipe_is_named_at_once(tmp_path):
+    """Guards: a read of a pipe or a device that blocks forever."""
     os.mkfifo(tmp_path / "pipe.mp4")
     for data_type in ("video", "image"):
         with pytest.raises(data.Unusable, match="pipe.mp4: not a file"):
             data.load_media(record("pipe.mp4", data_type), config(tmp_path))
 
 
-def test_playlists_are_no_clips(tmp_path):
-    """Guards: a playlist of a live stream, which is waited for, for ever; a clip in place of the one that the record names."""
+def test_playlists_are_not_clips(tmp_path):
+    """Guards: a live stream's playlist that blocks forever; a clip other than the one that the record names."""
     write_clip(tmp_path / "a.ts", range(10))
     (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:24\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:24,\na.ts\n")
     (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
@@ -480,7 +481,7 @@ def test_playlists_are_no_clips(tmp_path):
             data.load_media(record(name), config(tmp_path))
 
 
-def test_reading_has_an_end(tmp_path, monkeypatch):
+def test_reading_stops_at_the_deadline(tmp_path, monkeypatch):
     """Guards: a file that decodes for hours."""
     write_clip(tmp_path / "a.mp4", range(10))
     monkeypatch.setattr(frames, "READ_SECONDS", -1)
@@ -491,7 +492,7 @@ def test_reading_has_an_end(tmp_path, monkeypatch):
 
 
 def test_a_reader_in_the_parent_does_not_hang_its_forked_workers(tmp_path):
-    """Guards: a converter with threads left for the garbage collector, which waits for them in a forked DataLoader worker."""
+    """Guards: a converter with threads that the garbage collector waits for in a forked DataLoader worker."""
     write_clip(tmp_path / "a.mp4", range(10))
     gc.disable()
     try:
@@ -506,8 +507,8 @@ def test_a_reader_in_the_parent_does_not_hang_its_forked_workers(tmp_path):
         gc.enable()
 
 
-def test_decord_reads_what_the_released_pipeline_reads(tmp_path):
-    """Guards: the reader setting that nothing reads; other frames than decord's own."""
+def test_the_decord_reader_returns_decords_frames(tmp_path):
+    """Guards: a reader setting without effect; other frames than decord's own."""
     import decord
 
     write_clip(tmp_path / "a.mp4", options={"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"})
@@ -521,7 +522,7 @@ def test_decord_reads_what_the_released_pipeline_reads(tmp_path):
 
 
 def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world):
-    """Guards: a rate rounded or guessed on the way to M-RoPE: its clock then disagrees with the clip."""
+    """Guards: a rate rounded or guessed on the way to M-RoPE, so that its clock disagrees with the clip."""
     write_clip(tmp_path / "even.mp4")
     write_clip(tmp_path / "uneven.mp4", UNEVEN)
     write_clip(tmp_path / "few.mp4", range(6))
@@ -574,7 +575,7 @@ def ramp(dtype, high):
     ],
 )
 def test_greys_of_any_depth_are_scaled(tmp_path, name, image):
-    """Guards: greys of 16 bits or floats cut off at 255 or read as black."""
+    """Guards: greys of 16 bits or floats clipped at 255 or read as black."""
     image.save(tmp_path / name)
     pixels = np.asarray(data.load_media(record(name, "image"), config(tmp_path))[0])[0, :, 0].astype(int)
     assert np.abs(pixels - np.linspace(0, 255, 64)).max() <= 1
@@ -587,18 +588,18 @@ def test_greys_of_any_depth_are_scaled(tmp_path, name, image):
 def test_greys_of_an_unknown_range_are_named(tmp_path, values):
     """Guards: a depth map that becomes a white picture."""
     Image.fromarray(values).save(tmp_path / "a.tif")
-    with pytest.raises(data.Unusable, match="which of them is white is not known"):
+    with pytest.raises(data.Unusable, match="it is not known which of them is white"):
         data.load_media(record("a.tif", "image"), config(tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "RGB", "L", "1"])
 def test_transparency_is_pasted_on_white(tmp_path, mode):
-    """Guards: black writing on a transparent ground that turns black, in one of the ways that a PNG can be transparent."""
+    """Guards: black writing on a transparent background that turns black, for each way a PNG can be transparent."""
     drawing = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     drawing.paste((0, 0, 0, 255), (10, 10, 30, 30))
     options = {}
     if mode in ("RGB", "L", "1"):
-        # one colour is the transparent one; here grey stands for the writing
+        # one colour is the transparent one; the writing is grey here
         image = Image.new(mode, (40, 40))
         image.paste({"RGB": (9, 9, 9), "L": 9, "1": 1}[mode], (10, 10, 30, 30))
         options = {"transparency": {"RGB": (0, 0, 0), "L": 0, "1": 0}[mode]}
@@ -614,8 +615,8 @@ def test_transparency_is_pasted_on_white(tmp_path, mode):
     assert pixels[0, 0].tolist() == [255] * 3 and pixels[20, 20].tolist() == [dark] * 3
 
 
-def test_stills_sort_naturally_and_hidden_files_are_none(tmp_path):
-    """Guards: frame 10 before frame 9, second numbers in names glued to the first; a Mac's ._003.png that ends the folder."""
+def test_stills_are_in_natural_order_without_hidden_files(tmp_path):
+    """Guards: frame 10 before frame 9; a name's time joined to its frame number; a Mac's ._003.png that ends it."""
     for i in (9, 10, 11, 100):
         Image.fromarray(painted(i)).save(tmp_path / f"frame_{i}_t{i // 3}s.png")
     for name in ("._frame_9_t3s.png", ".hidden.png", "Thumbs.db", "notes.txt"):
@@ -634,7 +635,7 @@ def test_stills_of_unequal_size_get_the_size_of_the_first(tmp_path):
     assert shown.shape == (3, 96, 128, 3) and [number_of(frame) for frame in shown] == [0, 1, 2]
 
 
-# -------------------------------------------------------------------------------------- which reader gets how many right
+# ----------------------------------------------------------------------------- how many files each reader gets right
 
 
 def count_right(reader, n=16):
@@ -657,8 +658,8 @@ def count_right(reader, n=16):
     return verdicts
 
 
-def test_huge_frames_are_shrunk_as_they_are_decoded(tmp_path, monkeypatch):
-    """Guards: a worker that holds 16 frames of 8K, 1.6 GB, of which the model sees a hundredth of the pixels."""
+def test_huge_frames_are_shrunk_while_decoding(tmp_path, monkeypatch):
+    """Guards: a worker that holds 16 frames of 8K (1.6 GB), of which the model sees a hundredth of the pixels."""
     write_clip(tmp_path / "clip.mp4", ticks=range(8), size=(112, 56))
     whole = frames.read_clip(tmp_path / "clip.mp4", 4).frames_FHWC
     monkeypatch.setattr(frames, "MOST_PIXELS", 112 * 56 // 4)

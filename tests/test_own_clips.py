@@ -23,13 +23,13 @@ def run_data(monkeypatch, *arguments):
 
 
 def test_the_examples_show_every_data_type_and_problem_type():
-    """Guards: a type that no example shows, so that nobody knows how its record looks."""
+    """Guards: a type without an example, so that nobody knows what its record looks like."""
     assert {r["data_type"] for r in EXAMPLES} == set(data.DATA_TYPES)
     assert {r["problem_type"] for r in EXAMPLES} == set(ACCURACY)
 
 
-def test_the_readme_shows_records_that_are_in_the_examples():
-    """Guards: a record in the README that was edited there and is trained by no test."""
+def test_the_readme_shows_the_example_records():
+    """Guards: a record edited in the README only, which no test trains on."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("## Train on your own clips")[1].split("\n## ")[0]
     shown = json.loads(re.search(r"```json\n(.*?)```", section, re.S)[1])
@@ -37,7 +37,7 @@ def test_the_readme_shows_records_that_are_in_the_examples():
 
 
 def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypatch):
-    """Guards: an example in the README that training refuses, or whose media it skips without anybody noticing."""
+    """Guards: an example in the README that training refuses, or whose media it skips unnoticed."""
     small = {
         "config": "examples/own.yaml",
         "records": ROOT / "examples/records.json",
@@ -65,12 +65,13 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
     # a batch holds all five, so the two steps have sampled for each of them
     assert {row["problem_id"] for row in read_jsonl(tgrpo / "rollouts.jsonl")} == {r["problem_id"] for r in EXAMPLES}
     answers = read_jsonl(evaluation / "predictions.jsonl")
-    assert len(answers) == 9 and not any("error" in row for row in answers)  # the picture has no shuffled frames
+    # every clip in two orders, the picture in one
+    assert len(answers) == 9 and not any("error" in row for row in answers)
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
 def test_the_examples_media_can_be_read(monkeypatch, stage):
-    """Guards: a README whose check of the user's files fails on the files of the README."""
+    """Guards: a check of the user's files that fails on the README's own files."""
     with pytest.raises(SystemExit) as done:
         run_data(
             monkeypatch,
@@ -158,8 +159,8 @@ def rows_on(n_clips, per_clip):
     ]
 
 
-def test_no_clip_is_on_both_sides_and_no_row_is_lost():
-    """Guards: a test question on a clip that was trained on, also where its path is spelt otherwise; a row dropped."""
+def test_no_clip_is_on_both_sides_of_a_split_and_no_row_is_lost():
+    """Guards: a test question on a training clip, also if its path is spelt differently; a lost row."""
     rows = rows_on(20, 3)
     train, test = split.split(rows, 0.1, seed=0)
     clips = [{Path(row["path"]).name for row in side} for side in (train, test)]
@@ -173,8 +174,8 @@ def test_no_clip_is_on_both_sides_and_no_row_is_lost():
 
 
 @pytest.mark.parametrize("share, n_test", [(0.001, 1), (0.9, 2)])
-def test_neither_side_is_empty(share, n_test):
-    """Guards: an empty test set of few clips, or nothing left to train on."""
+def test_neither_side_of_a_split_is_empty(share, n_test):
+    """Guards: an empty test set because there are few clips, or an empty training set."""
     train, test = split.split(rows_on(3, 1), share, seed=0)
     assert len(test) == n_test and len(train) == 3 - n_test
 
@@ -187,12 +188,15 @@ def test_a_flag_that_became_a_tool_names_the_tool(monkeypatch, flag, command):
 
 
 def test_a_split_is_written_whole_and_counted(tmp_path, capsys):
-    """Guards: a file changed on its way through; counts of rows that pass for counts of clips."""
+    """Guards: rows changed in the process; counts of rows printed as counts of clips."""
     rows = rows_on(10, 2)
     (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
     split.main([str(tmp_path / "mine.json"), "--share", "0.2", "--out", str(tmp_path / "parts")])
-    said = capsys.readouterr().out
-    assert "train.json: 16 of 20 rows, on 8 of 10 clips" in said and "test.json: 4 of 20 rows, on 2 of 10 clips" in said
+    printed = capsys.readouterr().out
+    assert (
+        "train.json: 16 of 20 rows, on 8 of 10 clips" in printed
+        and "test.json: 4 of 20 rows, on 2 of 10 clips" in printed
+    )
     parts = [json.loads((tmp_path / f"parts/{name}.json").read_text(encoding="utf-8")) for name in ("train", "test")]
     assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, rows))
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["test.json", "train.json"]
@@ -205,7 +209,7 @@ def test_a_split_is_written_whole_and_counted(tmp_path, capsys):
         ([{"path": "a.mp4"}, {"path": "./a.mp4"}], "all 2 rows are on one clip: nothing to split"),
     ],
 )
-def test_what_cannot_be_split_is_one_line(rows, line):
+def test_an_impossible_split_gives_one_line(rows, line):
     """Guards: a traceback, or a test set that is the training set."""
     with pytest.raises(UserError, match=line):
         split.split(rows, 0.1, seed=0)
@@ -225,8 +229,8 @@ def test_what_cannot_be_split_is_one_line(rows, line):
         {"messages": [{"role": "user", "content": "<video>What is it?"}], "videos": ["a.mp4"]},
     ],
 )
-def test_conversations_are_told_for_what_they_are(tmp_path, row):
-    """Guards: "problem_id: missing", a thousand times, for a file in LLaVA's format."""
+def test_a_file_of_conversations_gives_one_line(tmp_path, row):
+    """Guards: "problem_id: missing" a thousand times, for a file in LLaVA's format."""
     (tmp_path / "llava.json").write_text(json.dumps([row] * 1000))
     with pytest.raises(UserError, match="llava.json: row 1 is a conversation") as error:
         data.load_records(tmp_path / "llava.json", tmp_path)
@@ -236,8 +240,8 @@ def test_conversations_are_told_for_what_they_are(tmp_path, row):
 @pytest.mark.parametrize(
     "process", ["It moves right.", "<think>It moves", "</think>a<think>", "<think>a</think><think>b</think>"]
 )
-def test_a_chain_of_thought_without_its_block_is_named(process):
-    """Guards: a cold start that unlearns the tags, so that every format reward is 0 afterwards."""
+def test_a_chain_of_thought_without_one_think_block_is_named(process):
+    """Guards: an SFT model that unlearns the tags, so that every format reward is 0 afterwards."""
     row = EXAMPLES[0] | {"process": process}
     with pytest.raises(ValueError, match="process: expected one think block"):
         data.check_record(row, ROOT / "examples", need_process=True)

@@ -1,6 +1,6 @@
 """rewards.py: each test names the bug that it would catch.
 
-Three kinds: tables of (answer, truth, score); our ROUGE, WER and MRA beside the programs they must equal; hostile text.
+Three kinds: tables of (answer, truth, score); our ROUGE, WER and MRA against the reference programs; hostile text.
 """
 
 import math
@@ -46,27 +46,37 @@ def score(problem_type, answer, truth):
     "text, answer",
     [
         ("<answer>B</answer>", "B"),
-        ("<answer>\n B \t</answer>", "B"),  # stripped
+        # stripped
+        ("<answer>\n B \t</answer>", "B"),
         ("<answer></answer>", ""),
         ("", None),
         ("B", None),
         ("<answer>B", None),
         ("B</answer>", None),
-        ("<answer>A</answer><answer>B</answer>", "B"),  # last
-        ("<answer>A</answer><answer>B", "A"),  # last complete
-        ("<think><answer>A</answer></think>", None),  # inside think
+        # last
+        ("<answer>A</answer><answer>B</answer>", "B"),
+        # last complete
+        ("<answer>A</answer><answer>B", "A"),
+        # inside think
+        ("<think><answer>A</answer></think>", None),
         ("<think><answer>A</answer></think><answer>B</answer>", "B"),
         ("<answer>B</answer><think><answer>A</answer></think>", "B"),
-        ("<think><answer>A</answer>", None),  # think never closes
+        # think never closes
+        ("<think><answer>A</answer>", None),
         ("<answer>A</answer><think><answer>B</answer>", "A"),
         ("<think>x</think><answer>A</answer><think>y</think><answer>B</answer>", "B"),
         ("<think>x</think><answer>A</answer><think>y</think>", "A"),
-        ("<answer>A</answer></think><answer>B</answer>", "B"),  # think opened by the prompt
+        # think opened by the prompt
+        ("<answer>A</answer></think><answer>B</answer>", "B"),
         ("<answer>A</answer></think>", None),
-        ("<think><think>x</think><answer>A</answer></think>", None),  # nested think
-        ("<answer>A<answer>B</answer></answer>", "B"),  # nested answer: innermost
-        ("<answer>A<think>B</think></answer>", None),  # answer torn by a think block
-        ("<think>x<answer></think>A</answer>", None),  # opened inside, closed outside
+        # nested think
+        ("<think><think>x</think><answer>A</answer></think>", None),
+        # nested answer: innermost
+        ("<answer>A<answer>B</answer></answer>", "B"),
+        # a think block inside the answer block
+        ("<answer>A<think>B</think></answer>", None),
+        # opened inside, closed outside
+        ("<think>x<answer></think>A</answer>", None),
         ("<answer>A<think></answer></think>", None),
         ("<Answer>A</Answer>", None),
         ("< answer>A</ answer>", None),
@@ -75,12 +85,12 @@ def score(problem_type, answer, truth):
     ],
 )
 def test_extract_answer(text, answer):
-    """Bug: an answer tried out while thinking is taken, or the first of two, or half a block."""
+    """Guards: an answer tried out in the think block, the first of two answers, or half a block."""
     assert extract_answer(text) == answer
 
 
 def test_a_text_without_tags_never_matches():
-    """Bug (released code): without tags it compares whole texts, so "B" meets the solution "B"."""
+    """Guards: whole texts compared if there are no tags, so that "B" matches the solution "B" (released code)."""
     for problem_type, truth in (
         ("multiple choice", "B"),
         ("numerical", "4"),
@@ -92,7 +102,8 @@ def test_a_text_without_tags_never_matches():
         assert (
             accuracy_reward(f"<think><answer>{truth}</answer></think>", f"<answer>{truth}</answer>", problem_type) == 0
         )
-        assert accuracy_reward(truth, truth, problem_type) == 0  # a bare solution is read, a bare answer is not
+        # a solution needs no tags, an answer does
+        assert accuracy_reward(truth, truth, problem_type) == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,8 @@ def test_a_text_without_tags_never_matches():
         ("<think>a</think><answer>B</answer>", 1),
         ("\n <think>a</think> \n\t<answer>B</answer>\n", 1),
         ("<think></think><answer></answer>", 1),
-        ("<think>1 < 2, <b></think><answer>x > y</answer>", 1),  # other angle brackets are text
+        # other angle brackets are text
+        ("<think>1 < 2, <b></think><answer>x > y</answer>", 1),
         ("x<think>a</think><answer>B</answer>", 0),
         ("<think>a</think>x<answer>B</answer>", 0),
         ("<think>a</think><answer>B</answer>.", 0),
@@ -120,7 +132,7 @@ def test_a_text_without_tags_never_matches():
     ],
 )
 def test_format_reward(text, reward):
-    """Bug: a pattern like <think>.*</think> that swallows repeated tags, or does not look outside the blocks."""
+    """Guards: a pattern like <think>.*</think> that swallows repeated tags, or ignores text outside the blocks."""
     assert format_reward(text) == reward
 
 
@@ -165,8 +177,10 @@ def test_format_reward(text, reward):
             )
         ],
         *[
-            (text, "B") for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")
-        ],  # option texts
+            (text, "B")
+            for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")
+            # option texts
+        ],
         *[
             (text, "B")
             for text in ("Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat")
@@ -247,7 +261,7 @@ def test_format_reward(text, reward):
     ],
 )
 def test_parse_letter(text, letter):
-    """Bug (released code): "B.", "(B)", "b" earn 0. Bug (others): "A or B" is right for both, and the article in "A cat" for A."""
+    """Guards: 0 for "B.", "(B)" and "b" (released code); 1 for "A or B" and for the article in "A cat" (others)."""
     assert parse_letter(text) == letter
     if letter:
         assert (
@@ -258,13 +272,13 @@ def test_parse_letter(text, letter):
         assert score("multiple choice", text, wrong) == 0
 
 
-def test_every_letter_alone_is_itself():
-    """Bug: letters beyond D, or beyond the options of one benchmark, are not known."""
+def test_every_letter_is_read():
+    """Guards: unknown letters beyond D, or beyond the options of one benchmark."""
     for i in range(26):
         assert parse_letter(f"({chr(97 + i)})") == parse_letter(f"{chr(65 + i)}. text") == chr(65 + i)
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize(
@@ -409,7 +423,7 @@ def test_every_letter_alone_is_itself():
     ],
 )
 def test_parse_number(text, number):
-    """Bug (released code): "4.0" for "4" and "1000" for "1,000" earn 0. Bug (first number found): "4, not 5" earns for 4."""
+    """Guards: 0 for "4.0" if the truth is "4", or "1000" for "1,000" (released code); 1 for "4, not 5"."""
     if number is None:
         with pytest.raises(ValueError, match="number"):
             parse_number(text)
@@ -419,8 +433,8 @@ def test_parse_number(text, number):
         assert isinstance(value, float) and value == pytest.approx(number, rel=1e-15)
 
 
-def test_numbers_survive_being_written():
-    """Bug: a shape of number that Python itself writes is refused or read differently."""
+def test_numbers_that_python_writes_are_read_back():
+    """Guards: a notation that Python itself writes and that is refused or read differently."""
     rng = random.Random(0)
     for _ in range(2000):
         x = rng.uniform(-1, 1) * 10 ** rng.randint(-12, 12)
@@ -556,7 +570,7 @@ READ = [
 
 @pytest.mark.parametrize("text, read", READ)
 def test_what_is_read(text, read):
-    """Bug: a right answer that earns nothing for how it is written; a wrong one that earns, as "$1.2M" for 1.2 or "12 AM" for 12."""
+    """Guards: 0 for a right answer because of its notation; 1 for a wrong one: "$1.2M" for 1.2, "12 AM" for 12."""
     if isinstance(read, str):
         assert parse_letter(text) == parse_solution(text, "multiple choice") == read
     elif read is None:
@@ -571,8 +585,8 @@ def test_what_is_read(text, read):
         )
 
 
-def test_bare_and_numeric_solutions_are_read():
-    """Bug: a row refused because its solution is 3, "3" or "B" instead of "<answer>3</answer>"."""
+def test_solutions_without_tags_and_numbers_are_read():
+    """Guards: a row refused because its solution is 3, "3" or "B" instead of "<answer>3</answer>"."""
     assert parse_solution(3, "numerical") == parse_solution("3", "numerical") == parse_solution(3.0, "regression") == 3
     assert (
         parse_solution("B", "multiple choice", ["left", "right"]) == "B"
@@ -596,8 +610,8 @@ def test_bare_and_numeric_solutions_are_read():
         ([], []),
     ],
 )
-def test_options_get_letters_only_where_they_have_none(options, expected):
-    """Bug: a prompt without letters whose answer is a letter; the genus of "E. coli" taken for option E."""
+def test_options_get_letters_only_if_they_have_none(options, expected):
+    """Guards: a prompt without letters whose answer is a letter; the genus of "E. coli" taken for option E."""
     assert rewards.lettered(options) == expected == rewards.lettered(expected)
     assert rewards.option_letters(expected) == rewards.option_letters(options)
 
@@ -621,7 +635,8 @@ def test_options_get_letters_only_where_they_have_none(options, expected):
         ("2.67", "2.675", 0),
         ("0.13", "0.125", 1),
         ("1.01", "1.005", 1),
-        ("-2.68", "-2.675", 1),  # halves, as on paper
+        # halves round away from zero
+        ("-2.68", "-2.675", 1),
         ("9007199254740993", "9007199254740992", 1),
         ("4503599627370496.5", "4503599627370496", 1),
         ("123456789012.35", "123456789012.345", 1),
@@ -636,7 +651,7 @@ def test_options_get_letters_only_where_they_have_none(options, expected):
     ],
 )
 def test_numerical(answer, truth, expected):
-    """Bug: text compared, not numbers; round(2.675, 2) = 2.67; an overflow for large numbers."""
+    """Guards: texts compared instead of numbers; round(2.675, 2) = 2.67; an overflow for large numbers."""
     assert score("numerical", answer, truth) == expected
 
 
@@ -652,12 +667,14 @@ def test_numerical(answer, truth, expected):
         ("-10", "10", 0),
         ("0", "0", 1),
         ("0.0", "0", 1),
-        ("1e-9", "0", 0),  # released code: 0 for 0 earns 0
+        # released code: 0 for 0 earns 0
+        ("1e-9", "0", 0),
         ("nan", "10", 0),
         ("inf", "10", 0),
         ("-inf", "-10", 0),
         ("1e999", "10", 0),
-        ("ten", "10", 0),  # released code: nan earns 1
+        # released code: nan earns 1
+        ("ten", "10", 0),
         ("1e308", "-1e308", 0),
         ("1e308", "1e-308", 0),
         ("5e-324", "5e-324", 1),
@@ -665,13 +682,13 @@ def test_numerical(answer, truth, expected):
     ],
 )
 def test_regression(answer, truth, expected):
-    """Bug (released code): "nan" earns 1.0, and 0 answered to 0 earns nothing."""
+    """Guards: 1 for "nan", and 0 for a correct 0 (released code)."""
     assert score("regression", answer, truth) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("accuracy", [relative_accuracy, mean_relative_accuracy])
 def test_relative_scores_by_their_properties(accuracy):
-    """Bug: a score outside [0, 1], one that grows with the error, one that changes with the unit or sign; nan or inf that pays."""
+    """Guards: a score outside [0, 1], one that grows with the error or depends on unit or sign, credit for nan."""
     rng = random.Random(1)
     for _ in range(500):
         truth, error = rng.choice([-1, 1]) * rng.randint(1, 500), rng.randint(0, 600)
@@ -688,8 +705,8 @@ def test_relative_scores_by_their_properties(accuracy):
     assert accuracy(1e308, -1e308) == accuracy(1.0, 5e-324) == 0
 
 
-def test_mean_relative_accuracy_is_the_official_one():
-    """Bug: < for <= (3 for 2: 0.0), or thresholds one float away from numpy's: 54 of these pairs then differ."""
+def test_mean_relative_accuracy_equals_the_official_one():
+    """Guards: < for <= (3 for 2: 0.0); thresholds one float away from numpy's, where 54 of these pairs differ."""
     np = pytest.importorskip("numpy")
     thresholds = np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))
     for prediction in range(200):
@@ -728,7 +745,7 @@ VOCABULARY = [
 
 
 def text_pairs(seed, n=400):
-    """Pairs of random texts: short and long, few words (so they repeat) or many, all kinds of white space, some empty."""
+    """Pairs of random texts: short, long or empty, with few words (which repeat) or many, and all kinds of spaces."""
     rng = random.Random(seed)
     for _ in range(n):
         words = rng.sample(VOCABULARY, rng.choice([1, 2, 5, len(VOCABULARY)]))
@@ -739,8 +756,8 @@ def text_pairs(seed, n=400):
         )
 
 
-def test_rouge_is_googles_on_ascii():
-    """Bug: another tokeniser, stemming, n-grams counted once, precision for F1, a wrong LCS."""
+def test_rouge_equals_rouge_score_on_ascii():
+    """Guards: another tokeniser, stemming, n-grams counted once, precision instead of F1, a wrong LCS."""
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(
         ["rouge1", "rouge2", "rouge3", "rougeL"], use_stemmer=False
     )
@@ -761,7 +778,8 @@ def test_rouge_is_googles_on_ascii():
             assert rouge_n(reference, hypothesis, n) == pytest.approx(theirs[f"rouge{n}"].fmeasure, abs=1e-9)
         assert rouge_l(reference, hypothesis) == pytest.approx(theirs["rougeL"].fmeasure, abs=1e-9)
         total += rouge_l(reference, hypothesis)
-    assert total > 50  # the pairs do overlap
+    # the pairs do overlap
+    assert total > 50
 
 
 @pytest.mark.parametrize(
@@ -782,7 +800,7 @@ def test_rouge_is_googles_on_ascii():
     ],
 )
 def test_rouge_sees_words_of_any_script(text, words):
-    """Bug (Google's tokeniser, the released code): "кошка" has no words at all and "naïve" two, so right answers earn nothing."""
+    """Guards: right answers without a word (rouge_score, released code): "кошка" has none there, "naïve" has two."""
     assert rewards.rouge_words(text) == words
     if words:
         assert rouge_n(text, text, 1) == 1 and parse_solution(text, "free-form") == text
@@ -791,8 +809,8 @@ def test_rouge_sees_words_of_any_script(text, words):
             parse_solution(text, "free-form")
 
 
-def test_word_error_rate_is_jiwers():
-    """Bug: edits per word of the longer text, free substitutions, words cut at a lone tab (jiwer does not), no empty reference."""
+def test_word_error_rate_equals_jiwers():
+    """Guards: edits per word of the longer text, free substitutions, words split at a lone tab, no empty reference."""
     jiwer = pytest.importorskip("jiwer")
     for reference, hypothesis in [*text_pairs(3), ("", ""), ("", "a b"), ("a b", ""), (" \n ", "a"), ("a\nb", "a b")]:
         assert word_error_rate(reference, hypothesis) == pytest.approx(jiwer.wer(reference, hypothesis), abs=1e-9), (
@@ -802,7 +820,7 @@ def test_word_error_rate_is_jiwers():
 
 
 def test_edits_and_common_words_by_their_properties():
-    """Bug: an asymmetry, or a broken triangle, that random sentences seldom show. No test-only package is needed."""
+    """Guards: an asymmetry or a violated triangle inequality, which random sentences seldom show."""
     rng = random.Random(4)
     for _ in range(300):
         a, b, c = ([rng.choice("xyz") for _ in range(rng.randint(0, 12))] for _ in range(3))
@@ -814,7 +832,8 @@ def test_edits_and_common_words_by_their_properties():
         assert common == common_subsequence(b, a) == common_subsequence(a[::-1], b[::-1]) <= min(len(a), len(b))
         assert common_subsequence(a, a + b) == len(a) and common_subsequence(a + c, b + c) >= common + len(c)
         assert edit_distance(a, b) <= len(a) + len(b) - 2 * common <= 2 * edit_distance(a, b)
-    long_a, long_b = ([rng.choice("xyz") for _ in range(300)] for _ in range(2))  # more bits than a machine word
+    # longer than a machine word has bits
+    long_a, long_b = ([rng.choice("xyz") for _ in range(300)] for _ in range(2))
     assert common_subsequence(long_a, long_a + long_b) == 300
 
 
@@ -838,12 +857,12 @@ def test_edits_and_common_words_by_their_properties():
     ],
 )
 def test_ocr(answer, truth, expected):
-    """Bug: a negative score for a long answer; a line break counted as an error."""
+    """Guards: a negative score for a long answer; a line break counted as an error."""
     assert score("OCR", answer, truth) == pytest.approx(expected)
 
 
 def test_ocr_shortcut_changes_no_score():
-    """Bug: answers cut as too long that still earn something."""
+    """Guards: a score of 0 for a long answer that deserves more."""
     for reference, hypothesis in text_pairs(5):
         reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
         if reference and hypothesis:
@@ -851,9 +870,10 @@ def test_ocr_shortcut_changes_no_score():
 
 
 def test_free_form():
-    """Bug: one of the three ROUGE scores missing, or one counted twice."""
+    """Guards: one of the three ROUGE scores missing, or counted twice."""
     assert score("free-form", "The cat, sat!", "the cat sat") == 1
-    assert score("free-form", "sat", "sat") == pytest.approx(2 / 3)  # one word: no pairs
+    # one word: no pairs
+    assert score("free-form", "sat", "sat") == pytest.approx(2 / 3)
     assert score("free-form", "dogs", "the cat sat") == score("free-form", "", "the cat sat") == 0
     assert score("free-form", "sat cat the", "the cat sat") == pytest.approx((1 + 0 + 1 / 3) / 3)
     assert score("free-form", "the cat", "the cat sat") == pytest.approx((4 / 5 + 2 / 3 + 4 / 5) / 3)
@@ -871,7 +891,8 @@ TEN = [f"{chr(65 + i)}. text {i}" for i in range(14)]
         ("<answer>B</answer>", "multiple choice", ["A. x", "B. y"], "B"),
         ("<answer>(b)</answer>", "multiple choice", None, "B"),
         ("<answer>N</answer>", "multiple choice", TEN, "N"),
-        ("<answer>B</answer>", "multiple choice", ["left", "A dog"], "B"),  # texts only
+        # texts only
+        ("<answer>B</answer>", "multiple choice", ["left", "A dog"], "B"),
         ("<answer>D</answer>", "multiple choice", ["C) x", "D) y"], "D"),
         ("<answer>1,000 m</answer>", "numerical", [], 1000.0),
         ("<answer>0</answer>", "regression", None, 0.0),
@@ -880,7 +901,7 @@ TEN = [f"{chr(65 + i)}. text {i}" for i in range(14)]
     ],
 )
 def test_parse_solution(solution, problem_type, options, truth):
-    """Bug: a good record refused: options without letters, fourteen of them, or an "A" that is an article."""
+    """Guards: a good record refused: options without letters, fourteen of them, or an "A" that is an article."""
     assert parse_solution(solution, problem_type, options) == truth
 
 
@@ -905,8 +926,8 @@ def test_parse_solution(solution, problem_type, options, truth):
         ("<answer>" + "x\n" * 9999 + "</answer>", "numerical", None, "number"),
     ],
 )
-def test_a_solution_nobody_can_meet_is_an_error(solution, problem_type, options, message):
-    """Bug: our own bad record scores 0 for ever, in silence (released code: every exception is a 0)."""
+def test_a_solution_that_no_answer_matches_is_an_error(solution, problem_type, options, message):
+    """Guards: a bad record that silently scores 0 forever (released code: every exception is a 0)."""
     with pytest.raises(ValueError, match=message) as caught:
         parse_solution(solution, problem_type, options)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
@@ -915,8 +936,8 @@ def test_a_solution_nobody_can_meet_is_an_error(solution, problem_type, options,
             accuracy_reward("<answer>B</answer>", solution, problem_type)
 
 
-def test_each_type_pays_its_own_truth():
-    """Bug (released code): one record's type judges its neighbours; a type without a rule earns 0."""
+def test_each_type_gives_1_for_its_own_truth():
+    """Guards: one record's type used for its neighbours (released code); a type without a rule, which scores 0."""
     truths = {"multiple choice": "B", "numerical": "4", "OCR": "NO EXIT", "free-form": "the cat sat", "regression": "4"}
     assert set(ACCURACY) == set(truths)
     for problem_type, truth in truths.items():
@@ -1017,9 +1038,9 @@ def fastest(text, repeats=3):
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
 def test_long_repeats_are_scored_in_linear_time(unit):
-    """Bug: a pattern that backtracks, or a scan that starts again: 16 times the text then takes 256 times as long, not 16.
+    """Guards: a pattern that backtracks, or a scan that starts again: 16 times the text then takes 256 times as long.
 
-    Below 0.2 s nothing is compared: that is noise, and no quadratic scan of 25 kB is so fast.
+    Times below 0.2 s are not compared: they are noise, and no quadratic scan of 25 kB is so fast.
     """
     for before, after in (
         ("<answer>", "</answer>"),
@@ -1034,7 +1055,7 @@ def test_long_repeats_are_scored_in_linear_time(unit):
 
 
 def test_tags_are_found_in_one_pass(monkeypatch):
-    """Bug: from each opening tag a search to the end of the text. Counted, so no clock is needed."""
+    """Guards: a search to the end of the text from each opening tag. Counted, so no clock is needed."""
 
     class Counting(str):
         looked_at = 0
@@ -1051,7 +1072,7 @@ def test_tags_are_found_in_one_pass(monkeypatch):
 
 
 def test_random_pieces_of_tags_and_text_always_have_a_score():
-    """Bug: the one text in a million whose exception ends a night of training."""
+    """Guards: the one text in a million whose exception ends a night of training."""
     rng = random.Random(6)
     answered = 0
     for _ in range(4000):
@@ -1062,12 +1083,13 @@ def test_random_pieces_of_tags_and_text_always_have_a_score():
         try:
             assert math.isfinite(parse_number(text))
         except ValueError as error:
-            str(error).encode("utf-8")  # a lone surrogate must not break the log
+            # a lone surrogate must not break the log
+            str(error).encode("utf-8")
     assert answered > 200
 
 
 def test_random_characters_always_have_a_score():
-    """Bug: a character class (digits, spaces, letters of other scripts) that one function admits and the next cannot read."""
+    """Guards: a character (digit, space, foreign letter) that one function accepts and the next cannot read."""
     rng = random.Random(7)
     for _ in range(3000):
         characters = "".join(
@@ -1091,7 +1113,7 @@ def test_random_characters_always_have_a_score():
     ],
 )
 def test_huge_numbers_have_a_score(answer):
-    """Bug: Python's limit of 4,300 digits for int(), an OverflowError, or inf that equals inf."""
+    """Guards: Python's limit of 4,300 digits for int(), an OverflowError, or inf that equals inf."""
     assert score("numerical", answer, "4") == 0 == score("regression", answer, "-4")
 
 
@@ -1113,7 +1135,7 @@ def test_huge_numbers_have_a_score(answer):
     ],
 )
 def test_temporal_rules(p, p_shuffled, margin, paper, released):
-    """Bug: one source's rule under another's name, above all at ties."""
+    """Guards: one source's rule under another's name, especially at ties."""
     assert temporal_reward(p, p_shuffled) == temporal_reward(p, p_shuffled, rule="margin") == pytest.approx(margin)
     assert (
         temporal_reward(p, p_shuffled, rule="paper") == paper
@@ -1131,6 +1153,6 @@ def test_temporal_rules(p, p_shuffled, margin, paper, released):
     [(319, True, 0), (320, True, 0.2), (512, True, 0.2), (513, True, 0), (400, False, 0), (0, True, 0)],
 )
 def test_length_reward(n_tokens, correct, expected):
-    """Bug: an end of the range left out, or wrong answers paid for their length."""
+    """Guards: an end of the range excluded, or wrong answers rewarded for their length."""
     assert length_reward(n_tokens, correct) == expected
     assert length_reward(n_tokens, correct, l_min=n_tokens, l_max=n_tokens, omega=0.5) == (0.5 if correct else 0)
