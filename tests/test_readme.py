@@ -37,11 +37,11 @@ RUN_BY = {
     "python -m experiments.ablation": "test_ablation_runs_every_arm",
     "python -m experiments.two_rationales": "test_teacher_gives_both_reasons",
     "for seed in 0 1 2; do python toy.py --seed $seed --out runs/seed$seed; done": "test_every_stage_of_the_toy_runs",
-    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2": "test_the_toys_table_is_the_mean_and_the_range",
-    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_of_each_stage",
-    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out both.png": "test_several_runs_are_compared",
-    "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts",
-    "python -m tools.rollouts runs/try/tgrpo/rollouts.jsonl": "test_a_page_of_rollouts",
+    "python -m tools.toy_table runs/seed0 runs/seed1 runs/seed2": "test_seeds_table_is_mean_and_range",
+    "python -m tools.plot runs/toy/tgrpo/metrics.jsonl": "test_curves_are_written_beside_the_metrics",
+    "python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl": "test_two_runs_have_two_colours_in_one_picture",
+    "python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl": "test_page_of_rollouts_needs_only",
+    "python -m tools.rollouts runs/try/tgrpo/rollouts.jsonl": "test_page_of_rollouts_needs_only",
     "python -m tools.split mine.json --share 0.1 --out my_data": "test_a_split_is_written_whole_and_counted",
     "python data.py --config examples/own.yaml --stage sft --check": "test_the_examples_media_can_be_read",
     "python data.py --config examples/own.yaml --check": "test_the_examples_media_can_be_read",
@@ -94,7 +94,7 @@ def exists(name):
         return any((place / name).exists() for place in places) or name.startswith(("data/", "my_data/", "runs/"))
     if name.startswith("test_"):
         return f"def {name}(" in ALL_SOURCE
-    if name in ("--name value", "._003.png"):
+    if name in ("--name value", "benchmarks/") or name.endswith("_003.png"):
         return True
     flag = re.match(r"--(\w+)", name) or re.fullmatch(r"(\w+): \w+", name)
     if flag:

@@ -1,23 +1,19 @@
-"""report.py: what the page says, in its own words and in a real browser; each test names the bug it guards."""
+"""The pages of tools/report.py and tools/rollouts.py, also in a real browser; each test names the bug it guards."""
 
-import base64
 import html
-import io
 import json
 import re
 import shutil
 import subprocess
-import time
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
-from evaluate import EvalConfig, summarise
-from tools import report
-from tools.report import shorten, write_report
+from evaluate import summarise
+from settings import SharedConfig, UserError
+from tools import report, rollouts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome in PATH")
@@ -26,10 +22,11 @@ HOSTILE = [
     "</script><script>document.title = 'ran'</script>",
     "<!-- <script>",
     "<img src=x onerror=\"document.title = 'ran'\">",
-    "{DATA} {SCORES}",
-    "\ud800 line\u2028 end",
-    "</think></body></html>",
+    "{{ title }} {% raw %}",
+    "\" onclick='x' \ud800 end",
+    "</article></body></html>",
 ]
+ORDER = [3, 1, 0, 2, 7, 5, 4, 6]
 
 
 def write_moving_square(path, n_frames=12, size=(160, 90)):
@@ -37,7 +34,8 @@ def write_moving_square(path, n_frames=12, size=(160, 90)):
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(4))
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
         for i in range(n_frames):
             frame = np.full((size[1], size[0], 3), (30, 60, 90), dtype=np.uint8)
             left = i * (size[0] - 24) // (n_frames - 1)
@@ -47,6 +45,7 @@ def write_moving_square(path, n_frames=12, size=(160, 90)):
 
 
 def row(i, frames="ordered", right=True, thought="It goes right.", **extra):
+    """A row of predictions.jsonl: question i, on one of three benchmarks."""
     benchmark, task = [("mvbench", "action_sequence"), ("videomme", "Counting"), ("mine", "disc")][i % 3]
     return {
         "benchmark": benchmark,
@@ -69,15 +68,19 @@ def row(i, frames="ordered", right=True, thought="It goes right.", **extra):
     }
 
 
-TITLE = f"runs/mine/final: mvbench, videomme, mine, {time.strftime('%Y-%m-%d')}"
+def row_without_answer(i):
+    unusable = row(i, error="media/gone.mp4: cannot be read")
+    del unusable["prediction"]
+    return unusable
 
 
 def gap_rows(n):
-    """n questions both ways: every third is right only in order, every fifth wrong in order."""
-    order = [3, 1, 0, 2, 7, 5, 4, 6]
-    return [
-        r for i in range(n) for r in (row(i, right=i % 5 != 0), row(i, "shuffled", right=i % 3 != 0, frame_order=order))
-    ]
+    """n questions with both frame orders: every fifth is wrong in order, every third is wrong shuffled."""
+    rows = []
+    for i in range(n):
+        rows.append(row(i, right=i % 5 != 0))
+        rows.append(row(i, "shuffled", right=i % 3 != 0, frame_order=ORDER))
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -91,381 +94,404 @@ def root(tmp_path_factory):
 def page(root, tmp_path):
     """page(rows) writes the report of these rows and returns its path."""
 
-    def make(rows):
-        write_report(tmp_path / "report.html", rows, summarise(rows), EvalConfig(data_root=str(root), num_workers=0))
+    def write(rows):
+        report.write_report(tmp_path / "report.html", rows, summarise(rows), SharedConfig(data_root=str(root)))
         return tmp_path / "report.html"
 
-    return make
+    return write
 
 
-def questions_in(path):
-    """The questions as the page's own JSON."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+@pytest.fixture
+def rendered(monkeypatch):
+    """What the template was given for the last page."""
+    values = {}
+    render = report.render
+
+    def record_and_render(**given):
+        values.update(given)
+        return render(**given)
+
+    monkeypatch.setattr(report, "render", record_and_render)
+    return values
 
 
 def in_browser(path, script, width=1200):
-    """What `script`, the body of a function, returns when it runs in the page. No error may come up on the page."""
-    path = shutil.copy(path, path.with_name("in_browser.html"))
+    """What `script`, the body of a function, returns when it runs in the page. Fails if the page has a script error."""
+    catch = "<script>addEventListener('error', event => { window.failure = event.message; });</script>"
+    run = (
+        """<pre id="result"></pre><script>
+        function choose(name, value) {
+          const filter = document.querySelector(`select[name=${name}]`);
+          filter.value = value;
+          filter.dispatchEvent(new Event("change"));
+        }
+        const visible = () => [...document.querySelectorAll("article")].filter(card => card.offsetHeight > 0);
+        const texts = (node, selector) => [...node.querySelectorAll(selector)].map(found => found.textContent);
+        let result = null;
+        try { result = (() => { """
+        + script
+        + """ })(); } catch (error) { window.failure = String(error); }
+        document.getElementById("result").textContent = JSON.stringify([window.failure || null, result]);
+        </script>"""
+    )
     text = path.read_text(encoding="utf-8")
-    caught = "<script>addEventListener('error', e => { window.failure = e.message; });</script>"
-    asked = (
-        "<pre id='said'></pre><script>document.getElementById('said').textContent = JSON.stringify((() => { try {"
-        "const press = key => (document.activeElement || document.body).dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
-        "const set = (id, value, event = 'change') => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event(event)); };"
-        "const cards = () => [...document.querySelectorAll('article')];"
-        "const here = () => document.activeElement.closest('article')?.querySelector('header').textContent;"
-        f"return [window.failure || null, (() => {{ {script} }})()]; }} catch (error) {{ return [String(error), null]; }} }})());</script>"
-    )
-    path.write_text(
-        text.replace("<head>", "<head>" + caught, 1).replace("</body></html>\n", asked + "</body></html>"),
-        encoding="utf-8",
-    )
-    profile = path.with_name("profile")
-    shutil.rmtree(profile, ignore_errors=True)
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-sync",
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={profile}",
-            f"--window-size={width},900",
-            "--virtual-time-budget=4000",
-            "--dump-dom",
-            path.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    said = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.S)
-    assert said and said[1], done.stderr[-2000:]
-    failure, result = json.loads(html.unescape(said[1]))
+    assert text.rstrip().endswith("</body>\n</html>")
+    text = text.replace("<head>", "<head>" + catch, 1).rstrip().removesuffix("</body>\n</html>")
+    copy = path.with_name("in_browser.html")
+    copy.write_text(text + run + "</body></html>", encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += [f"--user-data-dir={path.with_name('profile')}", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *options, copy.as_uri()], capture_output=True, text=True, timeout=180)
+    printed = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
+    assert printed and printed[1], done.stderr[-2000:]
+    failure, result = json.loads(html.unescape(printed[1]))
     assert failure is None
     return result
 
 
-# ------------------------------------------------------------------------------------------------- without a browser
+# ------------------------------------------------------------------------------------------- without a browser
 
 
-def test_the_page_is_one_file_that_loads_nothing(page):
-    """Guards: a page that is empty without its folder or without the network."""
-    text = page(gap_rows(6)).read_text()
-    links = re.findall(r"(?:src|href)\s*=|url\((?!\$)|@import|https?://|fetch\(", text)
-    assert not links and "data:image/webp;base64," in text
-    assert [line.split(">")[1] for line in re.findall(r"<h[12]>[^<]*", text)] == [TITLE, "Gallery"]
+def test_command_writes_a_page_that_loads_nothing_else(root, tmp_path, capsys):
+    """Guards: a page that is empty without its folder or network; a command that needs a model or a config."""
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in gap_rows(6)))
+    report.main([str(predictions), "--data_root", str(root)])
+    assert f"page: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    text = (tmp_path / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)\s*=|url\((?!data:)|@import|https?://|fetch\(", text)
+    assert text.count("data:image/webp;base64,") == 6
+    assert re.search(r"<h1>runs/mine/final: mvbench, videomme, mine, \d{4}-\d\d-\d\d</h1>", text)
+    assert "&#34;max_frames&#34;: 8" in text
 
 
-def test_scores_stand_above_with_error_gap_and_published_numbers_marked(page):
-    """Guards: a score without its error; another paper's number that passes for ours."""
+def test_predictions_without_a_solution_are_one_clear_error(tmp_path):
+    """Guards: a traceback, or half a page, for a file that cannot be scored."""
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text(json.dumps(row(0, solution=None)) + "\n")
+    with pytest.raises(UserError, match="row 1: solution: missing; join the official files with --annotations DIR"):
+        report.main([str(predictions)])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_scores_have_errors_and_published_scores_are_marked(page, rendered):
+    """Guards: a score without its standard error; another paper's score that looks like ours."""
     rows = gap_rows(12)
-    text, part = page(rows).read_text(), summarise(rows)["mvbench"]
-    line = re.search(r"<th scope=row>mvbench</th>(.*?)</tr>", text)[1]
-    assert (
-        f"{part['score']:.1f} ± {part['se']:.1f}" in line
-        and f"{part['gap']['gap']:+.1f}" in line
-        and "62.7/63.9/64.8" in line
-    )
-    head = re.search(r"<thead>(.*?)</thead>", text)[1]
-    assert all(f"{model} (published" in head for model in ("GPT-4o", "Qwen2.5-VL-7B (CoT prompt)", "Video-R1-7B"))
-    assert "action_sequence" in text and "Counting" in text
+    page(rows)
+    part = summarise(rows)["mvbench"]
+    scores = {line["label"]: line for line in rendered["scores"]}
+    assert scores["mvbench"]["cells"][1] == f"{part['score']:.1f} ± {part['se']:.1f}"
+    assert scores["mvbench"]["cells"][4].startswith(f"{part['gap']['gap']:+.1f} [")
+    assert scores["Video-R1-7B (published)"]["style"] == "published"
+    assert [line["label"] for line in rendered["scores"][:4]] == [
+        "mvbench",
+        "Qwen2.5-VL-7B (CoT prompt) (published)",
+        "Video-R1-7B (published)",
+        "action_sequence",
+    ]
+    assert "Counting" in scores
 
 
-def test_what_the_gallery_knows_of_a_question(page):
-    """Guards: the shuffled completion beside the wrong question; open answers of MMVU shown as judged; true and false as text."""
-    open_ended = row(
-        0,
-        benchmark="mmvu",
-        task="Physics",
-        problem_type="free-form",
-        id="open",
-        options=[],
-        solution="<answer>heat</answer>",
-    )
-    questions = {q["id"]: q for q in questions_in(page(gap_rows(6) + [open_ended | {"prediction": "heat"}]))}
-    both = questions["q3"]
-    assert [(a["frames"], a["score"]) for a in both["answers"]] == [("ordered", 1), ("shuffled", 0)] and both[
-        "helped"
-    ] == 1
-    assert [questions[f"q{i}"]["helped"] for i in (0, 1, 5)] == [0, 0, -1]
-    assert both["answers"][0]["terms"] == {"accuracy": 1, "format": 1, "n_tokens": 23, "truncated": 0}
-    assert (both["frames"], both["of"], both["order"]) == (8, 8, [3, 1, 0, 2, 7, 5, 4, 6])
-    assert questions["open"]["answers"][0]["score"] is None and questions["open"]["helped"] is None
+def test_interval_over_one_clip_is_a_dash(page, rendered):
+    """Guards: "[+100.0, +100.0]" for two questions on one clip, which looks like certainty."""
+    rows = [row(i, frames, right=frames == "ordered") for i in (0, 3) for frames in ("ordered", "shuffled")]
+    page(rows)
+    assert rendered["scores"][0]["cells"][4] == "+100.0 [–, –]"
 
 
-def test_missing_media_are_said(page):
-    """Guards: a traceback, or a question that vanishes, where a file is gone, leaves the root, or was never named."""
+def test_card_has_the_completions_of_its_question(page, rendered):
+    """Guards: the shuffled completion on the wrong question; an open answer of MMVU shown as scored."""
+    open_ended = row(0, benchmark="mmvu", id="open", options=[], problem_type="free-form", prediction="heat")
+    page(gap_rows(6) + [open_ended])
+    cards = {card["id"]: card for card in rendered["questions"]}
+    card = cards["q3"]
+    assert [(answer["frames"], answer["score"]) for answer in card["answers"]] == [("ordered", 1), ("shuffled", 0)]
+    orders = [cards[f"q{i}"]["order"] for i in (3, 0, 1, 5)]
+    assert orders == ["helped", "no difference", "no difference", "hurt"]
+    assert card["answers"][0]["rewards"] == {"accuracy": 1, "format": 1, "n_tokens": 23, "truncated": 0}
+    assert (card["frames"], card["frames_seen"], card["shuffled"]) == (8, 8, ORDER)
+    assert cards["open"]["answers"][0]["verdict"] == "not scored"
+    assert cards["open"]["order"] == ""
+
+
+def test_questions_without_media_show_the_reason(page, rendered):
+    """Guards: a traceback, or a missing question, if a file is gone, is outside the root, or was never named."""
     rows = [
         row(0, path="media/gone.mp4"),
         row(1, path="../../etc/x.mp4"),
         row(2, path=None),
         row(3, data_type="sound"),
-        {k: v for k, v in row(4).items() if k != "prediction"} | {"error": "media/gone.mp4: cannot be read"},
+        row_without_answer(4),
         row(5, settings="none"),
         row(6, settings={"max_frames": "x"}, frame_order=7),
         row(7, frame_order=["a", 99]),
     ]
-    questions = questions_in(page(rows))
-    assert "not at hand: media/gone.mp4" in questions[0]["why"] and "leaves the data root" in questions[1]["why"]
-    assert questions[2]["why"] == questions[3]["why"] == "this prediction names no media"
-    assert (
-        questions[4]["error"] == "media/gone.mp4: cannot be read"
-        and questions[4]["answers"] == []
-        and questions[4]["problem"]
-    )
-    assert "strip" in questions[5] and "not at hand" in questions[6]["why"] and questions[7]["order"] == []
+    page(rows)
+    cards = rendered["questions"]
+    assert "not available: media/gone.mp4" in cards[0]["no_frames"]
+    assert "leaves the data root" in cards[1]["no_frames"]
+    assert cards[2]["no_frames"] == cards[3]["no_frames"] == "this prediction names no media"
+    assert cards[4]["error"] == "media/gone.mp4: cannot be read"
+    assert cards[4]["answers"] == []
+    assert "strip" in cards[5]
+    assert "not available" in cards[6]["no_frames"]
+    assert cards[7]["shuffled"] == []
 
 
-def test_a_strip_has_sixteen_frames_at_most_and_says_of_how_many(page, root):
-    """Guards: 64 frames in a strip nobody can see; a shuffled strip of other frames than the ordered one."""
+def test_strip_shows_at_most_sixteen_frames(root):
+    """Guards: 64 frames too small to see; a shuffled strip of other frames than the ordered one."""
     write_moving_square(root / "media/long.mp4", n_frames=64)
-    order = list(range(63, -1, -1))
-    [question] = questions_in(
-        page([row(0, "shuffled", path="media/long.mp4", frame_order=order, settings={"max_frames": 64})])
-    )
-    assert (question["frames"], question["of"]) == (16, 64) and question["order"] == list(range(15, -1, -1))
+    record = row(0, path="media/long.mp4", frame_order=list(range(63, -1, -1)), settings={"max_frames": 64})
+    strip = report.film_strip(record, SharedConfig(data_root=str(root)))
+    assert (strip["frames"], strip["frames_seen"]) == (16, 64)
+    assert strip["shuffled"] == list(range(15, -1, -1))
 
 
-def test_a_thousand_questions_stay_under_30_megabytes(page, monkeypatch):
-    """Guards: a page that no browser opens; room counted without the texts, or without base64's third; more than a gallery can hold."""
-    monkeypatch.setattr(report, "load_media", lambda row, cfg: (np.zeros((16, 8, 8, 3), dtype=np.uint8), None))
-    monkeypatch.setattr(
-        report, "picture", lambda frames, room: ("data:image/webp;base64," + "A" * int(room * 4 / 3), 8, 8)
-    )  # all of it
-    long = "".join(
-        map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FFF, 5000))
-    )  # 5,000 Chinese characters of 3 bytes
-    path = page([r | {"prediction": f"<think>{long}</think><answer>B</answer>"} for r in gap_rows(1200)])
-    questions = questions_in(path)
-    assert (
-        20e6 < path.stat().st_size < 30e6
-        and len(questions) == 1000
-        and "1000 of 1200 questions, evenly spread" in path.read_text()
-    )
-    assert questions[0]["id"] == "q0" and questions[-1]["id"] == "q1199"
-    assert all(q["answers"][0]["text"].endswith("<answer>B</answer>") for q in questions)  # cut in the middle
-
-
-def test_a_picture_takes_no_more_room_than_there_is():
-    """Guards: quality that ignores the page's limit; a picture dropped that would have fitted smaller."""
-    noise = np.random.default_rng(0).integers(0, 256, (16, 90, 160, 3), dtype=np.uint8)  # hardly compressible
-    frames = [Image.fromarray(f) for f in noise]
-    sizes = [report.picture(frames, room) for room in (1e6, 12_000, 5_000, 100)]
-    assert [height for *_, height in sizes[:2]] == [72, 40] and sizes[3] == (None, None, None)
-    for (uri, width, height), room in zip(sizes, (1e6, 12_000, 5_000)):
-        raw = base64.b64decode(uri.split(",")[1])
-        assert len(raw) <= room and Image.open(io.BytesIO(raw)).size == (16 * width, height)
-
-
-def test_long_texts_are_cut_only_where_they_must_be():
-    """Guards: completions cut though there is room; a cut that nobody is told of."""
-    short, long = (
-        {"problem": "p", "options": ["A. x"], "solution": "s", "answers": [{"text": t}]}
-        for t in ("y" * 40_000, "z" * 20_000_000)
-    )
-    shorten(questions := [json.loads(json.dumps(short)), long])
-    assert (
-        questions[0] == short
-        and "characters left out" in long["answers"][0]["text"]
-        and len(long["answers"][0]["text"]) < 51_000
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- in a browser
-
-
-@needs_browser
-def test_html_in_any_text_is_shown_not_run(page):
-    """Guards: a completion with <script>, </script> or <!-- that runs, ends the page, or swallows what follows."""
-    rows = [
-        row(
-            i,
-            thought=text,
-            problem=text,
-            task=text,
-            benchmark=text,
-            options=["A. " + text, "B. x"],
-            error=text,
-            id=text,
-        )
-        for i, text in enumerate(HOSTILE)
-    ]
+def test_page_stays_below_its_size_limit(page, rendered, monkeypatch):
+    """Guards: a page that no browser opens; a page that hides how many questions were left out."""
+    monkeypatch.setattr(report, "film_strip", lambda record, cfg: {"no_frames": "none"})
+    rows = [row(i) for i in range(1200)]
     path = page(rows)
-    shown, title, scripts = in_browser(
-        path,
-        """
-        return [cards().map(c => c.querySelector(".answer pre").textContent + c.querySelector(".problem").textContent
-                                + c.querySelector("li").textContent + c.querySelector("header").textContent),
-                document.title, document.scripts.length]""",
-    )
-    assert title.startswith("runs/mine/final: ") and all(
-        text.replace("\ud800", "?").replace("\u2028", " ") in title for text in HOSTILE[:3]
-    )
-    assert scripts == 4 and len(shown) == len(HOSTILE)  # ours: two, and the test's two
-    for text, card in zip(HOSTILE, shown):
-        assert card.count(text.replace("\ud800", "?")) >= 4, (text, card)
+    assert len(rendered["questions"]) == 300
+    assert (rendered["questions"][0]["id"], rendered["questions"][-1]["id"]) == ("q0", "q1199")
+    assert "This page holds 300 of 1200 questions, evenly spaced." in path.read_text()
+    monkeypatch.setattr(report, "MAX_BYTES", path.stat().st_size // 3)
+    path = page(rows)
+    assert path.stat().st_size <= report.MAX_BYTES
+    assert "This page holds 75 of 1200 questions, evenly spaced." in path.read_text()
+
+
+def test_long_text_loses_its_middle_only():
+    """Guards: a page of hundreds of MB from one endless completion; a cut that hides the answer or itself."""
+    text = "start " + "z" * 1_000_000 + " <answer>B</answer>"
+    short = report.shorten(text)
+    assert len(short) < report.MAX_CHARACTERS + 100
+    assert short.startswith("start ") and short.endswith("<answer>B</answer>")
+    assert "characters left out" in short
+    assert report.shorten("y" * report.MAX_CHARACTERS) == "y" * report.MAX_CHARACTERS
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
 
 
 @needs_browser
-def test_keys_walk_through_the_gallery(page):
-    """Guards: keys that do nothing, run past the ends, or fire while one types a search."""
-    said = in_browser(
-        page(gap_rows(60)),
-        """
-        const out = [cards().length];
-        press("k"); out.push(here());
-        press("j"); press("j"); out.push(here());
-        press("k"); out.push(here());
-        out.push(cards()[1].querySelectorAll("details[open]").length);
-        press("o"); out.push(cards()[1].querySelectorAll("details[open]").length, document.querySelectorAll("article details[open]").length);
-        press("o"); out.push(cards()[1].querySelectorAll("details[open]").length);
-        press("p"); out.push(document.getElementById("count").textContent);
-        press("n"); out.push(document.getElementById("count").textContent);
-        press("n"); press("n"); out.push(document.getElementById("count").textContent);
-        press("j"); out.push(here());
-        document.getElementById("search").focus(); press("p"); out.push(document.getElementById("count").textContent);
-        return out;""",
+def test_hostile_text_is_shown_and_never_runs(page):
+    """Guards: a completion with <script>, </script> or <!-- that runs, ends the page, or hides the text after it."""
+    rows = []
+    for i, text in enumerate(HOSTILE):
+        everywhere = {"problem": text, "task": text, "benchmark": text, "id": text, "error": text}
+        rows.append(row(i, thought=text, options=["A. " + text, "B. x"], **everywhere))
+    cards, title, n_scripts = in_browser(
+        page(rows), "return [visible().map(card => card.textContent), document.title, document.scripts.length];"
     )
-    assert said[0] == 25 and [
-        said[i].removesuffix("order helped").removesuffix("order hurt") for i in (1, 2, 3, 11)
-    ] == ["mvbenchaction_sequenceq0", "minediscq2", "videommeCountingq1", "minediscq50"]
-    assert said[4:8] == [0, 2, 2, 0]
-    assert said[8:11] == ["1 to 25 of 60", "26 to 50 of 60", "51 to 60 of 60"] and said[12] == "51 to 60 of 60"
+    assert title.startswith("runs/mine/final: ")
+    # One script of the page and two of this test.
+    assert n_scripts == 3
+    assert len(cards) == len(HOSTILE)
+    for text, card in zip(HOSTILE, cards):
+        # in the header three times, in the problem, an option, and the reasoning
+        assert card.count(text.replace("\ud800", "?")) == 6, (text, card)
 
 
 @needs_browser
-def test_filters_and_search_find_what_they_name(page):
-    """Guards: a filter that shows the others; order-helped that shows order-hurt; a search blind to answers."""
-    rows = gap_rows(60) + [
-        row(60, thought="A zebra!"),
-        row(61, prediction="no idea at all"),
-        row(63, prediction="A or B"),
-        {k: v for k, v in row(65).items() if k != "prediction"} | {"error": "cannot be read"},
-    ]
-    said = in_browser(
+def test_filters_and_cards_in_a_browser(page):
+    """Guards: a filter that shows the other cards; the shuffled strip in the ordered order; unfolded reasoning."""
+    rows = gap_rows(60) + [row(61, prediction="no idea at all"), row_without_answer(65)]
+    result = in_browser(
         page(rows),
         """
-        const ids = () => questions.filter(q => found.includes(q)).map(q => q.id), out = {};
-        const all = ["benchmark", "task", "result", "order"], clear = () => { all.forEach(id => set(id, "")); set("search", "", "input"); };
-        set("benchmark", "videomme"); out.benchmark = ids(); out.tasks = [...document.getElementById("task").options].map(o => o.value); clear();
-        set("task", "disc"); out.task = ids(); clear();
-        for (const value of ["right", "wrong", "unread", "not answered"]) { set("result", value); out[value] = ids(); clear(); }
-        for (const value of ["helped", "hurt", "no difference"]) { set("order", value); out[value] = ids(); clear(); }
-        set("search", "ZEBRA", "input"); out.search = ids(); clear();
-        set("search", "square 59", "input"); out.question = ids(); clear();
-        set("benchmark", "mine"); set("order", "hurt"); out.two = ids(); clear();
-        set("search", "nothing has this", "input"); out.none = document.getElementById("count").textContent; clear();
-        out.cleared = ids().length;
+        const out = {};
+        const ids = () => visible().map(card => card.querySelectorAll("header span")[1].textContent);
+        const choices = {
+          group: ["videomme"], kind: ["disc"], result: ["right", "wrong", "unread", "not answered"],
+          order: ["helped", "hurt", "no difference"],
+        };
+        for (const [name, values] of Object.entries(choices)) {
+          for (const value of values) {
+            choose(name, value);
+            out[value] = ids();
+          }
+          choose(name, "");
+        }
+        choose("group", "mine"); choose("order", "hurt");
+        out.both = ids();
+        out.count = document.getElementById("count").textContent;
+        choose("group", ""); choose("order", "");
+
+        const card = visible()[3];
+        const strips = [...card.querySelectorAll(".strip")];
+        const offset = frame => -parseFloat(getComputedStyle(frame).backgroundPositionX);
+        const position = frame => Math.round(offset(frame) / frame.offsetWidth);
+        out.positions = strips.map(strip => [...strip.children].map(position));
+        out.drawn = getComputedStyle(strips[0].children[0]).backgroundImage.slice(0, 27);
+        out.verdicts = texts(card, ".answer span");
+        out.folded = card.querySelectorAll("details:not([open])").length;
+        out.rewards = texts(card, ".rewards")[0].trim();
+        out.answers = texts(card, "pre.text");
         return out;""",
     )
-    ids = lambda keep: [f"q{i}" for i in range(60) if keep(i)]
-    assert said["benchmark"] == ids(lambda i: i % 3 == 1) + ["q61"] and said["tasks"] == ["", "Counting"]
-    assert said["task"] == ids(lambda i: i % 3 == 2) + ["q65"]
-    assert said["right"] == ids(lambda i: i % 5) + ["q60"] and said["wrong"] == ids(lambda i: i % 5 == 0)
-    assert said["unread"] == ["q61", "q63"] and said["not answered"] == ["q65"]
-    assert said["helped"] == ids(lambda i: i % 5 and i % 3 == 0) and said["hurt"] == ids(lambda i: i % 5 == 0 and i % 3)
-    assert said["no difference"] == ids(lambda i: (i % 5 == 0) == (i % 3 == 0))
-    assert (
-        said["search"] == ["q60"]
-        and said["question"] == ["q59"]
-        and said["two"] == ids(lambda i: i % 3 == 2 and i % 5 == 0)
-    )
-    assert said["none"] == "no question" and said["cleared"] == 64
+
+    def ids(chosen):
+        return [f"q{i}" for i in range(60) if chosen(i)]
+
+    assert result["videomme"] == ids(lambda i: i % 3 == 1) + ["q61"]
+    assert result["disc"] == ids(lambda i: i % 3 == 2) + ["q65"]
+    assert result["right"] == ids(lambda i: i % 5 != 0)
+    assert result["wrong"] == ids(lambda i: i % 5 == 0)
+    assert result["unread"] == ["q61"]
+    assert result["not answered"] == ["q65"]
+    assert result["helped"] == ids(lambda i: i % 5 != 0 and i % 3 == 0)
+    assert result["hurt"] == ids(lambda i: i % 5 == 0 and i % 3 != 0)
+    assert result["no difference"] == ids(lambda i: (i % 5 == 0) == (i % 3 == 0))
+    assert result["both"] == ids(lambda i: i % 3 == 2 and i % 5 == 0)
+    assert result["count"] == "4 shown"
+    assert result["positions"] == [list(range(8)), ORDER]
+    assert result["drawn"] == 'url("data:image/webp;base64'
+    assert result["verdicts"] == ["right", "wrong"]
+    assert result["folded"] == 2
+    assert result["rewards"] == "accuracy 1 · format 1 · n_tokens 23 · truncated 0"
+    assert result["answers"] == ["<answer>B</answer>", "<answer>A</answer>"]
 
 
 @needs_browser
-def test_a_card_shows_both_strips_both_answers_and_folded_reasoning(page):
-    """Guards: the shuffled strip in the ordered order; reasoning unfolded; a completion of booleans that breaks the page."""
-    said = in_browser(
-        page(gap_rows(4)),
-        """
-        const card = cards()[3], strips = [...card.querySelectorAll(".strip")];
-        return {places: strips.map(s => [...s.children].map(f => Math.round(-parseFloat(f.style.backgroundPositionX) / f.offsetWidth))),
-                labels: strips.map(s => s.getAttribute("aria-label")), drawn: getComputedStyle(strips[0].children[0]).backgroundImage.slice(0, 27),
-                marks: [...card.querySelectorAll(".answer span")].map(s => s.textContent), folded: card.querySelectorAll("details:not([open])").length,
-                terms: card.querySelector(".terms").textContent, helped: card.querySelector("header").textContent.includes("order helped"),
-                answers: [...card.querySelectorAll(".answer > pre")].map(p => p.textContent)}""",
-    )
-    assert said["places"] == [list(range(8)), [3, 1, 0, 2, 7, 5, 4, 6]] and said["labels"] == [
-        "8 frames, in order",
-        "8 frames, as shuffled",
-    ]
-    assert (
-        said["drawn"] == 'url("data:image/webp;base64' and said["marks"] == ["right", "wrong"] and said["folded"] == 2
-    )
-    assert said["terms"] == "accuracy 1 · format 1 · n_tokens 23 · truncated 0" and said["helped"]
-    assert said["answers"] == ["<answer>B</answer>", "<answer>A</answer>"]
-
-
-@needs_browser
-@pytest.mark.parametrize("width", [1200, 500])
-def test_the_page_is_no_wider_than_the_window(page, width):
-    """Guards: a table or a strip that makes one scroll the whole page sideways; text cut off at the right."""
+def test_page_is_no_wider_than_the_window(page):
+    """Guards: a table, a strip or a long word that makes one scroll the whole page sideways."""
     wide = "word" * 200
-    said = in_browser(
-        page(gap_rows(3) + [row(3, thought=wide, problem=wide, options=["A. " + wide, "B. x"], task=wide)]),
+    long_row = row(3, thought=wide, problem=wide, options=["A. " + wide, "B. x"], task=wide)
+    page_width, window_width = in_browser(
+        page(gap_rows(3) + [long_row]),
         """
-        document.querySelectorAll("details").forEach(d => { d.open = true; });
-        return [document.documentElement.scrollWidth, innerWidth]""",
-        width,
+        for (const fold of document.querySelectorAll("details")) fold.open = true;
+        return [document.documentElement.scrollWidth, innerWidth];""",
+        width=500,
     )
-    assert said[0] <= said[1]
+    assert page_width <= window_width
 
 
-def wide_rows():
-    """All six benchmarks, both orders of frames, with the longest names of their tasks."""
-    tasks = {
-        "vsibench": ("object_rel_direction_medium", "object_size_estimation"),
-        "videommmu": ("Comprehension", "Perception"),
-        "mvbench": ("counterfactual_inference", "egocentric_navigation"),
-        "tempcompass": ("multi-choice", "caption_matching"),
-        "mmvu": ("Diagnostics_and_Laboratory_Medicine", "Electrical_Engineering"),
-        "videomme": ("Information Synopsis", "OCR Problems"),
-        "mine": ("a_task_of_my_own_whose_name_is_longer_than_a_column_of_any_table_should_ever_be", "short"),
-    }
-    groups = {"domain": "Artistic Performance", "sub_category": "Literature & Art", "duration": "medium"}
+# -------------------------------------------------------------------------------------------------------- rollouts
+
+
+@pytest.fixture(scope="module")
+def rl_run(world, tmp_path_factory):
+    """Folder of a run: config.yaml and rollouts.jsonl with 3 steps of 2 prompts, 3 + 2 completions each."""
+    folder = tmp_path_factory.mktemp("run")
+    records = json.loads((world / "world/rl.json").read_text())
+    videos = [record for record in records if record["data_type"] == "video"][:2]
     rows = []
-    for benchmark, names in tasks.items():
-        for i in range(8):
-            for frames in ("ordered", "shuffled"):
-                shown = row(i, frames, right=(i + (frames == "shuffled")) % 3 > 0)
-                rows.append(
-                    shown
-                    | {"benchmark": benchmark, "task": names[i % 2], "path": f"{i}.mp4"}
-                    | (groups if benchmark == "videomme" else {})
-                )
-                if names[i % 2] in ("object_size_estimation",):
-                    rows[-1] |= {"problem_type": "regression", "options": [], "solution": "<answer>3</answer>"}
-    return rows
+    for step in (0, 1, 12):
+        # of 3 completions of the first prompt, `step` are correct; all of the second prompt are
+        for record, n_correct in zip(videos, (step, 3)):
+            prompt = {"step": step, "problem_id": record["problem_id"], "path": record["path"]}
+            right = f"<think>t</think>\n{record['solution']}"
+            wrong = "<think>t</think>\n<answer>Z</answer>"
+            for i in range(3):
+                is_right = i < n_correct
+                rewards = {"accuracy": float(is_right), "format": 1.0, "length": 0.0, "temporal": 0.15}
+                text = right if is_right else wrong
+                rows.append({**prompt, "frames": "ordered", "text": text, **rewards, "advantage": 0.5 - i})
+            for text in (right, wrong):
+                rows.append({**prompt, "frames": "shuffled", "text": text, "frame_order": [7, 6, 5, 4, 3, 2, 1, 0]})
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"records": f"{world}/world/rl.json", "data_root": f"{world}/world", "max_frames": 8, "alpha": 0.3}
+    (folder / "config.yaml").write_text(json.dumps({"tgrpo": config}))
+    return folder
+
+
+def test_page_of_rollouts_needs_only_the_run_folder(rl_run, rendered):
+    """Guards: completions of two steps in one group; shuffled ones without their order; rewards left out."""
+    rollouts.main([str(rl_run / "rollouts.jsonl")])
+    cards = rendered["questions"]
+    assert [card["group"] for card in cards] == ["step 0", "step 0", "step 1", "step 1", "step 12", "step 12"]
+    assert [card["result"] for card in cards[:3]] == ["none correct", "all correct", "some correct"]
+    assert [card["result"] for card in cards[3:]] == ["all correct"] * 3
+    assert [card["order"] for card in cards] == ["hurt", "helped", "hurt", "helped", "helped", "helped"]
+    first = cards[0]
+    assert [answer["frames"] for answer in first["answers"]] == ["ordered"] * 3 + ["shuffled"] * 2
+    rewards = {"accuracy": 0.0, "format": 1.0, "length": 0.0, "temporal": 0.15, "advantage": -0.5}
+    assert first["answers"][1]["rewards"] == rewards
+    assert [answer["score"] for answer in first["answers"]] == [0, 0, 0, 1, 0]
+    assert first["answers"][3]["rewards"] == {}
+    assert (first["frames"], first["shuffled"]) == (8, [7, 6, 5, 4, 3, 2, 1, 0])
+    assert first["problem"]
+
+
+def test_page_can_be_limited_to_some_steps(rl_run, rendered, tmp_path):
+    """Guards: a page of a 7B run that shows every hundredth step and never the one that went wrong."""
+    rollouts.main([str(rl_run / "rollouts.jsonl"), "--step", "12", "--out", str(tmp_path / "page.html")])
+    assert {card["group"] for card in rendered["questions"]} == {"step 12"}
+    with pytest.raises(UserError, match="no rollouts of step 5; it holds steps 0 to 12"):
+        rollouts.main([str(rl_run / "rollouts.jsonl"), "--step", "5"])
+
+
+OTHER_RECORDS = "tgrpo: {records: examples/records.json}"
+
+
+@pytest.mark.parametrize(
+    "file, text, line",
+    [
+        ("rollouts.jsonl", None, "no such file; a run writes it with save_rollouts: true"),
+        ("rollouts.jsonl", '{"step": 1}\n', "line 1: not a rollout, it lacks problem_id, path, frames, text"),
+        ("config.yaml", None, "--records and --data_root must name"),
+        ("config.yaml", OTHER_RECORDS, "--records names the run's records"),
+    ],
+)
+def test_missing_or_foreign_run_files_are_one_clear_line(rl_run, tmp_path, file, text, line):
+    """Guards: a traceback, or a page without questions, if a run's file is missing or belongs to another run."""
+    for name in ("rollouts.jsonl", "config.yaml"):
+        (tmp_path / name).write_text((rl_run / name).read_text())
+    if text is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=line) as error:
+        rollouts.main([str(tmp_path / "rollouts.jsonl")])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "rollouts.html").exists()
 
 
 @needs_browser
-def test_published_scores_are_in_sight(page):
-    """Guards: our own score without the published ones beside it, unless one scrolls sideways, in a window of 1,300 pixels."""
-    said = in_browser(
-        page(wide_rows()),
+def test_page_of_rollouts_in_a_browser(rl_run):
+    """Guards: a step filter that shows the other steps; an advantage missing from the page; a wrong strip."""
+    rollouts.main([str(rl_run / "rollouts.jsonl")])
+    result = in_browser(
+        rl_run / "rollouts.html",
         """
-        const heads = [...document.querySelectorAll("thead th")];
-        const right = Math.min(innerWidth, document.querySelector(".wide").getBoundingClientRect().right);
-        return {order: heads.slice(1).map(h => h.textContent), over: heads.filter(h => h.getBoundingClientRect().right > right).length,
-                rows: document.querySelectorAll("tbody tr").length, width: innerWidth}""",
-        width=1300,
+        const options = name => [...document.querySelectorAll(`[name=${name}] option`)].map(o => o.textContent);
+        const out = {title: document.title, cards: visible().length};
+        out.steps = options("group");
+        out.results = options("result");
+        choose("group", "step 1");
+        out.step_1 = visible().length;
+        const card = visible()[0];
+        out.verdicts = texts(card, ".answer span");
+        out.rewards = texts(card, ".rewards")[0].trim();
+        const offset = frame => -parseFloat(getComputedStyle(frame).backgroundPositionX);
+        const position = frame => Math.round(offset(frame) / frame.offsetWidth);
+        out.positions = [...card.querySelectorAll(".strip")].map(strip => [...strip.children].map(position));
+        out.label = document.querySelector("select[name=group]").parentNode.textContent.trim().slice(0, 4);
+        choose("group", "");
+        choose("result", "none correct");
+        out.none_correct = visible().length;
+        return out;""",
     )
-    assert said["over"] == 0 and said["rows"] > 20 and said["width"] <= 1300
-    assert said["order"][1:4] == ["score, %"] + [
-        f"{model} (published)" for model in ("GPT-4o", "Qwen2.5-VL-7B (CoT prompt)")
-    ]
+    assert result["title"].startswith("Rollouts of ")
+    assert (result["cards"], result["step_1"], result["none_correct"]) == (6, 2, 1)
+    assert result["steps"] == ["all", "step 0", "step 1", "step 12"]
+    assert result["results"] == ["all", "all correct", "none correct", "some correct"]
+    assert result["label"] == "step"
+    assert result["verdicts"] == ["right", "wrong", "wrong", "right", "wrong"]
+    assert result["rewards"] == "accuracy 1 · format 1 · length 0 · temporal 0.15 · advantage 0.5"
+    assert result["positions"] == [list(range(8)), list(range(7, -1, -1))]
 
 
-def test_an_interval_over_one_clip_is_a_dash(page):
-    """Guards: "+100.0 to +100.0" of two questions on one clip, which reads like certainty."""
-    rows = [row(i, frames, right=frames == "ordered") for i in (0, 3) for frames in ("ordered", "shuffled")]
-    gap = summarise(rows)["mvbench"]["gap"]
-    assert (gap["gap"], gap["low"], gap["high"], gap["clips"]) == (100, None, None, 1)
-    assert "+100.0 <small>(–)</small>" in page(rows).read_text()
+def test_options_without_letters_get_the_letters_of_the_prompt():
+    """Guards: "solution: C" next to three options none of which is called C."""
+    record = {
+        "problem_id": 1,
+        "problem": "How many?",
+        "problem_type": "multiple choice",
+        "options": ["3", "2", "0"],
+        "solution": "C",
+    }
+    row = {"step": 1, "problem_id": 1, "path": "a.mp4", "frames": "ordered", "text": "<answer>C</answer>"}
+    assert rollouts.prompt_card([row], record)["options"] == ["A. 3", "B. 2", "C. 0"]

@@ -72,7 +72,7 @@ def write_page(path, title, words, questions, total, cfg, made_with, scores=()):
 def render(**values):
     """The page as UTF-8. Half of a surrogate pair, which JSON may hold, becomes "?"."""
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html").render(**values).encode("utf-8", "replace")
 
 

@@ -24,7 +24,10 @@ NOT_A_REWARD = (*NEEDED, "frame_order")
 
 
 def read_rollouts(path, steps=()):
-    """Rows of a rollouts.jsonl, only those of `steps` if given. Raises UserError if there are none or one lacks a field."""
+    """Rows of a rollouts.jsonl, only those of `steps` if given.
+
+    Raises UserError if there are none or if one lacks a field.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run writes it with save_rollouts: true")
     try:
@@ -67,8 +70,9 @@ def group_by_prompt(rows):
 
 
 def completion_card(row, record):
-    """What the gallery shows of a completion. The run logs no rewards for shuffled frames: accuracy is computed here."""
+    """What the gallery shows of a completion."""
     score = row.get("accuracy")
+    # A run logs no rewards for completions from shuffled frames.
     if score is None:
         score = accuracy_reward(row["text"], record["solution"], record["problem_type"])
     rewards = {name: value for name, value in row.items() if name not in NOT_A_REWARD}
@@ -89,7 +93,7 @@ def prompt_card(rows, record):
     results = {None: "none in order", 0: "none correct", 1: "all correct"}
     orders = [row["frame_order"] for row in rows if row.get("frame_order")]
     return {
-        "group": str(rows[0]["step"]),
+        "group": f"step {rows[0]['step']}",
         "kind": record["problem_type"],
         "id": str(record["problem_id"]),
         "problem": record["problem"],
