@@ -1,7 +1,7 @@
 """What every stage shares: accelerator and sharding, optimizer, and a Run (settings and files are in settings.py).
 
-    make_accelerator, prepare, update    Accelerate, with FSDP switched on from the config; one optimizer step
-    Run                                  a training run: folder, resuming, batches, log, checkpoints, stopping
+    make_accelerator, prepare            Accelerate, with FSDP switched on from the config; the optimizer
+    Run                                  a training run: folder, resuming, steps, log, checkpoints, stopping
     checkpoints                          written whole or not at all: a half-written folder is never chosen
     Means, sum_over_ranks                numbers of all ranks together
 
@@ -195,32 +195,6 @@ def prepare(accelerator, model, cfg):
     return accelerator.prepare(model, optimizer)
 
 
-def update(accelerator, model, optimizer, step, cfg):
-    """One clipped AdamW step. Returns the gradient norm over all ranks, before clipping. Collective.
-
-    If the norm is not finite, no rank takes the step; three such steps in a row raise RuntimeError.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg)
-    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(norm):
-        optimizer.step()
-        update.skipped_in_a_row = 0
-    else:
-        update.skipped_in_a_row += 1
-        accelerator.print(f"step {step}: the gradient norm is {norm}; this step is skipped")
-        if update.skipped_in_a_row == 3:
-            raise RuntimeError(
-                f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or look at the data"
-            )
-    optimizer.zero_grad()
-    return norm
-
-
-update.skipped_in_a_row = 0
-
-
 def sum_over_ranks(accelerator, value):
     """Sum of a number over the ranks. Collective."""
     total = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
@@ -271,6 +245,7 @@ class Run:
         self.n_rows = n_records + len(bad_rows)
         # {name: reason} of every row that was skipped
         self.skipped = dict(bad_rows)
+        self.steps_without_gradient = 0
         check_batch_size(cfg, accelerator.num_processes)
         self.checkpoint = claim_folder(accelerator, cfg, stage)
         for name, reason in bad_rows.items():
@@ -346,6 +321,28 @@ class Run:
                 yield items[first : first + size], 1.0
             elif self.accelerator.num_processes > 1:
                 yield [dummy], 0.0
+
+    def update(self, model, optimizer, step):
+        """One clipped AdamW step. Returns the gradient norm over all ranks, before clipping.
+
+        If the norm is not finite, no rank takes the step; three such steps in a row raise RuntimeError.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.cfg)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.cfg.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(norm):
+            optimizer.step()
+            self.steps_without_gradient = 0
+        else:
+            self.steps_without_gradient += 1
+            self.accelerator.print(f"step {step}: the gradient norm is {norm}; this step is skipped")
+        optimizer.zero_grad()
+        if self.steps_without_gradient == 3:
+            raise RuntimeError(
+                f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or check the data"
+            )
+        return norm
 
     def lap(self, name):
         """The seconds since the last lap; logged as time/<name>."""

@@ -65,7 +65,7 @@ def main():
             # 4. update: backward averages over the ranks, hence the factor
             accelerator.backward(loss * ranks)
             loss_sum += loss.item()
-        grad_norm = common.update(accelerator, model, optimizer, step, cfg)
+        grad_norm = run.update(model, optimizer, step)
         run.lap("train")
 
         loss = common.sum_over_ranks(accelerator, loss_sum)

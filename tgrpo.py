@@ -181,13 +181,7 @@ def sample_groups(model, samples, processor, cfg, compiled_rows=0):
     prompts = [s.ordered for s in samples] + [s.shuffled for s in shuffled]
     counts = [cfg.num_generations] * len(samples) + [cfg.shuffled_generations] * len(shuffled)
     completions = rollout(
-        model,
-        prompts,
-        counts,
-        processor.tokenizer,
-        cfg.temperature,
-        cfg.max_new_tokens,
-        compiled_rows=compiled_rows,
+        model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens, compiled_rows=compiled_rows
     )
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
@@ -424,7 +418,7 @@ def main():
                     "policy/clip_frac": mean(masked_mean(is_clipped_NT, mask_NT)),
                 }
                 means.add(metrics, weight=weight * len(loss_N))
-            grad_norm = common.update(accelerator, model, optimizer, step, cfg)
+            grad_norm = run.update(model, optimizer, step)
         run.lap("update")
 
         metrics = means.reduce(accelerator) | {"policy/grad_norm": grad_norm}
