@@ -1,4 +1,6 @@
-"""evaluate.py as a user runs it: six benchmarks with rendered media, killed runs, two processes, saved answers, odd files, distilling."""
+"""evaluate.py as a user runs it: six benchmarks with rendered media, killed runs, two processes, saved answers, bad
+files.
+"""
 
 import json
 import math
@@ -20,14 +22,14 @@ import data
 import evaluate
 import policy
 from benchmarks import NAMES, load_benchmark
-from evaluate import EvalConfig, bootstrap, summarise
+from evaluate import EvalConfig, clustered_mean, summarise
 from settings import SharedConfig, UserError, read_jsonl
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
 
 
 def make_six(root):
-    """The annotation files of all six benchmarks and every video they name: frame i has the brightness of test_data.write_video."""
+    """The annotation files of all six benchmarks, and the videos that they name (see test_data.write_video)."""
     write(root / "vsibench/test.jsonl", VSI)
     for task, rows in MVBENCH.items():
         write(root / f"mvbench/json/{task}.json", rows)
@@ -89,7 +91,7 @@ def finish(arguments):
 
 @pytest.fixture(scope="module")
 def whole(world, six, tmp_path_factory):
-    """(output folder, stdout, stderr) of one process that nobody stopped."""
+    """(output folder, stdout, stderr) of one uninterrupted process."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     return folder, *finish(command(world, six, folder))
 
@@ -102,7 +104,7 @@ def files(folder):
 
 
 def test_six_benchmarks_in_one_command(whole, six):
-    """Guards: a benchmark that only its reader's own test can read; a number without the settings it was made with."""
+    """Guards: a benchmark that evaluate.py cannot read; a score without the settings of its answers."""
     out, said, progress = whole
     rows, summary = read_jsonl(out / "predictions.jsonl"), json.loads((out / "summary.json").read_text())
     records = [r for name in NAMES for r in load_benchmark(name, six)]
@@ -155,8 +157,8 @@ def test_six_benchmarks_in_one_command(whole, six):
     )
 
 
-def test_two_processes_a_kill_and_a_restart_change_no_byte(world, six, whole, tmp_path):
-    """Guards: questions answered twice or by nobody when shared out; a restart that averages only what is new."""
+def test_two_processes_and_a_killed_run_give_the_same_files(world, six, whole, tmp_path):
+    """Guards: questions that are answered twice or never; a resumed run that averages only the new answers."""
     finish(
         [*command(world, six, tmp_path / "two", *TORCHRUN), "--fsdp", "full_shard"]
     )  # as in configs/7b.yaml: no weights are sharded
@@ -169,7 +171,10 @@ def test_two_processes_a_kill_and_a_restart_change_no_byte(world, six, whole, tm
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    answered = lambda: sum(len(read_jsonl(p)) for p in killed.glob("predictions.?.jsonl"))
+
+    def answered():
+        return sum(len(read_jsonl(p)) for p in killed.glob("predictions.?.jsonl"))
+
     while not answered():
         assert run.poll() is None
         time.sleep(0.005)
@@ -188,11 +193,14 @@ def test_two_processes_a_kill_and_a_restart_change_no_byte(world, six, whole, tm
     assert "20/20 [" not in progress.replace(".0/", "/").replace(".0 ", " ")  # and only with what was missing
 
 
-def test_missing_media_are_listed_counted_and_asked_once_they_are_there(world, tmp_path, run, capsys):
-    """Guards: a score over fewer questions than one believes; media downloaded later that a second run never looks at."""
+def test_missing_media_are_listed_counted_and_asked_in_a_later_run(world, tmp_path, run, capsys):
+    """Guards: a score over fewer questions without a message; media that are downloaded later and never asked."""
     root = make_six(tmp_path / "six")
     (root / "videomme/data/yt1.mp4").rename(tmp_path / "yt1.mp4")
-    again = lambda: run("evaluate", benchmarks="videomme", root=root, batch_size=2)
+
+    def again():
+        return run("evaluate", benchmarks="videomme", root=root, batch_size=2)
+
     summary = json.loads((again() / "summary.json").read_text())
     said = capsys.readouterr().out
     assert (
@@ -212,20 +220,23 @@ def test_missing_media_are_listed_counted_and_asked_once_they_are_there(world, t
         again()
     for text in ('{"benchmark": "mine", "id": 1}\n', "{nope\n", "3\n"):
         (out / "predictions.jsonl").write_text(text)
-        with pytest.raises(UserError, match="holds no answers of this evaluation"):
+        with pytest.raises(UserError, match="has no answers of this evaluation"):
             again()
 
 
-def test_records_that_no_rule_can_score_are_refused_before_answering(run, world, tmp_path):
-    """Guards: a night of answers to a file called vsibench.json that nothing can then score."""
+def test_records_that_cannot_be_scored_are_an_error_before_answering(run, world, tmp_path):
+    """Guards: hours of answers to a file named vsibench.json that cannot be scored."""
     (tmp_path / "vsibench.json").write_bytes((world / "world/test.json").read_bytes())
     with pytest.raises(UserError, match="row 1: task: expected one of"):
         run("evaluate", records=tmp_path / "vsibench.json")
 
 
-def test_what_the_model_sees_of_clipped_frame_folder_and_question_image(six, world):
-    """Guards: the whole video shown for its part; stills without their 3 fps; the question's image sampled away."""
-    see = lambda record, **values: data.load_media(record, SharedConfig(data_root=str(six), **values))
+def test_clipped_videos_frame_folders_and_question_images_are_shown_correctly(six, world):
+    """Guards: the whole video instead of its part; stills without their 3 fps; a missing question image."""
+
+    def see(record, **values):
+        return data.load_media(record, SharedConfig(data_root=str(six), **values))
+
     sequence, _, stills = load_benchmark("mvbench", six)  # 1.5 to 9 s of 12 frames, one per second
     frames, times = see(sequence, max_frames=4)
     assert numbers(frames) == [2, 4, 6, 8]  # on display at 2.44, 4.31, 6.19 and 8.06 s
@@ -268,8 +279,8 @@ def both_orders(benchmark, marks, **extra):
     ]
 
 
-def test_gap_by_hand():
-    """Guards: p and p̃ over different questions; open answers judged by ROUGE and stills without time inside the gap."""
+def test_temporal_gap_computed_by_hand():
+    """Guards: p and p̃ over different questions; open answers and stills that are counted in the gap."""
     rows = both_orders(
         "mvbench", {("order", "a"): (1, 0), ("order", "b"): (1, 0), ("colour", "c"): (1, 1), ("colour", "d"): (0, 0)}
     )
@@ -280,7 +291,9 @@ def test_gap_by_hand():
     assert (part["score"], part["n"], part["shuffled"]["score"], part["frames"]) == (60, 5, 25, "ordered")
     gap = part["gap"]
     assert (gap["p"], gap["p_shuffled"], gap["gap"], gap["n"], gap["clips"]) == (75, 25, 50, 4, 4)
-    assert gap["low"] == 0 and gap["high"] == 100
+    # each clip deviates by ± 50 from the mean: the standard error is sqrt(4 / 3 · 4 · 50² / 4²)
+    assert gap["low"] == pytest.approx(50 - 1.96 * 28.8675, abs=1e-3)
+    assert gap["high"] == pytest.approx(50 + 1.96 * 28.8675, abs=1e-3)
     assert gap["by_task"]["order"] == {
         "p": 100,
         "p_shuffled": 0,
@@ -299,19 +312,25 @@ def test_gap_by_hand():
     assert summary["mmvu"]["gap"] is None and summary["videommmu"]["gap"] is None
 
 
-def test_interval_is_paired_and_by_clip():
-    """Guards: an interval of two independent samples (too wide), or of questions where clips are what was sampled (too narrow)."""
+def test_the_interval_of_the_gap_is_paired_and_clustered_by_clip():
+    """Guards: an interval for independent samples (too wide), or for independent questions on one clip (too narrow)."""
     rng = np.random.default_rng(0)
     differences = rng.choice([-1.0, 0.0, 0.0, 1.0], size=400)
-    alone = bootstrap(differences, range(400))
-    assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * differences.std() / 20, rel=0.08)
-    fours = bootstrap(np.repeat(differences, 4), np.repeat(np.arange(400), 4))  # four questions say the same of a clip
-    assert fours["high"] - fours["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.08)
-    assert alone["low"] < alone["gap"] < alone["high"] and bootstrap(differences, range(400)) == alone
+    alone = clustered_mean(differences, range(400))
+    assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * differences.std() / 20, rel=0.01)
+    # four questions on a clip that all have the same answer are worth one
+    fours = clustered_mean(np.repeat(differences, 4), np.repeat(np.arange(400), 4))
+    assert fours["high"] - fours["low"] == pytest.approx(alone["high"] - alone["low"], rel=1e-6)
+    assert alone["low"] < alone["gap"] < alone["high"]
+    # of independent samples, and of clips drawn again (bootstrap)
+    rng = np.random.default_rng(1)
+    drawn = [differences[rng.integers(400, size=400)].mean() for _ in range(2000)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert alone["low"] == pytest.approx(low, abs=0.02) and alone["high"] == pytest.approx(high, abs=0.02)
 
 
-def test_frames_shown_only_shuffled_are_said_to_be(tmp_path):
-    """Guards: a score of shuffled frames that reads like one of ordered frames, or is dropped beside another benchmark."""
+def test_scores_of_shuffled_frames_are_labelled(tmp_path):
+    """Guards: a score of shuffled frames without a label, or one that is lost beside another benchmark."""
     rows = both_orders("mvbench", {("t", "a"): (1, 0)}) + [row("mine", "B", "B", frames="shuffled")]
     summary = summarise(rows)
     assert summary["mine"]["frames"] == "shuffled" and summary["mine"]["score"] == 100 and "gap" not in summary["mine"]
@@ -328,7 +347,7 @@ def score(monkeypatch, *arguments):
 
 
 def test_scoring_loads_no_torch(tmp_path):
-    """Guards: a minute of imports before a second of work."""
+    """Guards: slow imports before a second of work."""
     file = tmp_path / "predictions.jsonl"
     write(file, [row("mvbench", "<think>x</think><answer>B</answer>", "B", row_id=i) for i in range(3000)])
     program = (
@@ -341,8 +360,8 @@ def test_scoring_loads_no_torch(tmp_path):
     assert summary["mvbench"]["score"] == 100 and summary["mvbench"]["n"] == 3000
 
 
-def test_bare_answers_joined_with_the_official_files(six, tmp_path, monkeypatch, capsys):
-    """Guards: a join by position; scores that differ from those of rows which carry their truth."""
+def test_bare_answers_are_joined_with_the_official_files(six, tmp_path, monkeypatch, capsys):
+    """Guards: a join by position; other scores than for rows that have their solutions."""
     full = [
         {**r, "prediction": r["solution"] if i % 2 else "A"}
         for name in NAMES
@@ -394,8 +413,8 @@ GOOD = row("mvbench", "B", "B", row_id="x")
         ),
     ],
 )
-def test_odd_prediction_files_are_one_clear_error(tmp_path, monkeypatch, content, message):
-    """Guards: a traceback; a row that is dropped or counted twice without a word; row numbers that are not the file's."""
+def test_bad_prediction_files_are_one_clear_error(tmp_path, monkeypatch, content, message):
+    """Guards: a traceback; a row that is silently dropped or counted twice; wrong row numbers."""
     file = tmp_path / "predictions.jsonl"
     file.write_bytes(
         content
@@ -418,21 +437,21 @@ def test_odd_prediction_files_are_one_clear_error(tmp_path, monkeypatch, content
         (["--model", "m", "--output_dir", "o"], "records: missing"),
     ],
 )
-def test_odd_commands_are_one_clear_error(monkeypatch, arguments, message):
-    """Guards: a traceback where one setting is missing."""
+def test_incomplete_commands_are_one_clear_error(monkeypatch, arguments, message):
+    """Guards: a traceback if a setting is missing."""
     with pytest.raises(UserError, match=message):
         score(monkeypatch, *arguments)
 
 
-def test_bare_rows_of_no_benchmark(tmp_path, monkeypatch):
-    """Guards: a traceback, or official files of another benchmark searched for them."""
+def test_bare_rows_of_an_unknown_benchmark_are_an_error(tmp_path, monkeypatch):
+    """Guards: a traceback, or a search in the files of another benchmark."""
     write(tmp_path / "predictions.jsonl", [{"benchmark": "mine", "id": 1, "prediction": "B"}, {"id": 2}])
     with pytest.raises(UserError, match="no benchmark None, mine: vsibench"):
         score(monkeypatch, "--score", tmp_path / "predictions.jsonl", "--annotations", tmp_path)
 
 
 def test_knowledge_gain_has_a_standard_error():
-    """Guards: a gain of 20 % told without saying that it is 20 ± 60."""
+    """Guards: a gain of 20 % without its error of 60."""
     rows = [
         row("videommmu", "B" if right else "A", "B", task=task, row_id=f"{task}/{i}")
         for task, marks in (("Adaptation", [1, 1, 0, 0]), ("question_only", [1, 0, 0, 0]))
@@ -443,11 +462,7 @@ def test_knowledge_gain_has_a_standard_error():
     assert part["se_delta_knowledge"] == pytest.approx(100 / 75 * math.hypot(28.8675, 25 * 50 / 75), abs=1e-3)
 
 
-def test_the_report_is_written_with_the_run(run, tmp_path, capsys):
-    """Guards: a page that only saved answers can have; frames the model did not see."""
-    out = run("evaluate", report=tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
-    rows = read_jsonl(out / "predictions.jsonl")
-    assert text.count('"strip": "data:image/webp') == 12 and "page.html" in capsys.readouterr().out
-    shuffled = next(r for r in rows if r["frames"] == "shuffled")
-    assert json.dumps(shuffled["frame_order"]) in text
+def test_the_report_setting_names_the_new_command(monkeypatch):
+    """Guards: a command of an older version that ends in argparse's usage."""
+    with pytest.raises(UserError, match="--report is now a command of its own: python -m tools.report PREDICTIONS"):
+        score(monkeypatch, "--score", "predictions.jsonl", "--report", "page.html")

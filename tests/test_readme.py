@@ -31,7 +31,7 @@ RUN_BY = {
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run",
     "python -m tools.plan_memory --config configs/7b.yaml --gpus 8": "test_what_the_plan_says_of_the_shipped_configs",
     "python evaluate.py --score predictions.jsonl": "test_scoring_loads_no_torch",
-    "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_joined",
+    "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_are_joined",
     "python -m tools.report predictions.jsonl --data_root DIR": "tests/test_report.py",
     "python -m tools.distill predictions.jsonl --out cot.json --data_root DIR": "test_distilled_answers_train",
     "python -m experiments.ablation": "test_ablation_runs_every_arm",
