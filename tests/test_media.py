@@ -613,11 +613,8 @@ def test_transparency_is_pasted_on_white(tmp_path, mode):
     else:
         image = drawing.quantize(4) if mode == "P" else drawing.convert(mode)
         dark = 0
-    name = "a.png"
-    if mode == "PA":
-        # Pillow cannot write this mode; a TIFF of grey with alpha takes its place
-        name = "a.tif"
-        image = drawing.convert("LA")
+    # a PNG cannot hold a palette with alpha
+    name = "a.tif" if mode == "PA" else "a.png"
     image.save(tmp_path / name, **options)
     pixels = np.asarray(data.load_media(record(name, "image"), config(tmp_path))[0])
     assert pixels[0, 0].tolist() == [255] * 3 and pixels[20, 20].tolist() == [dark] * 3
