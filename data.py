@@ -135,7 +135,7 @@ def refuse_conversations(path, rows):
         if isinstance(rows[0], dict) and name in rows[0] and "problem" not in rows[0]:
             raise UserError(
                 f"{path}: row 1 is a conversation ({name!r}); a record has problem, solution, path and so on: "
-                "see README, Train on your own clips"
+                "see docs/own_clips.md"
             )
 
 

@@ -147,11 +147,8 @@ def test_json_and_jsonl_give_equal_records_with_unknown_keys(tmp_path):
     rows = [GOOD | {"problem_id": i, "mine": [i], "fps": "25"} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
-    assert (
-        data.load_records(tmp_path / "a.json", tmp_path)
-        == data.load_records(tmp_path / "a.jsonl", tmp_path)
-        == (rows, {})
-    )
+    for name in ("a.json", "a.jsonl"):
+        assert data.load_records(tmp_path / name, tmp_path) == (rows, {})
 
 
 def test_a_few_bad_rows_are_skipped_and_named(tmp_path):
@@ -186,17 +183,8 @@ def test_check_writes_the_usable_rows_unchanged(tmp_path, monkeypatch, capsys):
     rows = [GOOD | {"solution": "B", "mine": 1}, GOOD | {"path": "gone.mp4"}, GOOD | {"solution": "Z"}, GOOD]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     out = tmp_path / "readable.json"
-    arguments = [
-        "--records",
-        tmp_path / "a.json",
-        "--data_root",
-        tmp_path,
-        "--num_workers",
-        "0",
-        "--max_unreadable",
-        "0.01",
-    ]
-    monkeypatch.setattr("sys.argv", ["data.py", "--check", "--out", str(out), *map(str, arguments)])
+    paths = ["--records", str(tmp_path / "a.json"), "--data_root", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["data.py", "--check", "--num_workers", "0", "--max_unreadable", "0.01", *paths])
     with pytest.raises(SystemExit) as exit:
         data.main()
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Training on one's own clips: the examples of the README, the test set, the clear lines for other people's formats."""
+"""Training on one's own clips: the documented examples, distilled answers, the test set, other formats."""
 
 import json
 import random
@@ -28,16 +28,15 @@ def test_the_examples_show_every_data_type_and_problem_type():
     assert {r["problem_type"] for r in EXAMPLES} == set(ACCURACY)
 
 
-def test_the_readme_shows_the_example_records():
-    """Guards: a record edited in the README only, which no test trains on."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Train on your own clips")[1].split("\n## ")[0]
-    shown = json.loads(re.search(r"```json\n(.*?)```", section, re.S)[1])
-    assert shown == EXAMPLES
+def test_the_documented_records_are_the_examples():
+    """Guards: a record edited in docs/own_clips.md only, which no test trains on."""
+    page = (ROOT / "docs/own_clips.md").read_text(encoding="utf-8")
+    documented = json.loads(re.search(r"```json\n(.*?)```", page, re.S)[1])
+    assert documented == EXAMPLES
 
 
 def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypatch):
-    """Guards: an example in the README that training refuses, or whose media it skips unnoticed."""
+    """Guards: a documented example that training refuses, or whose media it skips unnoticed."""
     small = {
         "config": "examples/own.yaml",
         "records": ROOT / "examples/records.json",
@@ -71,22 +70,10 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
 def test_the_examples_media_can_be_read(monkeypatch, stage):
-    """Guards: a check of the user's files that fails on the README's own files."""
+    """Guards: a check of the user's files that fails on the documented files."""
+    arguments = ("--records", ROOT / "examples/records.json", "--data_root", ROOT / "examples", "--num_workers", 0)
     with pytest.raises(SystemExit) as done:
-        run_data(
-            monkeypatch,
-            "--config",
-            "examples/own.yaml",
-            "--stage",
-            stage,
-            "--check",
-            "--num_workers",
-            0,
-            "--records",
-            ROOT / "examples/records.json",
-            "--data_root",
-            ROOT / "examples",
-        )
+        run_data(monkeypatch, "--config", "examples/own.yaml", "--stage", stage, "--check", *arguments)
     assert not done.value.code
 
 
@@ -141,11 +128,10 @@ def test_a_distilled_record_shows_the_same_part_of_its_clip():
         "prediction": "<think>It moves.</think><answer>B</answer>",
     }
     [record], _ = distill.distill([row], ROOT / "examples")
-    assert (record["start"], record["end"], record["process"]) == (
-        3,
-        5,
-        "<think>It moves.</think>",
-    ) and "fps" not in record
+    assert record["start"] == 3
+    assert record["end"] == 5
+    assert record["process"] == "<think>It moves.</think>"
+    assert "fps" not in record
 
 
 # ------------------------------------------------------------------------------------------------------ the test set

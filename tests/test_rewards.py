@@ -139,126 +139,39 @@ def test_format_reward(text, reward):
 # ------------------------------------------------------------------------------------------------------ multiple choice
 
 
+# fmt: off
+NAMES_B = [
+    # a lone letter
+    "B", "b", "B.", "B)", "(B)", "(b)", "[B]", "B:", " B ", "**B**", "**B.**", "`B`", '"B"', "$B$", "\xa0B", "B!",
+    # a letter before the option's text
+    "B. the cat", "B) the cat", "B: the cat", "(B) the cat", "(B)the cat", "**B.** the cat", "**B**. the cat",
+    "B.\nthe cat", "B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush",
+    # words before it
+    "Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat",
+    # the words that Video-MME's extractor strips
+    "The best answer is B", "The correct answer is B", "The answer is B", "The answer B", "The best option is B",
+    "The correct option is B", "Best answer: B", "Best option: B", "Answer: B", "Option: B",
+    # other scripts
+    "Ｂ", "ⓑ", "（Ｂ）", "B．猫", "B、猫", "B：猫", "【B】",
+]
+NAMES_ANOTHER = [("D. Both A and B", "D"), ("n", "N"), ("Z", "Z"), ("I. think", "I")]
+NAMES_NONE = [
+    # nothing
+    "", " ", ".", "()", "best", "The best of B",
+    # several
+    "A or B", "A and B", "A, B", "A/B", "A & B", "A; B", "A B", "AB", "A\nB", "a or b", "Options A, B", "A. B", "A.B",
+    "A) or B)", "(A) and (B)", "A. cat, B. dog", "A. cat\nB. dog", "A. cat or B. dog", "A: cat / B: dog",
+    # words
+    "A cat", "a cat", "I think B", "not B", "B because", "Bear", "the cat", "e.g. this", "U.S. Navy", "4", "4. B",
+    # other scripts
+    "ß", "é", "Б", "\ud800", "\x00",
+]
+# fmt: on
+
+
 @pytest.mark.parametrize(
     "text, letter",
-    [
-        *[
-            (text, "B")
-            for text in (
-                "B",
-                "b",
-                "B.",
-                "B)",
-                "(B)",
-                "(b)",
-                "[B]",
-                "B:",
-                " B ",
-                "**B**",
-                "**B.**",
-                "`B`",
-                '"B"',
-                "$B$",
-                "\xa0B",
-                "B!",
-            )
-        ],
-        *[
-            (text, "B")
-            for text in (
-                "B. the cat",
-                "B) the cat",
-                "B: the cat",
-                "(B) the cat",
-                "(B)the cat",
-                "**B.** the cat",
-                "**B**. the cat",
-                "B.\nthe cat",
-            )
-        ],
-        *[
-            (text, "B")
-            for text in ("B. 3", "B. x y", "B. the cat, the dog", "B. salt and pepper", "B. George W. Bush")
-            # option texts
-        ],
-        *[
-            (text, "B")
-            for text in ("Option B", "option (B)", "Answer: B", "The answer is B.", "The correct option is: B. the cat")
-        ],
-        # the lead-ins that Video-MME's extractor strips
-        *[
-            (f"{lead} B", "B")
-            for lead in (
-                "The best answer is",
-                "The correct answer is",
-                "The answer is",
-                "The answer",
-                "The best option is",
-                "The correct option is",
-                "Best answer:",
-                "Best option:",
-                "Answer:",
-                "Option:",
-            )
-        ],
-        ("best", None),
-        ("The best of B", None),
-        ("D. Both A and B", "D"),
-        ("n", "N"),
-        ("Z", "Z"),
-        ("I. think", "I"),
-        *[
-            (text, None)
-            for text in (
-                "",
-                " ",
-                ".",
-                "()",
-                "A or B",
-                "A and B",
-                "A, B",
-                "A/B",
-                "A & B",
-                "A; B",
-                "A B",
-                "AB",
-                "A\nB",
-                "a or b",
-                "Options A, B",
-            )
-        ],
-        *[
-            (text, None)
-            for text in (
-                "A. B",
-                "A.B",
-                "A) or B)",
-                "(A) and (B)",
-                "A. cat, B. dog",
-                "A. cat\nB. dog",
-                "A. cat or B. dog",
-                "A: cat / B: dog",
-            )
-        ],
-        *[
-            (text, None)
-            for text in (
-                "A cat",
-                "a cat",
-                "I think B",
-                "not B",
-                "B because",
-                "Bear",
-                "the cat",
-                "e.g. this",
-                "U.S. Navy",
-                "4",
-                "4. B",
-            )
-        ],
-        *[(text, "B") for text in ("Ｂ", "ⓑ", "（Ｂ）", "B．猫", "B、猫", "B：猫", "【B】")],
-        *[(text, None) for text in ("ß", "é", "Б", "\ud800", "\x00")],
-    ],
+    [*[(text, "B") for text in NAMES_B], *NAMES_ANOTHER, *[(text, None) for text in NAMES_NONE]],
 )
 def test_parse_letter(text, letter):
     """Guards: 0 for "B.", "(B)" and "b" (released code); 1 for "A or B" and for the article in "A cat" (others)."""
@@ -281,147 +194,35 @@ def test_every_letter_is_read():
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("4", 4),
-        ("4.0", 4),
-        ("4.", 4),
-        ("004", 4),
-        ("+4", 4),
-        ("-3", -3),
-        ("−3", -3),
-        ("- 3", None),
-        ("0", 0),
-        ("-0.0", 0),
-        (".5", 0.5),
-        ("-.5", -0.5),
-        ("1,000", 1000),
-        ("12,345,678.9", 12345678.9),
-        ("1e3", 1000),
-        ("1E3", 1000),
-        ("2.5e-1", 0.25),
-        ("1e+2", 100),
-        ("50%", 50),
-        ("50 %", 50),
-        ("$5", 5),
-        ("$1,000.50", 1000.5),
-        ("€5", 5),
-        ("$4$", 4),
-        ("**4**", 4),
-        (" 4\n", 4),
-        ("3.5.", 3.5),
-        ("4" + " " * 600, 4),
-        ("1e-999999", 0),
-        ("0." + "3" * 9999, 1 / 3),
-        ("3.5 meters", 3.5),
-        ("3.5m", 3.5),
-        ("3.5 m.", 3.5),
-        ("12 m^2", 12),
-        ("12 m2", 12),
-        ("12 m²", 12),
-        ("12 square meters", 12),
-        ("9.8 m/s^2", 9.8),
-        ("60 km/h", 60),
-        ("60 miles per hour", 60),
-        ("20 °C", 20),
-        ("20 degrees Celsius", 20),
-        ("3 cats", 3),
-        ("3\ncats", 3),
-        ("50 percent", 50),
-        *[
-            (text, None)
-            for text in (
-                "",
-                " ",
-                ".",
-                "-",
-                "+",
-                "%",
-                ",",
-                "e",
-                "e3",
-                ".e3",
-                "four",
-                "meters",
-                "nan",
-                "NaN",
-                "inf",
-                "-inf",
-                "Infinity",
-            )
-        ],
-        *[
-            (text, None)
-            for text in (
-                "1,00",
-                "3,5",
-                "1,0000",
-                "1000,000",
-                "1,000,00",
-                "1,,000",
-                ",000",
-                "0,500",
-                "1,000,",
-                "1.000.000",
-                "1 000",
-                "1,2,3",
-                "1_000",
-            )
-        ],
-        *[
-            (text, None)
-            for text in (
-                "4, not 5",
-                "4 not five",
-                "between 3 and 4",
-                "3 and 4",
-                "3 or four",
-                "3 to 4",
-                "3-4",
-                "3–4",
-                "3 4",
-                "3 meters 4",
-                "4 5 meters",
-            )
-        ],
-        *[
-            (text, None)
-            for text in (
-                "about 4",
-                "4 (four)",
-                "4 maybe five",
-                "2x3",
-                "2x",
-                "2 x 3",
-                "2^3",
-                "4²",
-                "5:30",
-                "1e",
-                "1e+",
-                "0x10",
-            )
-        ],
-        *[
-            (text, None)
-            for text in (
-                "4 million",
-                "4 thousand",
-                "4k",
-                "4 dozen",
-                "--4",
-                "+-4",
-                "4-",
-                "1e999",
-                "-1e999999",
-                "9" * 400,
-                "٤",
-                "²",
-                "4₂",
-            )
-        ],
-    ],
-)
+# fmt: off
+NUMBERS = [
+    ("4", 4), ("4.0", 4), ("4.", 4), ("004", 4), ("+4", 4), ("-3", -3), ("−3", -3), ("0", 0),
+    ("-0.0", 0), (".5", 0.5), ("-.5", -0.5), ("1,000", 1000), ("12,345,678.9", 12345678.9), ("1e3", 1000),
+    ("1E3", 1000), ("2.5e-1", 0.25), ("1e+2", 100), ("50%", 50), ("50 %", 50), ("$5", 5), ("$1,000.50", 1000.5),
+    ("€5", 5), ("$4$", 4), ("**4**", 4), (" 4\n", 4), ("3.5.", 3.5), ("4" + " " * 600, 4), ("1e-999999", 0),
+    ("0." + "3" * 9999, 1 / 3), ("3.5 meters", 3.5), ("3.5m", 3.5), ("3.5 m.", 3.5), ("12 m^2", 12),
+    ("12 m2", 12), ("12 m²", 12), ("12 square meters", 12), ("9.8 m/s^2", 9.8), ("60 km/h", 60),
+    ("60 miles per hour", 60), ("20 °C", 20), ("20 degrees Celsius", 20), ("3 cats", 3), ("3\ncats", 3),
+    ("50 percent", 50),
+]
+NOT_NUMBERS = [
+    # no digit
+    "", " ", ".", "-", "+", "%", ",", "e", "e3", ".e3", "four", "meters", "nan", "NaN", "inf", "-inf", "Infinity",
+    # commas and points in wrong places
+    "1,00", "3,5", "1,0000", "1000,000", "1,000,00", "1,,000", ",000", "0,500", "1,000,", "1.000.000", "1 000", "1,2,3",
+    "1_000",
+    # several numbers
+    "4, not 5", "4 not five", "between 3 and 4", "3 and 4", "3 or four", "3 to 4", "3-4", "3–4", "3 4", "3 meters 4",
+    "4 5 meters",
+    # other words, formulas, times
+    "- 3", "about 4", "4 (four)", "4 maybe five", "2x3", "2x", "2 x 3", "2^3", "4²", "5:30", "1e", "1e+", "0x10",
+    # scales, signs, numbers too large for a float, other digits
+    "4 million", "4 thousand", "4k", "4 dozen", "--4", "+-4", "4-", "1e999", "-1e999999", "9" * 400, "٤", "²", "4₂",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text, number", [*NUMBERS, *[(text, None) for text in NOT_NUMBERS]])
 def test_parse_number(text, number):
     """Guards: 0 for "4.0" if the truth is "4", or "1000" for "1,000" (released code); 1 for "4, not 5"."""
     if number is None:
@@ -442,130 +243,41 @@ def test_numbers_that_python_writes_are_read_back():
         assert parse_number(f"{x:,.6f}") == float(f"{x:.6f}")
 
 
-# Text, and what is read of it: a letter, a number, or nothing.
+# A text, and what is read from it: a letter, a number, or nothing.
+# fmt: off
 READ = [
     # Unicode forms
-    ("Ｂ", "B"),
-    ("（ｂ）", "B"),
-    ("答案：B", "B"),
-    ("答案是B。", "B"),
-    ("正确答案为（C）", "C"),
-    ("故选D", "D"),
+    ("Ｂ", "B"), ("（ｂ）", "B"), ("答案：B", "B"), ("答案是B。", "B"), ("正确答案为（C）", "C"), ("故选D", "D"),
     ("选项 B", "B"),
-    ("答え：Ｂ", "B"),
-    ("５", 5),
-    ("１，０００", 1000),
-    ("－５", -5),
-    ("答案：5", 5),
-    ("5个", 5),
-    ("３.５米", 3.5),
+    ("答え：Ｂ", "B"), ("５", 5), ("１，０００", 1000), ("－５", -5), ("答案：5", 5), ("5个", 5), ("３.５米", 3.5),
     ("5千克", 5),
-    ("½", 0.5),
-    ("3½", 3.5),
-    ("℃", None),
-    ("5万", None),
-    ("3亿元", None),
-    ("12点", None),
-    ("4²", None),
-    ("10⁻³", None),
-    ("12 m²", 12),
-    ("5 ㎝", 5),
-    ("20℃", 20),
+    ("½", 0.5), ("3½", 3.5), ("℃", None), ("5万", None), ("3亿元", None), ("12点", None), ("4²", None), ("10⁻³", None),
+    ("12 m²", 12), ("5 ㎝", 5), ("20℃", 20),
     # LaTeX
-    (r"\boxed{B}", "B"),
-    (r"$\boxed{B}$", "B"),
-    (r"\boxed{\text{(B)}}", "B"),
-    (r"\text{B}", "B"),
-    (r"$$B$$", "B"),
-    (r"\(B\)", "B"),
-    (r"\textbf{B.} cat", "B"),
-    (r"\boxed{5}", 5),
-    (r"$5$", 5),
-    (r"$\boxed{5\text{ cm}}$", 5),
-    (r"\(5\)", 5),
-    (r"5\%", 5),
-    (r"\$5", 5),
-    (r"1{,}000", 1000),
-    (r"30^\circ", 30),
-    (r"\mathrm{5}", 5),
-    (r"\boxed{\boxed{\boxed{5}}}", 5),
-    (r"\boxed{5", None),
-    (r"\boxed{5} \boxed{6}", None),
-    (r"\sqrt{5}", None),
+    (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"), (r"\boxed{\text{(B)}}", "B"), (r"\text{B}", "B"), (r"$$B$$", "B"),
+    (r"\(B\)", "B"), (r"\textbf{B.} cat", "B"), (r"\boxed{5}", 5), (r"$5$", 5), (r"$\boxed{5\text{ cm}}$", 5),
+    (r"\(5\)", 5), (r"5\%", 5), (r"\$5", 5), (r"1{,}000", 1000), (r"30^\circ", 30), (r"\mathrm{5}", 5),
+    (r"\boxed{\boxed{\boxed{5}}}", 5), (r"\boxed{5", None), (r"\boxed{5} \boxed{6}", None), (r"\sqrt{5}", None),
     # fractions
-    ("3/4", 0.75),
-    ("-3/4", -0.75),
-    ("3 / 4", 0.75),
-    (r"\frac{3}{4}", 0.75),
-    (r"$-\frac{3}{4}$", -0.75),
-    (r"\dfrac{1}{2}", 0.5),
-    (r"\frac34", 0.75),
-    ("1 3/4", 1.75),
-    (r"1\frac{3}{4}", 1.75),
-    ("3/4 cup", 0.75),
-    ("3⁄4", 0.75),
-    ("1.5/2", 0.75),
-    ("3/0", None),
-    ("3/4/2020", None),
-    ("1/2 or 1/3", None),
-    (r"\frac{a}{b}", None),
-    (r"\frac{1}{2", None),
-    ("3/", None),
-    ("/4", None),
-    ("1//2", None),
+    ("3/4", 0.75), ("-3/4", -0.75), ("3 / 4", 0.75), (r"\frac{3}{4}", 0.75), (r"$-\frac{3}{4}$", -0.75),
+    (r"\dfrac{1}{2}", 0.5), (r"\frac34", 0.75), ("1 3/4", 1.75), (r"1\frac{3}{4}", 1.75), ("3/4 cup", 0.75),
+    ("3⁄4", 0.75), ("1.5/2", 0.75), ("3/0", None), ("3/4/2020", None), ("1/2 or 1/3", None), (r"\frac{a}{b}", None),
+    (r"\frac{1}{2", None), ("3/", None), ("/4", None), ("1//2", None),
     # names, parentheses, leads
-    ("x = 5", 5),
-    ("x=5", 5),
-    ("(5)", 5),
-    ("[5]", 5),
-    ("(-5)", -5),
-    ("x = (5)", 5),
-    ("= 5", 5),
-    (r"\theta = 5", 5),
-    ("x_1 = 5", 5),
-    ("Answer: 5", 5),
-    ("The answer is 5.", 5),
-    ("x = 5, y = 3", None),
-    ("x = y", None),
-    ("2x = 5", None),
-    ("((5", None),
-    ("x == 5", None),
+    ("x = 5", 5), ("x=5", 5), ("(5)", 5), ("[5]", 5), ("(-5)", -5), ("x = (5)", 5), ("= 5", 5), (r"\theta = 5", 5),
+    ("x_1 = 5", 5), ("Answer: 5", 5), ("The answer is 5.", 5), ("x = 5, y = 3", None), ("x = y", None),
+    ("2x = 5", None), ("((5", None), ("x == 5", None),
     # scales and times are other numbers, or none
-    ("$1.2M", None),
-    ("$5m", None),
-    ("€3bn", None),
-    ("1.2M", None),
-    ("2 thirds", None),
-    ("two thirds", None),
-    ("3 lakh", None),
-    ("3 crore", None),
-    ("₹3 lakh", None),
-    ("5 hundred", None),
-    ("3 halves", None),
-    ("3 quarters", None),
-    ("4 squared", None),
-    ("12 AM", None),
-    ("12 a.m.", None),
-    ("3pm", None),
-    ("12 noon", None),
-    ("12:30", None),
-    ("300 BC", None),
-    ("3.5m", 3.5),
-    ("3 ms", 3),
-    ("4 MB", 4),
-    ("5 trees", 5),
-    ("4 pm2", 4),
-    ("5 Ω", 5),
-    ("5 μm", 5),
-    ("5 Å", 5),
+    ("$1.2M", None), ("$5m", None), ("€3bn", None), ("1.2M", None), ("2 thirds", None), ("two thirds", None),
+    ("3 lakh", None), ("3 crore", None), ("₹3 lakh", None), ("5 hundred", None), ("3 halves", None),
+    ("3 quarters", None), ("4 squared", None), ("12 AM", None), ("12 a.m.", None), ("3pm", None), ("12 noon", None),
+    ("12:30", None), ("300 BC", None), ("3.5m", 3.5), ("3 ms", 3), ("4 MB", 4), ("5 trees", 5), ("4 pm2", 4),
+    ("5 Ω", 5), ("5 μm", 5), ("5 Å", 5),
     # an option's own text may begin with an initial
-    ("B. E. coli", "B"),
-    ("B. E. coli and S. aureus", "B"),
-    ("C. J. S. Bach", "C"),
-    ("A. B", None),
-    ("A. cat, B. dog", None),
-    ("A) B) cat", None),
+    ("B. E. coli", "B"), ("B. E. coli and S. aureus", "B"), ("C. J. S. Bach", "C"), ("A. B", None),
+    ("A. cat, B. dog", None), ("A) B) cat", None),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("text, read", READ)
@@ -720,28 +432,12 @@ def test_mean_relative_accuracy_equals_the_official_one():
 # ------------------------------------------------------------------------------------------ words: OCR and free-form
 
 
+# fmt: off
 VOCABULARY = [
-    "the",
-    "The",
-    "cat",
-    "cat's",
-    "sat",
-    "on",
-    "mats",
-    "3.5",
-    "e-mail",
-    "naïve",
-    "漢字",
-    "İstanbul",
-    "K",
-    "ﬁn",
-    "x_y",
-    "ǅ",
-    "\ud800",
-    "--",
-    "",
-    "½",
+    "the", "The", "cat", "cat's", "sat", "on", "mats", "3.5", "e-mail", "naïve", "漢字", "İstanbul", "K", "ﬁn", "x_y",
+    "ǅ", "\ud800", "--", "", "½",
 ]
+# fmt: on
 
 
 def text_pairs(seed, n=400):
@@ -954,65 +650,15 @@ TRUTHS = {
     "free-form": "the cat sat on the mat " * 20,
     "regression": "4",
 }
+# fmt: off
 UNITS = [
-    "<",
-    "<answer>",
-    "</answer>",
-    "<think>",
-    "</think>",
-    "<think></think>",
-    "<answer></answer>",
-    "<answer>B</answer>",
-    "<think><answer>",
-    "<answ",
-    "</",
-    "\\boxed{",
-    "\\text{x}",
-    "\\frac{",
-    "\\frac{1}{2}",
-    "$",
-    "1/2",
-    "x=",
-    "½",
-    "²",
-    " ",
-    "\n",
-    "\x00",
-    "\ud800",
-    "é",
-    "９",
-    "0",
-    "9",
-    "1,",
-    ",000",
-    "1e",
-    "e",
-    ".",
-    "-",
-    "+",
-    "%",
-    "$",
-    "*",
-    "(",
-    "B",
-    "B ",
-    "B.",
-    "B. ",
-    "A) or ",
-    ",B. x",
-    "the ",
-    "answer is ",
-    "option",
-    "the cat ",
-    "m/",
-    "m^2",
-    "square ",
-    " per m",
-    "x y\n",
-    "\t\t",
-    "𝟗",
-    "\u0301\u0327",
+    "<", "<answer>", "</answer>", "<think>", "</think>", "<think></think>", "<answer></answer>", "<answer>B</answer>",
+    "<think><answer>", "<answ", "</", "\\boxed{", "\\text{x}", "\\frac{", "\\frac{1}{2}", "$", "1/2", "x=", "½", "²",
+    " ", "\n", "\x00", "\ud800", "é", "９", "0", "9", "1,", ",000", "1e", "e", ".", "-", "+", "%", "$", "*", "(", "B",
+    "B ", "B.", "B. ", "A) or ", ",B. x", "the ", "answer is ", "option", "the cat ", "m/", "m^2", "square ",
+    " per m", "x y\n", "\t\t", "𝟗", "\u0301\u0327",
 ]
+# fmt: on
 
 
 def score_all(text):

@@ -37,7 +37,7 @@ def distill(rows, data_root, min_accuracy=CORRECT):
         except ValueError as error:
             raise UserError(f"row {number} of the predictions: {error}") from None
         completion = row.get("prediction") or ""
-        reason = why_no_lesson(row, completion)
+        reason = why_unsuitable(row, completion)
         if reason:
             dropped[reason] += 1
             continue
@@ -54,8 +54,8 @@ def distill(rows, data_root, min_accuracy=CORRECT):
     return [record for _, record in best.values()], dropped
 
 
-def why_no_lesson(row, completion):
-    """Why a completion cannot be an SFT target, whatever its answer; None if it can."""
+def why_unsuitable(row, completion):
+    """Why a completion cannot be an SFT target, regardless of its answer; None if it can."""
     if row.get("frames") == "shuffled":
         return "frames were shuffled"
     if not format_reward(completion):
