@@ -1,6 +1,6 @@
 """Draws docs/method.png, one prompt of one step of T-GRPO, from the rollouts that `python toy.py` left in runs/toy.
 
-python docs/picture.py [--run runs/toy] [--step 12]
+python docs/picture.py --run runs/toy --step 12    # the first suitable group from step 12 on
 """
 
 import argparse
@@ -16,13 +16,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+from rewards import CORRECT, accuracy_reward, extract_answer, temporal_reward
+from settings import SharedConfig, UserError, read_jsonl
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import data  # noqa: E402
-from rewards import CORRECT, accuracy_reward, extract_answer, temporal_reward  # noqa: E402
-from settings import SharedConfig, UserError, read_jsonl  # noqa: E402
-
 ALPHA = 0.3
 # distinct completions per column, and characters per line of their text
 MAX_DISTINCT = 3
