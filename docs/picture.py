@@ -86,12 +86,13 @@ def draw_column(figure, x, title, frames, order, rows, record):
         axis.set_title(str(i + 1), fontsize=12, y=-0.52)
     counts = Counter((is_correct(row, record), reason(row), extract_answer(row["text"])) for row in rows)
     # correct completions first, then the most frequent ones
-    ranked = sorted(counts.items(), key=lambda item: (item[0][0], item[1]), reverse=True)
-    for i, ((correct, thought, letter), count) in enumerate(ranked):
+    ranked = sorted(counts, key=lambda completion: (completion[0], counts[completion]), reverse=True)
+    for i, completion in enumerate(ranked):
+        correct, thought, letter = completion
         text = textwrap.fill(f"{thought} → {letter}", WIDTH)
         colour = CORRECT_COLOUR if correct else WRONG_COLOUR
         y = 0.635 - 0.115 * i
-        figure.text(x, y, f"{count} {'✓' if correct else '✗'}", fontsize=15, color=colour, va="top")
+        figure.text(x, y, f"{counts[completion]} {'✓' if correct else '✗'}", fontsize=15, color=colour, va="top")
         figure.text(x + 0.052, y, text, fontsize=13, color=colour, va="top")
 
 
