@@ -188,8 +188,10 @@ def still(rng, agreement, neutral):
     shape = rng.choice(SHAPES)
     colour = rng.choice(list(COLOURS))
     kind = rng.choice(["where", "big", "colour"])
-    x, y = 28, 28
+    x = 28
+    y = 28
     radius = rng.uniform(8, 12)
+    # {} in a reason is the answer that it leads to
     if kind == "where":
         answer, wrong = rng.sample(rng.choice([["left", "right"], ["up", "down"]]), 2)
         problem = f"Where is the {shape}?"

@@ -1,6 +1,6 @@
 """Draws docs/method.png, one prompt of one step of T-GRPO, from the rollouts that `python toy.py` left in runs/toy.
 
-python docs/picture.py [--run runs/toy] [--step 12]
+python docs/picture.py --run runs/toy --step 12    # the first suitable group from step 12 on
 """
 
 import argparse
@@ -16,13 +16,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+from rewards import CORRECT, accuracy_reward, extract_answer, temporal_reward
+from settings import SharedConfig, UserError, read_jsonl
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import data  # noqa: E402
-from rewards import CORRECT, accuracy_reward, extract_answer, temporal_reward  # noqa: E402
-from settings import SharedConfig, UserError, read_jsonl  # noqa: E402
-
 ALPHA = 0.3
 # distinct completions per column, and characters per line of their text
 MAX_DISTINCT = 3
@@ -86,12 +86,13 @@ def draw_column(figure, x, title, frames, order, rows, record):
         axis.set_title(str(i + 1), fontsize=12, y=-0.52)
     counts = Counter((is_correct(row, record), reason(row), extract_answer(row["text"])) for row in rows)
     # correct completions first, then the most frequent ones
-    ranked = sorted(counts.items(), key=lambda item: (item[0][0], item[1]), reverse=True)
-    for i, ((correct, thought, letter), count) in enumerate(ranked):
+    ranked = sorted(counts, key=lambda completion: (completion[0], counts[completion]), reverse=True)
+    for i, completion in enumerate(ranked):
+        correct, thought, letter = completion
         text = textwrap.fill(f"{thought} → {letter}", WIDTH)
         colour = CORRECT_COLOUR if correct else WRONG_COLOUR
         y = 0.635 - 0.115 * i
-        figure.text(x, y, f"{count} {'✓' if correct else '✗'}", fontsize=15, color=colour, va="top")
+        figure.text(x, y, f"{counts[completion]} {'✓' if correct else '✗'}", fontsize=15, color=colour, va="top")
         figure.text(x + 0.052, y, text, fontsize=13, color=colour, va="top")
 
 

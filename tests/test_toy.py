@@ -42,7 +42,7 @@ def centre_of_shape(frame):
 
 @pytest.mark.parametrize("render", [toy.direction, toy.size])
 def test_shuffled_frames_do_not_give_the_answer_away(render):
-    """Guards: position, size or brightness statistics that differ between two opposite answers whatever the order."""
+    """Guards: position, size or brightness statistics that differ between opposite answers, in any order of frames."""
     groups = {}
     for question in questions(render, 400):
         grey = np.stack(question.frames).mean(3)
