@@ -89,7 +89,7 @@ def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gp
         ("configs/3b.yaml", 2, "3B on 2 GPUs"),
     ],
 )
-def test_the_readmes_table_is_the_plan(path, gpus, row):
+def test_documented_table_equals_the_plan(path, gpus, row):
     """Guards: an outdated table; a phase of the step that the peak omits."""
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", path])
     parts, peak = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), gpus)
@@ -97,8 +97,9 @@ def test_the_readmes_table_is_the_plan(path, gpus, row):
     phases = (parts["KV cache (rollout)"], parts["activations"] + parts["logits"], parts["optimizer step"])
     resident = states + parts["reference"] + parts["rollout copy"] + parts["gathered layers"]
     assert peak == pytest.approx(resident + max(phases))
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    cells = next(line for line in readme.split("\n") if line.startswith(f"| {row} |")).split("|")[2:-1]
+    page = (Path(__file__).parent.parent / "docs/training.md").read_text()
+    line = next(line for line in page.split("\n") if line.startswith(f"| {row} |"))
+    cells = line.split("|")[2:-1]
     expected = (states, parts["reference"], parts["rollout copy"], parts["gathered layers"], *phases, peak)
     assert [float(cell) for cell in cells] == [pytest.approx(size / 1e9, abs=0.06) for size in expected]
 
