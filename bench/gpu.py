@@ -8,9 +8,9 @@
     2. update: reference, model, loss, backward and AdamW, as one rank of --gpus
     3. how often the host waits for the GPU during an update
 
-The other ranks do not exist: in torch's "fake" process group a collective does nothing. Memory and seconds are therefore
-those of one GPU of --gpus without the network. Values computed from gathered weights are meaningless and are not used.
-The last line has all numbers as JSON.
+The other ranks do not exist: in torch's "fake" process group a collective does nothing. Memory and seconds are
+therefore those of one GPU of --gpus without the network. Values computed from gathered weights are meaningless and are
+not used. The last line has all numbers as JSON.
 """
 
 import argparse
@@ -185,60 +185,32 @@ def count_waits(device, function):
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
-    parser.add_argument("--gpus", type=int, default=8, help="this GPU is one of so many; default: 8")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
-    args = parser.parse_args()
-    tiny = args.shape == "tiny"
-    P, C, grid = (40, 8, (4, 4, 4)) if tiny else (1300, 256, (8, 16, 30))
-    cfg = tgrpo.TGRPOConfig(
-        fsdp="full_shard", bf16=True, gradient_checkpointing=True, batch_size=args.gpus, max_new_tokens=C
-    )
-    config = shape(args.shape)
-    tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
-
-    fake_ranks(args.gpus)
-    accelerator = common.make_accelerator(cfg)
-    device = accelerator.device
-    on_gpu = device.type == "cuda"
-    print(
-        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks, "
-        f"P = {P}, C = {C}, {cfg.num_generations} + {cfg.shuffled_generations} completions"
-    )
-    print(
-        f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}"
-    )
-
+def make_models(config, cfg, accelerator):
+    """(policy, optimizer, reference, rollout model), sharded as in tgrpo.py."""
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
     policy.load_policy = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
     reference = policy.load_reference(accelerator, cfg)
     model = accelerator.unwrap_model(model)
-    sampler = policy.rollout_copy(accelerator, model, cfg)
-    result = {
-        "shape": args.shape,
-        "gpus": args.gpus,
-        "refresh_s": timed(device, lambda: policy.refresh(sampler, model)),
-    }
-    with torch.no_grad():
-        for parameter in sampler.parameters():
-            parameter.normal_(0, 0.02)
-    if on_gpu:
-        print(f"weights, without gradients: {torch.cuda.memory_allocated() / 1e9:.1f} GB")
+    return model, optimizer, reference, policy.rollout_copy(accelerator, model, cfg)
 
-    prompt = clip_prompt(config, grid, P)
-    for compiled in (False, True):
-        numbers, completions = measure_rollout(sampler, prompt, cfg, tokenizer, compiled, args.repeats)
-        result[f"rollout, compile {'on' if compiled else 'off'}"] = numbers
-        share = (
-            "" if numbers["bandwidth_share"] is None else f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
-        )
-        print(
-            f"rollout, rollout_compile {'on: ' if compiled else 'off:'} {numbers['tokens_per_s']:8.0f} tokens per second{share}; "
-            f"{numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s"
-        )
 
+def measure_rollouts(rollout_model, prompt, cfg, tokenizer, repeats):
+    """({name: numbers}, completions): rollouts with rollout_compile off and on."""
+    result = {}
+    for compiled, name in ((False, "off"), (True, "on")):
+        numbers, completions = measure_rollout(rollout_model, prompt, cfg, tokenizer, compiled, repeats)
+        result[f"rollout, compile {name}"] = numbers
+        line = f"rollout, rollout_compile {name}: {numbers['tokens_per_s']:.0f} tokens per second"
+        if numbers["bandwidth_share"] is not None:
+            line += f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
+        print(f"{line}; {numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s")
+    return result, completions
+
+
+def measure_update(accelerator, models, prompt, completions, cfg, tokenizer, repeats):
+    """Numbers of one update on one prompt: seconds, and how often the host waits for the GPU."""
+    model, optimizer, reference, _ = models
+    device = accelerator.device
     advantages_G = torch.linspace(-1, 1, len(completions), device=device)
     banned = policy.placeholder_ids(model)
 
@@ -259,22 +231,68 @@ def main():
         optimizer.zero_grad()
 
     first = timed(device, update)
-    seconds = statistics.median(timed(device, update) for _ in range(args.repeats))
-    result["update"] = {"first_s": first, "seconds": seconds, "waits": count_waits(device, forward_and_backward)}
-    print(
-        f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {result['update']['waits']} times in it"
-    )
+    seconds = statistics.median(timed(device, update) for _ in range(repeats))
+    waits = count_waits(device, forward_and_backward)
+    print(f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {waits} times")
+    return {"first_s": first, "seconds": seconds, "waits": waits}
 
-    # the compiled rollout has left its cache
-    planned_cfg = dataclasses.replace(cfg, rollout_compile=True)
-    parts, planned = plan_memory.memory_plan(
-        planned_cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2]
+
+def compare_memory(cfg, config, gpus, n_prompt, grid):
+    """Numbers of the peak memory: planned, and measured on a GPU."""
+    # The compiled rollout, which ran last, keeps its caches.
+    cfg = dataclasses.replace(cfg, rollout_compile=True)
+    n_patches = grid[0] * grid[1] * grid[2]
+    _, planned = plan_memory.memory_plan(cfg, config, gpus, prompt_tokens=n_prompt, patches=n_patches)
+    measured = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+    measured_text = "only on a GPU" if measured is None else f"{measured:.1f} GB"
+    print(f"peak memory: planned {planned / 1e9:.1f} GB, measured {measured_text}")
+    return {"planned_gb": planned / 1e9, "measured_gb": measured}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, of which this is one; default: 8")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
+    args = parser.parse_args()
+    if args.shape == "tiny":
+        n_prompt, n_completion, grid = 40, 8, (4, 4, 4)
+    else:
+        n_prompt, n_completion, grid = 1300, 256, (8, 16, 30)
+    cfg = tgrpo.TGRPOConfig(
+        fsdp="full_shard",
+        bf16=True,
+        gradient_checkpointing=True,
+        batch_size=args.gpus,
+        max_new_tokens=n_completion,
     )
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    result["peak"] = {"planned_gb": planned / 1e9, "measured_gb": peak and peak / 1e9}
-    print(
-        f"peak memory: planned {planned / 1e9:.1f} GB, measured {'on a GPU only' if peak is None else f'{peak / 1e9:.1f} GB'}"
-    )
+    config = shape(args.shape)
+    tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
+
+    fake_ranks(args.gpus)
+    accelerator = common.make_accelerator(cfg)
+    device = accelerator.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks")
+    print(f"P = {n_prompt}, C = {n_completion}, {cfg.num_generations} + {cfg.shuffled_generations} completions")
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF")
+    print(f"allocator: {allocator}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
+
+    models = make_models(config, cfg, accelerator)
+    model, _, _, rollout_model = models
+    refresh_seconds = timed(device, lambda: policy.refresh(rollout_model, model))
+    result = {"shape": args.shape, "gpus": args.gpus, "refresh_s": refresh_seconds}
+    with torch.no_grad():
+        for parameter in rollout_model.parameters():
+            parameter.normal_(0, 0.02)
+    if device.type == "cuda":
+        print(f"weights, without gradients: {torch.cuda.memory_allocated() / 1e9:.1f} GB")
+
+    prompt = clip_prompt(config, grid, n_prompt)
+    rollouts, completions = measure_rollouts(rollout_model, prompt, cfg, tokenizer, args.repeats)
+    result.update(rollouts)
+    result["update"] = measure_update(accelerator, models, prompt, completions, cfg, tokenizer, args.repeats)
+    result["peak"] = compare_memory(cfg, config, args.gpus, n_prompt, grid)
     print(json.dumps(result))
 
 
