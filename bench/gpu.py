@@ -1,16 +1,16 @@
-"""For whoever has one GPU: how fast, and how large, a step of Qwen2.5-VL-7B is on it. Random weights, nothing is downloaded.
+"""Measures speed and memory of one T-GRPO step of Qwen2.5-VL-7B on one GPU. Random weights; nothing is downloaded.
 
-    python bench/gpu.py                      # the 7B shape; a GPU of 80 GB, 40 GB of host memory, a few minutes
+    python bench/gpu.py                      # the 7B shape: a GPU of 80 GB, 40 GB of host memory, a few minutes
     python bench/gpu.py --shape 3b
-    python bench/gpu.py --shape tiny         # seconds, on a CPU too: does it run?
+    python bench/gpu.py --shape tiny         # seconds, also on a CPU: does the script run?
 
     1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
     2. update: reference, model, loss, backward and AdamW, as one rank of --gpus
-    3. how often the host waits for the GPU in an update
+    3. how often the host waits for the GPU during an update
 
-The other ranks are made up: in torch's "fake" process group a collective does nothing. So memory and seconds are those of one
-GPU of --gpus, without the network; what is computed from gathered weights is meaningless, and nothing here looks at it.
-The last line is all numbers as JSON.
+The other ranks do not exist: in torch's "fake" process group a collective does nothing. Memory and seconds are
+therefore those of one GPU of --gpus without the network. Values computed from gathered weights are meaningless and are
+not used. The last line has all numbers as JSON.
 """
 
 import argparse
@@ -40,8 +40,11 @@ import tgrpo
 from tools import plan_memory
 
 TINY = {
-    "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "vocab_size": 152064, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "text": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 152064,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
     "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32},
 }  # fmt: skip
 
@@ -79,37 +82,37 @@ def clip_prompt(config, grid, n_tokens, seconds=10.0):
 
 
 def bandwidth_share(model, groups, seconds):
-    """Bytes that decoding these groups had to read at least, as a share of what the GPU's memory could give; {} on a CPU.
+    """Share of the GPU's memory bandwidth that decoding these groups needed at least; {} on a CPU.
 
-    Read are all text weights once a token, and every row's cache.
+    Counts every text weight once per decoding step, plus the KV cache of every row.
     """
     if model.device.type != "cuda":
         return {}
     gpu = torch.cuda.get_device_properties(model.device)
-    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8  # bytes a second
+    # bytes per second, at two transfers per clock
+    peak = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
     text = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
-    # an untied head is read for every token; of the embedding only single rows are
+    # An untied head is read at every step; of the embedding only single rows are.
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         weights += model.lm_head.weight.nbytes - model.get_input_embeddings().weight.nbytes
-    per_token = (
-        2
-        * text.num_hidden_layers
-        * text.num_key_value_heads
-        * (text.hidden_size // text.num_attention_heads)
-        * model.dtype.itemsize
-    )
-    rows = [
-        (g.sample.ordered["input_ids"].shape[1], n)
-        for g in groups
-        for n in [*map(len, g.completions), *map(len, g.shuffled_completions)]
-    ]
-    read = max(n for _, n in rows) * weights + per_token * sum(n * P + n * (n + 1) / 2 for P, n in rows)
-    return {"rollout/bandwidth_share": read / seconds / peak}
+    head_width = text.hidden_size // text.num_attention_heads
+    cache_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width * model.dtype.itemsize
+    longest = 0
+    cached_tokens_read = 0
+    for group in groups:
+        n_prompt = group.sample.ordered["input_ids"].shape[1]
+        for completion in [*group.completions, *group.shuffled_completions]:
+            n = len(completion)
+            longest = max(longest, n)
+            # step k reads the prompt and k completion tokens
+            cached_tokens_read += n * n_prompt + n * (n + 1) / 2
+    bytes_read = longest * weights + cache_per_token * cached_tokens_read
+    return {"rollout/bandwidth_share": bytes_read / seconds / peak}
 
 
 def fake_ranks(n):
-    """This process is rank 0 of `n`."""
+    """Make this process rank 0 of `n`."""
     os.environ |= {
         "WORLD_SIZE": str(n),
         "RANK": "0",
@@ -121,7 +124,7 @@ def fake_ranks(n):
 
 
 def random_model(config, cfg, dtype):
-    """What policy.load_policy gives, without a checkpoint; the numbers in it are whatever was in memory."""
+    """Like policy.load_policy, but without a checkpoint: the weights are uninitialised memory."""
     with no_init_weights():
         model = policy.empty_model(config, dtype)
     model.tie_weights()
@@ -131,7 +134,7 @@ def random_model(config, cfg, dtype):
 
 
 def timed(device, function):
-    """Seconds that `function` takes, the GPU's work included."""
+    """Seconds that `function` takes, including the GPU's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -141,28 +144,37 @@ def timed(device, function):
     return time.perf_counter() - begin
 
 
-def measure_rollout(sampler, prompt, cfg, tokenizer, compiled, repeats):
-    """{tokens per second, share of the bandwidth limit, seconds of the first call and of a later one}; and the completions."""
+def measure_rollout(rollout_model, prompt, cfg, tokenizer, compiled, repeats):
+    """(numbers for the result, completions with frames in order) of a rollout of G + S completions."""
     counts = [cfg.num_generations, cfg.shuffled_generations]
-    kept = []
+    compiled_rows = sum(counts) if compiled else 0
+    completions = []
 
     def sample():
-        rows = sum(counts) if compiled else 0
-        kept[:] = policy.rollout(
-            sampler, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens, compiled_rows=rows
+        completions[:] = policy.rollout(
+            rollout_model,
+            [prompt, prompt],
+            counts,
+            tokenizer,
+            1.0,
+            cfg.max_new_tokens,
+            compiled_rows=compiled_rows,
         )
 
-    first = timed(sampler.device, sample)
-    seconds = statistics.median(timed(sampler.device, sample) for _ in range(repeats))
-    ordered, shuffled = kept[: counts[0]], kept[counts[0] :]
+    device = rollout_model.device
+    first = timed(device, sample)
+    seconds = statistics.median(timed(device, sample) for _ in range(repeats))
+    ordered = completions[: cfg.num_generations]
+    shuffled = completions[cfg.num_generations :]
     group = tgrpo.Group(data.Sample({}, ordered=prompt), ordered, [], shuffled_completions=shuffled)
-    share = bandwidth_share(sampler, [group], seconds).get("rollout/bandwidth_share")
-    tokens = sum(len(c) for c in kept)
-    return {"tokens_per_s": tokens / seconds, "bandwidth_share": share, "first_s": first, "seconds": seconds}, ordered
+    share = bandwidth_share(rollout_model, [group], seconds).get("rollout/bandwidth_share")
+    n_tokens = sum(len(completion) for completion in completions)
+    numbers = {"tokens_per_s": n_tokens / seconds, "bandwidth_share": share, "first_s": first, "seconds": seconds}
+    return numbers, ordered
 
 
 def count_waits(device, function):
-    """How often the host waits for the GPU in `function`; None without a GPU."""
+    """How often the host waits for the GPU during `function`; None without a GPU."""
     if device.type != "cuda":
         return None
     torch.cuda.set_sync_debug_mode("warn")
@@ -173,60 +185,32 @@ def count_waits(device, function):
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
-    parser.add_argument("--gpus", type=int, default=8, help="this GPU is one of so many; default: 8")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
-    args = parser.parse_args()
-    tiny = args.shape == "tiny"
-    P, C, grid = (40, 8, (4, 4, 4)) if tiny else (1300, 256, (8, 16, 30))
-    cfg = tgrpo.TGRPOConfig(
-        fsdp="full_shard", bf16=True, gradient_checkpointing=True, batch_size=args.gpus, max_new_tokens=C
-    )
-    config = shape(args.shape)
-    tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
-
-    fake_ranks(args.gpus)
-    accelerator = common.make_accelerator(cfg)
-    device = accelerator.device
-    on_gpu = device.type == "cuda"
-    print(
-        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks, "
-        f"P = {P}, C = {C}, {cfg.num_generations} + {cfg.shuffled_generations} completions"
-    )
-    print(
-        f"allocator: {os.environ.get('PYTORCH_ALLOC_CONF')}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}"
-    )
-
+def make_models(config, cfg, accelerator):
+    """(policy, optimizer, reference, rollout model), sharded as in tgrpo.py."""
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
     policy.load_policy = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
     reference = policy.load_reference(accelerator, cfg)
     model = accelerator.unwrap_model(model)
-    sampler = policy.rollout_copy(accelerator, model, cfg)
-    result = {
-        "shape": args.shape,
-        "gpus": args.gpus,
-        "refresh_s": timed(device, lambda: policy.refresh(sampler, model)),
-    }
-    with torch.no_grad():
-        for parameter in sampler.parameters():
-            parameter.normal_(0, 0.02)
-    if on_gpu:
-        print(f"weights, without gradients: {torch.cuda.memory_allocated() / 1e9:.1f} GB")
+    return model, optimizer, reference, policy.rollout_copy(accelerator, model, cfg)
 
-    prompt = clip_prompt(config, grid, P)
-    for compiled in (False, True):
-        numbers, completions = measure_rollout(sampler, prompt, cfg, tokenizer, compiled, args.repeats)
-        result[f"rollout, compile {'on' if compiled else 'off'}"] = numbers
-        share = (
-            "" if numbers["bandwidth_share"] is None else f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
-        )
-        print(
-            f"rollout, rollout_compile {'on: ' if compiled else 'off:'} {numbers['tokens_per_s']:8.0f} tokens per second{share}; "
-            f"{numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s"
-        )
 
+def measure_rollouts(rollout_model, prompt, cfg, tokenizer, repeats):
+    """({name: numbers}, completions): rollouts with rollout_compile off and on."""
+    result = {}
+    for compiled, name in ((False, "off"), (True, "on")):
+        numbers, completions = measure_rollout(rollout_model, prompt, cfg, tokenizer, compiled, repeats)
+        result[f"rollout, compile {name}"] = numbers
+        line = f"rollout, rollout_compile {name}: {numbers['tokens_per_s']:.0f} tokens per second"
+        if numbers["bandwidth_share"] is not None:
+            line += f", {numbers['bandwidth_share']:.0%} of the bandwidth limit"
+        print(f"{line}; {numbers['seconds']:.2f} s, the first {numbers['first_s']:.2f} s")
+    return result, completions
+
+
+def measure_update(accelerator, models, prompt, completions, cfg, tokenizer, repeats):
+    """Numbers of one update on one prompt: seconds, and how often the host waits for the GPU."""
+    model, optimizer, reference, _ = models
+    device = accelerator.device
     advantages_G = torch.linspace(-1, 1, len(completions), device=device)
     banned = policy.placeholder_ids(model)
 
@@ -247,22 +231,68 @@ def main():
         optimizer.zero_grad()
 
     first = timed(device, update)
-    seconds = statistics.median(timed(device, update) for _ in range(args.repeats))
-    result["update"] = {"first_s": first, "seconds": seconds, "waits": count_waits(device, forward_and_backward)}
-    print(
-        f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {result['update']['waits']} times in it"
-    )
+    seconds = statistics.median(timed(device, update) for _ in range(repeats))
+    waits = count_waits(device, forward_and_backward)
+    print(f"update: {seconds:.2f} s, the first {first:.2f} s; the host waits for the GPU {waits} times")
+    return {"first_s": first, "seconds": seconds, "waits": waits}
 
-    # the compiled rollout has left its cache
-    planned_cfg = dataclasses.replace(cfg, rollout_compile=True)
-    parts, planned = plan_memory.memory_plan(
-        planned_cfg, config, args.gpus, prompt_tokens=P, patches=grid[0] * grid[1] * grid[2]
+
+def compare_memory(cfg, config, gpus, n_prompt, grid):
+    """Numbers of the peak memory: planned, and measured on a GPU."""
+    # The compiled rollout, which ran last, keeps its caches.
+    cfg = dataclasses.replace(cfg, rollout_compile=True)
+    n_patches = grid[0] * grid[1] * grid[2]
+    _, planned = plan_memory.memory_plan(cfg, config, gpus, prompt_tokens=n_prompt, patches=n_patches)
+    measured = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+    measured_text = "only on a GPU" if measured is None else f"{measured:.1f} GB"
+    print(f"peak memory: planned {planned / 1e9:.1f} GB, measured {measured_text}")
+    return {"planned_gb": planned / 1e9, "measured_gb": measured}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, of which this is one; default: 8")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
+    args = parser.parse_args()
+    if args.shape == "tiny":
+        n_prompt, n_completion, grid = 40, 8, (4, 4, 4)
+    else:
+        n_prompt, n_completion, grid = 1300, 256, (8, 16, 30)
+    cfg = tgrpo.TGRPOConfig(
+        fsdp="full_shard",
+        bf16=True,
+        gradient_checkpointing=True,
+        batch_size=args.gpus,
+        max_new_tokens=n_completion,
     )
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    result["peak"] = {"planned_gb": planned / 1e9, "measured_gb": peak and peak / 1e9}
-    print(
-        f"peak memory: planned {planned / 1e9:.1f} GB, measured {'on a GPU only' if peak is None else f'{peak / 1e9:.1f} GB'}"
-    )
+    config = shape(args.shape)
+    tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
+
+    fake_ranks(args.gpus)
+    accelerator = common.make_accelerator(cfg)
+    device = accelerator.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks")
+    print(f"P = {n_prompt}, C = {n_completion}, {cfg.num_generations} + {cfg.shuffled_generations} completions")
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF")
+    print(f"allocator: {allocator}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
+
+    models = make_models(config, cfg, accelerator)
+    model, _, _, rollout_model = models
+    refresh_seconds = timed(device, lambda: policy.refresh(rollout_model, model))
+    result = {"shape": args.shape, "gpus": args.gpus, "refresh_s": refresh_seconds}
+    with torch.no_grad():
+        for parameter in rollout_model.parameters():
+            parameter.normal_(0, 0.02)
+    if device.type == "cuda":
+        print(f"weights, without gradients: {torch.cuda.memory_allocated() / 1e9:.1f} GB")
+
+    prompt = clip_prompt(config, grid, n_prompt)
+    rollouts, completions = measure_rollouts(rollout_model, prompt, cfg, tokenizer, args.repeats)
+    result.update(rollouts)
+    result["update"] = measure_update(accelerator, models, prompt, completions, cfg, tokenizer, args.repeats)
+    result["peak"] = compare_memory(cfg, config, args.gpus, n_prompt, grid)
     print(json.dumps(result))
 
 

@@ -1,15 +1,16 @@
-"""The real widths of Qwen2.5-VL-7B, on a CPU: 2 of its 28 text layers, 8 of its 32 vision blocks, the whole vocabulary.
+"""Checks the code at the real widths of Qwen2.5-VL-7B on a CPU: 2 of 28 text layers, 8 of 32 vision blocks.
 
-    python bench/real_width.py               # 20 minutes, 16 GB of memory, 20 GB of disk for a while
+    python bench/real_width.py               # 20 minutes, 16 GB of memory, 20 GB of temporary disk space
     python bench/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
 
-A random checkpoint in the hub's layout answers questions on a picture, a clip of 10 seconds and one of a minute:
+A random checkpoint in the hub's layout, with the whole vocabulary, answers questions on a picture, a clip of 10 seconds
+and one of a minute:
 
-    1. log-probs of packed rows equal those of a plain forward, one whole row per completion, to 1e-4 nats
+    1. log-probs of packed rows equal those of a plain forward pass, one row per completion, to 1e-4 nats
     2. a greedy rollout equals Hugging Face's generate token by token
-    3. sft.py and tgrpo.py take a step each, and their `final` loads
+    3. sft.py and tgrpo.py take one step each, and their `final` loads
 
-It is no test of CI: too slow. AdamW's moments do not fit beside the rest, so plain SGD takes its place in 3.
+It is too slow for CI. AdamW's moments do not fit into memory, so check 3 uses plain SGD.
 """
 
 import argparse
@@ -80,9 +81,8 @@ def make_files(folder, shape):
     """folder/model, folder/records.json and the media that the records name."""
     write_clip(folder / "10.mp4", 10)
     write_clip(folder / "60.mp4", 60)
-    Image.fromarray(np.random.default_rng(1).integers(0, 255, (333, 777, 3), dtype=np.uint8)).save(
-        folder / "picture.png"
-    )
+    pixels = np.random.default_rng(1).integers(0, 255, (333, 777, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
     records = [
         {**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())
     ]
@@ -95,11 +95,12 @@ def make_files(folder, shape):
 
 @torch.no_grad()
 def compare(folder, records):
-    """Checks 1 and 2; raises AssertionError. Prints a line per prompt."""
+    """Checks 1 and 2: prints one line per prompt, raises AssertionError if they differ."""
     cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder))
     processor = policy.load_processor(cfg)
     model = policy.load_policy(cfg).eval()
-    pad, banned = processor.tokenizer.pad_token_id, tuple(policy.placeholder_ids(model))
+    pad = processor.tokenizer.pad_token_id
+    banned = tuple(policy.placeholder_ids(model))
     samples = data.Samples(records, processor, cfg, shuffle=False)
     prompts = [samples[i].ordered for i in range(len(records))]
 
@@ -132,8 +133,8 @@ def compare(folder, records):
 
 
 def take_steps(folder):
-    """Check 3: the scripts themselves, one step each."""
-    real = torch.optim.AdamW
+    """Check 3: one step of each script."""
+    adamw = torch.optim.AdamW
     torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
     shared = {
         "records": folder / "records.json",
@@ -156,22 +157,23 @@ def take_steps(folder):
             "max_new_tokens": 16,
         },
     }
-    # one right and one wrong answer in each group of two, whatever they say: equal rewards would teach nothing
+    # Score one completion of each group of two as right and one as wrong: equal rewards give no gradient.
     rewards = itertools.cycle((0.0, 1.0))
     tgrpo.accuracy_reward = lambda *_: next(rewards)
     for stage, settings in stages.items():
         begin = time.perf_counter()
         settings = {**shared, "output_dir": folder / stage.__name__, **settings}
-        sys.argv = [stage.__name__, *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
+        sys.argv = [stage.__name__]
+        for name, value in settings.items():
+            sys.argv += [f"--{name}", str(value)]
         stage.main()
         gc.collect()
         (row,) = read_jsonl(folder / stage.__name__ / "metrics.jsonl")
         assert np.isfinite(row["loss"]) and row["policy/grad_norm"] > 0
-        print(
-            f"{stage.__name__}: loss {row['loss']:.3f}, gradient norm {row['policy/grad_norm']:.3f} ({time.perf_counter() - begin:.0f} s)",
-            flush=True,
-        )
-    torch.optim.AdamW = real
+        seconds = time.perf_counter() - begin
+        norm = row["policy/grad_norm"]
+        print(f"{stage.__name__}: loss {row['loss']:.3f}, gradient norm {norm:.3f} ({seconds:.0f} s)", flush=True)
+    torch.optim.AdamW = adamw
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder / "tgrpo/final", dtype=torch.bfloat16, output_loading_info=True
     )

@@ -1,16 +1,18 @@
-"""Seconds of one step: ours, the plain Hugging Face loop, and TRL's GRPOTrainer where it is installed. Not a test.
+"""Times one training step: ours, the plain Hugging Face loop, and TRL's GRPOTrainer if it is installed.
 
     python bench/speed.py [--rounds 4] [--sizes 464x64 1112x128]
-    python bench/speed.py --data                # seconds to read 16 frames of clips, beside decord, and to prepare a sample
-    python bench/speed.py --optimizer           # the host's time for AdamW over the 729 sharded tensors of 7B
+    python bench/speed.py --data             # time to read 16 frames, ours and decord, and to prepare a sample
+    python bench/speed.py --optimizer        # CPU time of AdamW over the 729 sharded tensors of 7B
 
 One process, one model, one image prompt, G = 8 completions of exactly C tokens, the same reward, β = 0.04, float32. The
-contestants take turns step by step, so that noise of the machine meets all of them; medians and ranges are over rounds.
-The first round warms up and is not counted. Peak memory is taken in a fresh process each: what one step adds to the
-resident size. The last line is one JSON object.
+contestants take turns step by step, so that a slow minute of the machine affects all of them; medians and ranges are
+over rounds. The first round warms up and is not counted. Peak memory, measured in a fresh process per contestant, is
+what one step adds to the resident size. The last line is one JSON object.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -43,8 +45,10 @@ from rewards import format_reward
 from settings import SharedConfig
 from tgrpo import group_advantages, grpo_loss
 
-G, S, BETA = 8, 4, 0.04
-# prompt tokens, completion tokens: picture size in pixels and the model that is slow enough to measure, quick enough to wait for
+G = 8
+S = 4
+BETA = 0.04
+# "prompt tokens x completion tokens": (picture size in pixels, hidden size, layers)
 SIZES = {"464x64": ((616, 560), 512, 8), "1112x128": ((952, 896), 256, 4)}
 
 
@@ -52,13 +56,15 @@ class Clock:
     """Adds up seconds by phase."""
 
     def __init__(self):
-        self.last, self.parts = time.perf_counter(), {}
+        self.last = time.perf_counter()
+        self.seconds = {}
 
     def lap(self, name):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.parts[name], self.last = self.parts.get(name, 0) + now - self.last, now
+        self.seconds[name] = self.seconds.get(name, 0) + now - self.last
+        self.last = now
 
 
 def make_model(folder, hidden, layers):
@@ -68,21 +74,21 @@ def make_model(folder, hidden, layers):
     ]
     toy.make_model(folder, rows)
     config = Qwen2_5_VLConfig.from_pretrained(folder)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, 3 * hidden, layers
-    text.num_attention_heads, text.num_key_value_heads, text.rope_parameters["mrope_section"] = (
-        hidden // 64,
-        2,
-        [8, 12, 12],
-    )
+    text = config.text_config
+    text.hidden_size = hidden
+    text.intermediate_size = 3 * hidden
+    text.num_hidden_layers = layers
+    text.num_attention_heads = hidden // 64
+    text.num_key_value_heads = 2
+    text.rope_parameters["mrope_section"] = [8, 12, 12]
     text.layer_types = None
-    vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.depth = (
-        hidden // 2,
-        hidden,
-        hidden // 128,
-        layers // 2,
-    )
-    vision.out_hidden_size, vision.fullatt_block_indexes = hidden, [layers // 2 - 1]
+    vision = config.vision_config
+    vision.hidden_size = hidden // 2
+    vision.intermediate_size = hidden
+    vision.num_heads = hidden // 128
+    vision.depth = layers // 2
+    vision.out_hidden_size = hidden
+    vision.fullatt_block_indexes = [layers // 2 - 1]
     config = Qwen2_5_VLConfig(**config.to_dict())
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -101,13 +107,13 @@ class NoEnd:
     """The tokenizer with an end-of-turn token that is never sampled, so that every completion has C tokens."""
 
     def __init__(self, tokenizer):
-        self.eos_token_id, self.pad_token_id = len(tokenizer) + 1, tokenizer.pad_token_id
+        self.eos_token_id = len(tokenizer) + 1
+        self.pad_token_id = tokenizer.pad_token_id
 
 
 def rewards_of(processor, completions):
-    return torch.tensor(
-        [format_reward(t) + (i % 2) for i, t in enumerate(processor.tokenizer.batch_decode(completions))]
-    )
+    texts = processor.tokenizer.batch_decode(completions)
+    return torch.tensor([format_reward(text) + i % 2 for i, text in enumerate(texts)])
 
 
 def our_step(model, reference, optimizer, prompts, counts, processor, C):
@@ -125,7 +131,7 @@ def our_step(model, reference, optimizer, prompts, counts, processor, C):
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("update")
-    return clock.parts
+    return clock.seconds
 
 
 def naive_step(model, reference, optimizer, x, processor, C):
@@ -170,11 +176,11 @@ def naive_step(model, reference, optimizer, x, processor, C):
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("update")
-    return clock.parts
+    return clock.seconds
 
 
 def run_trl(folder, picture, problem, processor, C, rounds, placeholders, between):
-    """`rounds` steps of TRL's trainer on the same prompt; `between()` runs before each of them. Seconds of each step."""
+    """Seconds per step of TRL's trainer on the same prompt, for `rounds` steps; `between()` runs before each."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -213,9 +219,14 @@ def run_trl(folder, picture, problem, processor, C, rounds, placeholders, betwee
         logging_strategy="no",
         model_init_kwargs={"dtype": torch.float32},
     )
-    reward = lambda completions, **_: [
-        format_reward(c[0]["content"] if isinstance(c, list) else c) + (i % 2) for i, c in enumerate(completions)
-    ]
+
+    def reward(completions, **_):
+        rewards = []
+        for i, completion in enumerate(completions):
+            text = completion[0]["content"] if isinstance(completion, list) else completion
+            rewards.append(format_reward(text) + i % 2)
+        return rewards
+
     trainer = GRPOTrainer(
         model=str(folder),
         processing_class=processor,
@@ -244,8 +255,10 @@ def set_up(folder, size):
 
 
 def resident(name):
-    """A line of /proc/self/status in GB: VmRSS is the resident size now, VmHWM its high-water mark."""
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024 / 1e9
+    """A field of /proc/self/status in GB: VmRSS is the resident size now, VmHWM its high-water mark."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return kilobytes * 1024 / 1e9
 
 
 def memory_of(contestant, size):
@@ -282,7 +295,7 @@ def write_noise(path, width, height, seconds, key_frame_every):
 
 
 def read_with_decord(path, n):
-    """What the reader was before: the middles of equal parts, counted, by decord in this process."""
+    """The released way of reading: the middle frames of n equal parts of the clip, by decord in this process."""
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
@@ -290,10 +303,10 @@ def read_with_decord(path, n):
 
 
 def bench_data(rounds=7, n=16):
-    """Prints seconds to read n frames, by our reader and by decord in turn, and those a worker needs for a training sample."""
+    """Time our reader and decord in turn on n frames, and the preparation of one training sample."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        print(f"seconds to read {n} frames, median (range) of {rounds} turns")
+        print(f"seconds to read {n} frames, median (range) of {rounds} rounds")
         for width, height, seconds, every in [
             (640, 360, 10, 250),
             (640, 360, 10, 48),
@@ -313,9 +326,8 @@ def bench_data(rounds=7, n=16):
                 assert np.array_equal(ours_FHWC, theirs_FHWC)
             texts = [f"{name} {statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})" for name, s in laps.items()]
             ratio = statistics.median(ours / theirs for ours, theirs in zip(*laps.values()))
-            print(
-                f"  {width} x {height}, {seconds} s, key frame every {every}: {', '.join(texts)}, exact / decord {ratio:.2f}"
-            )
+            clip = f"{width} x {height}, {seconds} s, key frame every {every}"
+            print(f"  {clip}: {', '.join(texts)}, exact / decord {ratio:.2f}")
 
         make_model(folder / "model", 256, 4)
         cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder), num_workers=0)
@@ -333,14 +345,12 @@ def bench_data(rounds=7, n=16):
             assert not samples[i].error
             laps.append(1000 * (time.perf_counter() - begin))
         tokens = samples[0].ordered["input_ids"].shape[1]
-        print(
-            f"one sample of a 10 s clip of 640 x 360, {tokens} prompt tokens, both orders: {statistics.median(laps):.0f} ms "
-            f"({min(laps):.0f} to {max(laps):.0f})"
-        )
+        times = f"{statistics.median(laps):.0f} ms ({min(laps):.0f} to {max(laps):.0f})"
+        print(f"one sample of a 10 s clip of 640 x 360, {tokens} prompt tokens, both frame orders: {times}")
 
 
 def bench_optimizer(rounds, n_tensors=729):
-    """Milliseconds of the host for one AdamW step over small sharded tensors, one by one (torch's default there) and foreach."""
+    """Print the CPU time of one AdamW step over sharded tensors: one by one (torch's default for them) and foreach."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     mesh = init_device_mesh("cpu", (8,))
     optimizers = {}
@@ -359,9 +369,96 @@ def bench_optimizer(rounds, n_tensors=729):
             laps[name].append(1000 * (time.perf_counter() - begin))
     medians = {name: statistics.median(times[1:]) for name, times in laps.items()}
     ratio = statistics.median(a / b for a, b in zip(laps["one by one"][1:], laps["foreach"][1:]))
-    print(
-        f"AdamW over {n_tensors} sharded tensors: one by one {medians['one by one']:.0f} ms, foreach {medians['foreach']:.0f} ms; ratio {ratio:.1f}"
-    )
+    times = ", ".join(f"{name} {milliseconds:.0f} ms" for name, milliseconds in medians.items())
+    print(f"AdamW over {n_tensors} sharded tensors: {times}; ratio {ratio:.1f}")
+
+
+def time_steps(size, rounds, with_trl):
+    """{contestant: [{phase: seconds} per round]}, the warm-up round included. The contestants take turns."""
+    n_completion = int(size.split("x")[1])
+    laps = {"ours": [], "ours, with 4 shuffled": [], "naive": []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        processor, picture, record, prompt, model, reference, optimizer = set_up(folder, size)
+
+        def turn():
+            step = our_step(model, reference, optimizer, [prompt], [G], processor, n_completion)
+            laps["ours"].append(step)
+            step = our_step(model, reference, optimizer, [prompt, prompt], [G, S], processor, n_completion)
+            laps["ours, with 4 shuffled"].append(step)
+            step = naive_step(model, reference, optimizer, prompt, processor, n_completion)
+            laps["naive"].append(step)
+
+        if with_trl:
+            placeholders = policy.placeholder_ids(model)
+            seconds = run_trl(
+                folder, picture, record["problem"], processor, n_completion, rounds + 1, placeholders, turn
+            )
+            laps["TRL"] = [{"whole": step_seconds} for step_seconds in seconds]
+        else:
+            for _ in range(rounds + 1):
+                turn()
+    return laps
+
+
+def print_laps(size, laps, totals):
+    n_prompt, n_completion = size.split("x")
+    _, hidden, layers = SIZES[size]
+    rounds = len(totals["ours"])
+    print(f"\nP = {n_prompt}, C = {n_completion}, hidden {hidden}, {layers} layers")
+    print(f"seconds per step, median (range) of {rounds}")
+    for name, rows in laps.items():
+        phases = []
+        for phase in rows[0]:
+            if phase != "whole":
+                phases.append(f"{phase} {statistics.median(row[phase] for row in rows[1:]):.2f}")
+        seconds = totals[name]
+        spread = f"({min(seconds):.2f} to {max(seconds):.2f})"
+        print(f"  {name:<22} {statistics.median(seconds):7.2f} {spread}  {'  '.join(phases)}")
+
+
+def print_ratio(totals, first, second):
+    """Prints and returns the median ratio of two contestants' seconds, taken per round so that slow minutes cancel."""
+    ratios = [a / b for a, b in zip(totals[first], totals[second])]
+    median = statistics.median(ratios)
+    print(f"  {first} / {second}: {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return round(median, 3)
+
+
+def print_peaks(size, with_trl):
+    """Peak memory of one step, each in a process of its own."""
+    peaks = []
+    for name in ["ours", "naive", "TRL"] if with_trl else ["ours", "naive"]:
+        command = [sys.executable, __file__, "--memory", name, "--sizes", size]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        gigabytes = float(done.stdout.strip().split("\n")[-1])
+        peaks.append(f"{name} {gigabytes:.2f} GB")
+    print("  peak memory one step adds: " + ", ".join(peaks))
+
+
+def compare(sizes, rounds):
+    """Time all contestants at all sizes; print the results, and as JSON on the last line."""
+    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    with_trl = importlib.util.find_spec("trl") is not None
+    print(f"TRL {importlib.metadata.version('trl')}, {versions}" if with_trl else f"TRL is not installed. {versions}")
+    result = {}
+    for size in sizes:
+        laps = time_steps(size, rounds, with_trl)
+        totals = {}
+        for name, rows in laps.items():
+            # the first round warms up
+            totals[name] = [sum(row.values()) for row in rows[1:]]
+        print_laps(size, laps, totals)
+        print_peaks(size, with_trl)
+        result[size] = {
+            "ours_s": round(statistics.median(totals["ours"]), 3),
+            "naive_s": round(statistics.median(totals["naive"]), 3),
+            "trl_s": round(statistics.median(totals["TRL"]), 3) if with_trl else None,
+            "ratio_naive": print_ratio(totals, "naive", "ours"),
+            "ratio_trl": print_ratio(totals, "TRL", "ours") if with_trl else None,
+        }
+        result["tgrpo_over_grpo"] = print_ratio(totals, "ours, with 4 shuffled", "ours")
+    print(json.dumps(result))
 
 
 def main():
@@ -373,88 +470,13 @@ def main():
     parser.add_argument("--optimizer", action="store_true", help="time AdamW over sharded tensors instead")
     args = parser.parse_args()
     if args.optimizer:
-        return bench_optimizer(10 * args.rounds)
-    if args.data:
-        return bench_data()
-    if args.memory:
-        return print(memory_of(args.memory, args.sizes[0]))
-    try:
-        import trl
-
-        print(f"TRL {trl.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    except ImportError:
-        trl = None
-        print(
-            f"TRL is not installed: its column stays empty. torch {torch.__version__}, {torch.get_num_threads()} threads"
-        )
-
-    result = {}
-    for size in args.sizes:
-        P, C = map(int, size.split("x"))
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            processor, picture, record, x, model, reference, optimizer = set_up(folder, size)
-            laps = {"ours": [], "ours, with 4 shuffled": [], "naive": []}
-
-            def turn():
-                laps["ours"].append(our_step(model, reference, optimizer, [x], [G], processor, C))
-                laps["ours, with 4 shuffled"].append(
-                    our_step(model, reference, optimizer, [x, x], [G, S], processor, C)
-                )
-                laps["naive"].append(naive_step(model, reference, optimizer, x, processor, C))
-
-            if trl:
-                laps["TRL"] = [
-                    {"whole": s}
-                    for s in run_trl(
-                        folder,
-                        picture,
-                        record["problem"],
-                        processor,
-                        C,
-                        args.rounds + 1,
-                        policy.placeholder_ids(model),
-                        turn,
-                    )
-                ]
-            else:
-                for _ in range(args.rounds + 1):
-                    turn()
-
-        totals = {name: [sum(parts.values()) for parts in rows[1:]] for name, rows in laps.items()}
-        print(
-            f"\nP = {P}, C = {C}, hidden {SIZES[size][1]}, {SIZES[size][2]} layers: seconds a step, median (range) of {args.rounds}"
-        )
-        for name, rows in laps.items():
-            phases = "  ".join(f"{p} {statistics.median(r[p] for r in rows[1:]):.2f}" for p in rows[0] if p != "whole")
-            print(
-                f"  {name:<22} {statistics.median(totals[name]):7.2f} ({min(totals[name]):.2f} to {max(totals[name]):.2f})  {phases}"
-            )
-
-        def ratio(a, b):  # of neighbours in time, so that slow minutes cancel
-            ratios = [p / q for p, q in zip(totals[a], totals[b])]
-            print(f"  {a} / {b}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-            return round(statistics.median(ratios), 3)
-
-        peaks = {}
-        for name in ["ours", "naive"] + ["TRL"] * bool(trl):
-            done = subprocess.run(
-                [sys.executable, __file__, "--memory", name, "--sizes", size],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            peaks[name] = float(done.stdout.strip().split("\n")[-1])
-        print("  peak memory one step adds: " + ", ".join(f"{name} {gb:.2f} GB" for name, gb in peaks.items()))
-        result[size] = {
-            "ours_s": round(statistics.median(totals["ours"]), 3),
-            "naive_s": round(statistics.median(totals["naive"]), 3),
-            "trl_s": round(statistics.median(totals["TRL"]), 3) if trl else None,
-            "ratio_naive": ratio("naive", "ours"),
-            "ratio_trl": ratio("TRL", "ours") if trl else None,
-        }
-        result["tgrpo_over_grpo"] = ratio("ours, with 4 shuffled", "ours")
-    print(json.dumps(result))
+        bench_optimizer(10 * args.rounds)
+    elif args.data:
+        bench_data()
+    elif args.memory:
+        print(memory_of(args.memory, args.sizes[0]))
+    else:
+        compare(args.sizes, args.rounds)
 
 
 if __name__ == "__main__":

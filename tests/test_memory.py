@@ -1,4 +1,4 @@
-"""`--plan` against bytes counted in a real training step, and what it says of the shipped configs."""
+"""tools/plan_memory.py compared with the bytes of a real training step, and its results for the shipped configs."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def plan_config(**settings):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("G, T", [(8, 40), (2, 150)])
 def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, checkpointing, G, T):
-    """Guards: a plan that forgets what a step really holds, and a run that dies of it after an hour in a queue."""
+    """Guards: a plan that omits memory of a real step, so that a run fails after an hour in a queue."""
     write_video(tmp_path / "clip.mp4", 8)
     cfg = plan_config(
         model=str(world / "base"),
@@ -50,7 +50,8 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimizer's state exists from here on
+    # the first step creates the optimizer's state
+    step()
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:
@@ -71,11 +72,13 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
     ],
 )
 def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gpus, fits):
-    """Guards: a shipped config that does not fit where its first line says it does; a plan that needs a GPU or a download."""
+    """Guards: a shipped config that does not fit on the GPUs it names; a plan that needs a GPU or a download."""
     monkeypatch.setattr("sys.argv", ["plan_memory", "--config", path, "--gpus", str(gpus)])
     plan_memory.main()
-    said = capsys.readouterr().out
-    assert ("fits in 80 GB" in said) == fits and ("does not fit" in said) != fits and "KV cache" in said
+    printed = capsys.readouterr().out
+    assert ("It fits in 80 GB" in printed) == fits
+    assert ("does not fit" in printed) != fits
+    assert "KV cache" in printed
 
 
 @pytest.mark.parametrize(
@@ -86,16 +89,17 @@ def test_what_the_plan_says_of_the_shipped_configs(monkeypatch, capsys, path, gp
         ("configs/3b.yaml", 2, "3B on 2 GPUs"),
     ],
 )
-def test_the_readmes_table_is_the_plan(path, gpus, row):
-    """Guards: a table of an earlier plan; a phase of the step that the peak forgets."""
+def test_documented_table_equals_the_plan(path, gpus, row):
+    """Guards: an outdated table; a phase of the step that the peak omits."""
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", path])
     parts, peak = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), gpus)
     states = parts["parameters (float32)"] + parts["gradients"] + parts["optimizer (AdamW)"]
     phases = (parts["KV cache (rollout)"], parts["activations"] + parts["logits"], parts["optimizer step"])
     resident = states + parts["reference"] + parts["rollout copy"] + parts["gathered layers"]
     assert peak == pytest.approx(resident + max(phases))
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    cells = next(line for line in readme.split("\n") if line.startswith(f"| {row} |")).split("|")[2:-1]
+    page = (Path(__file__).parent.parent / "docs/training.md").read_text()
+    line = next(line for line in page.split("\n") if line.startswith(f"| {row} |"))
+    cells = line.split("|")[2:-1]
     expected = (states, parts["reference"], parts["rollout copy"], parts["gathered layers"], *phases, peak)
     assert [float(cell) for cell in cells] == [pytest.approx(size / 1e9, abs=0.06) for size in expected]
 

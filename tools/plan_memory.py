@@ -1,24 +1,48 @@
 """Estimates the memory of one GPU in a T-GRPO step, without a GPU and without the weights.
 
-python -m tools.plan_memory --config configs/7b.yaml --gpus 8
+    python -m tools.plan_memory --config configs/7b.yaml --gpus 8
+
+Weights and caches are exact. Activations are estimated from the tensors that a layer saves for its backward pass, which
+were counted with saved-tensor hooks; tests/test_memory.py compares the estimate with a measured step.
 """
 
 import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import Qwen2_5_VLConfig
 
 import settings
-from policy import compiled_length, empty_model
+from policy import LOGITS_CHUNK, compiled_length, empty_model
 from settings import UserError
 from tgrpo import TGRPOConfig
 
-# The published shapes, for when the checkpoint is not at hand yet.
+# Bytes per parameter of the float32 master weights, of their gradients, and of AdamW's two moments.
+MASTER_BYTES = 4
+GRADIENT_BYTES = 4
+ADAMW_BYTES = 8
+# Saved per token of a text layer, in tensors as wide as the hidden state.
+TEXT_LAYER_WIDTHS = 11
+# The same per patch of a vision block.
+VISION_LAYER_WIDTHS = 13
+# Saved in addition with bfloat16, because the norms compute in float32.
+BF16_NORM_WIDTHS = 2
+# Saved per token of any layer, in tensors as wide as its feed-forward part.
+FEED_FORWARD_WIDTHS = 4
+# Held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state.
+OUTER_WIDTHS = 6
+# Float32 copies of one chunk of logits: logits, log-softmax and the gradients of both.
+LOGITS_COPIES = 4
+# One patch is 14 x 14 pixels of two frames; four patches become one token.
+PATCH_PIXELS = 14 * 14
+# Prompt tokens that are not video.
+TEXT_PROMPT_TOKENS = 200
+CARD_BYTES = 80e9
+
+# The published shapes, for a checkpoint that is not downloaded yet.
 PUBLISHED_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
-
-
 SHAPES = {
     "7b": (
         dict(
@@ -48,93 +72,168 @@ SHAPES = {
 
 
 def model_shape(name):
-    """Config of the checkpoint, or the published one if its name says 3B or 7B. UserError otherwise."""
+    """Config of the checkpoint `name`, or the published one if the name contains 3B or 7B; else raises UserError."""
     if (Path(name) / "config.json").is_file():
         return Qwen2_5_VLConfig.from_pretrained(name)
     size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
     if not size:
-        raise UserError(
-            f"tgrpo.model: no checkpoint at {name}, and its name says neither 3B nor 7B: nothing to plan with"
-        )
+        raise UserError(f"tgrpo.model: no checkpoint at {name}, and its name contains neither 3B nor 7B")
     text, vision, tied = SHAPES[size.group()]
     text = {**text, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
     return Qwen2_5_VLConfig(text_config=text, vision_config=PUBLISHED_VISION | vision, tie_word_embeddings=tied)
 
 
-def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
-    """Bytes that one GPU holds in a T-GRPO step, by name, with the longest completions the settings allow.
+@dataclass
+class Step:
+    """The sizes of one T-GRPO step on one GPU: numbers of parameters, prompts, tokens per prompt."""
 
-    Weights and caches are exact; activations are counted tensor by tensor for the saved inputs of each layer (measured with
-    saved-tensor hooks: per token 11 widths + 4 feed-forward widths in float32, 13 and 15 with bfloat16's float32 norms).
-    """
+    parameters: int
+    trained: int
+    text_layer: int
+    embedding: int
+    is_tied: bool
+    # GPUs that share weights, gradients and optimizer
+    shards: int
+    # bytes per number in computation: 2 for bfloat16, 4 for float32
+    number: int
+    prompts: int
+    micro_prompts: int
+    prompt_tokens: int
+    patches: int
+
+
+def step_sizes(cfg, config, gpus, prompt_tokens=None, patches=None):
+    """Step for one of `gpus` GPUs. prompt_tokens and patches of a prompt: by default the most that cfg allows."""
     with torch.device("meta"):
         model = empty_model(config, torch.float32)
-    text, vision = config.get_text_config(), config.vision_config
-    N = sum(p.numel() for p in model.parameters())
-    trained = N - sum(p.numel() for p in model.model.visual.parameters()) * cfg.freeze_vision
-    layer = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
-    shards, size = (gpus if cfg.fsdp == "full_shard" else 1), 2 if cfg.bf16 else 4
-    D, G, S, T = text.hidden_size, cfg.num_generations, cfg.shuffled_generations, cfg.max_new_tokens
-    rows = max(1, cfg.batch_size // gpus)
-    B = min(cfg.micro_batch_size, rows)
-    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // 196  # of one clip: 14 x 14 pixels of a pair of frames
-    P = prompt_tokens or patches // 4 + 200
+    parameters = count(model)
+    frozen = count(model.model.visual) if cfg.freeze_vision else 0
+    prompts = max(1, cfg.batch_size // gpus)
+    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // PATCH_PIXELS
+    return Step(
+        parameters=parameters,
+        trained=parameters - frozen,
+        text_layer=count(model.model.language_model.layers[0]),
+        embedding=model.get_input_embeddings().weight.numel(),
+        is_tied=model.lm_head.weight is model.get_input_embeddings().weight,
+        shards=gpus if cfg.fsdp == "full_shard" else 1,
+        number=2 if cfg.bf16 else 4,
+        prompts=prompts,
+        micro_prompts=min(cfg.micro_batch_size, prompts),
+        prompt_tokens=prompt_tokens or patches // 4 + TEXT_PROMPT_TOKENS,
+        patches=patches,
+    )
 
-    norms = 2 if cfg.bf16 else 0
-    L = P + G * T  # one packed row
-    text_layer = size * B * (L * ((11 + norms) * D + 4 * text.intermediate_size) + G * T * D + 2 * G * (P + T) * D)
-    vision_layer = size * B * patches * ((13 + norms) * vision.hidden_size + 4 * vision.intermediate_size)
-    if cfg.gradient_checkpointing:  # the inputs of all layers, and one layer in full
-        activations = size * B * (text.num_hidden_layers * L * D + vision.depth * patches * vision.hidden_size) + max(
-            text_layer, vision_layer
-        )
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def resident_bytes(cfg, step):
+    """Bytes, by name, that a GPU holds all the time."""
+    resident = {
+        "parameters (float32)": MASTER_BYTES * step.parameters / step.shards,
+        "gradients": GRADIENT_BYTES * step.trained / step.shards,
+        "optimizer (AdamW)": ADAMW_BYTES * step.trained / step.shards,
+        "reference": step.number * step.parameters / step.shards if cfg.beta else 0,
+        "rollout copy": step.number * step.parameters if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
+    }
+    if step.shards > 1:
+        # FSDP gathers a layer while it prefetches the next one. The embedding and the head of the policy stay gathered,
+        # and so does the head of the reference.
+        matrices = 1 if step.is_tied else 2
+        if cfg.beta:
+            matrices += 1
+        resident["gathered layers"] = (2 * step.text_layer + matrices * step.embedding) * step.number
+    return resident
+
+
+def cache_bytes(cfg, text, step):
+    """(bytes that stay allocated between rollouts, bytes of the rollout alone) of the KV caches, by name."""
+    head_width = text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width * step.number
+    completions = cfg.num_generations + cfg.shuffled_generations
+    row_tokens = step.prompt_tokens + cfg.max_new_tokens
+    # Each frame order of a prompt is computed once and then copied for its completions.
+    frame_orders = 2 if cfg.shuffled_generations else 1
+    prompt_tokens = frame_orders * step.prompt_tokens
+    if not cfg.rollout_compile:
+        return {}, {"KV cache (rollout)": per_token * step.prompts * (completions * row_tokens + prompt_tokens)}
+    # Compiled decoding keeps one cache for long prompts and one for short ones, with the same number of rows.
+    compiled = 2 * per_token * step.prompts * completions * compiled_length(row_tokens)
+    return {"KV caches (compiled)": compiled}, {"KV cache (rollout)": per_token * step.prompts * prompt_tokens}
+
+
+def training_bytes(cfg, text, vision, step):
+    """Bytes of activations and logits during the forward and backward pass of one micro-batch."""
+    width = text.hidden_size
+    norm_widths = BF16_NORM_WIDTHS if cfg.bf16 else 0
+    completion_tokens = cfg.num_generations * cfg.max_new_tokens
+    packed_tokens = step.prompt_tokens + completion_tokens
+    per_text_token = (TEXT_LAYER_WIDTHS + norm_widths) * width + FEED_FORWARD_WIDTHS * text.intermediate_size
+    # Attention: the queries of each completion, and the keys and values of the prompt and that completion.
+    attention = completion_tokens * width
+    attention += 2 * cfg.num_generations * (step.prompt_tokens + cfg.max_new_tokens) * width
+    text_layer = packed_tokens * per_text_token + attention
+
+    per_patch = (VISION_LAYER_WIDTHS + norm_widths) * vision.hidden_size
+    per_patch += FEED_FORWARD_WIDTHS * vision.intermediate_size
+    vision_layer = step.patches * per_patch
+
+    if cfg.gradient_checkpointing:
+        # the inputs of all layers, and everything that one layer saves
+        inputs = text.num_hidden_layers * packed_tokens * width + vision.depth * step.patches * vision.hidden_size
+        activations = inputs + max(text_layer, vision_layer)
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
-    cache_token = 2 * text.num_hidden_layers * text.num_key_value_heads * D // text.num_attention_heads * size
-    parts = {
-        "parameters (float32)": 4 * N / shards,
-        "gradients": 4 * trained / shards,
-        "optimizer (AdamW)": 8 * trained / shards,
-        "reference": size * N / shards if cfg.beta else 0,
-        "rollout copy": size * N if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
+    activations += OUTER_WIDTHS * packed_tokens * width
+    return {
+        "activations": step.number * step.micro_prompts * activations,
+        "logits": 4 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size,
     }
-    if shards > 1:
-        # two layers of the policy, its embedding and head; the reference's head stays gathered after its forward
-        heads = (1 if tied else 2) + (1 if cfg.beta else 0)
-        parts["gathered layers"] = (2 * layer + heads * embedding) * size
-    rollout = {"KV cache (rollout)": cache_token * rows * ((G + S) * (P + T) + (1 + (S > 0)) * P)}
-    if cfg.rollout_compile:
-        # compiled decoding keeps its caches: one for long prompts and one for short ones, with the same rows
-        parts["KV caches (compiled)"] = 2 * cache_token * rows * (G + S) * compiled_length(P + T)
-        rollout = {"KV cache (rollout)": cache_token * rows * (1 + (S > 0)) * P}
-    training = {"activations": activations + 6 * size * B * L * D, "logits": 4 * 4 * 512 * text.vocab_size}
-    # AdamW over all tensors together holds the root of the second moments while it steps
-    stepping = {"optimizer step": 4 * trained / shards}
-    phases = (rollout, training, stepping)
-    return parts | rollout | training | stepping, sum(parts.values()) + max(sum(phase.values()) for phase in phases)
 
 
-def print_plan(cfg, gpus, card=80e9):
-    """The plan as a table, and whether it fits on cards of `card` bytes (a tenth is left to CUDA and fragments)."""
+def stepping_bytes(step):
+    """Bytes that AdamW adds while it steps: over all tensors together it holds the roots of the second moments."""
+    return {"optimizer step": 4 * step.trained / step.shards}
+
+
+def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
+    """(bytes that one GPU holds in a T-GRPO step, by name; their peak), for the longest completions that cfg allows.
+
+    The KV cache, the activations with the logits, and the optimizer step are never alive at the same time: the peak
+    counts only the largest of the three.
+    """
+    step = step_sizes(cfg, config, gpus, prompt_tokens, patches)
+    text = config.get_text_config()
+    compiled_caches, rollout = cache_bytes(cfg, text, step)
+    resident = resident_bytes(cfg, step) | compiled_caches
+    training = training_bytes(cfg, text, config.vision_config, step)
+    stepping = stepping_bytes(step)
+    largest_phase = max(sum(phase.values()) for phase in (rollout, training, stepping))
+    return resident | rollout | training | stepping, sum(resident.values()) + largest_phase
+
+
+def print_plan(cfg, gpus):
+    """The plan as a table, and whether it fits into CARD_BYTES, a tenth of which is left to CUDA and fragmentation."""
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
-    print(
-        f"one of {gpus} GPUs, fsdp {cfg.fsdp}, GB (1e9 bytes). The KV cache, the activations with logits, and the optimizer step\n"
-        "never exist together; the peak counts only the largest of the three."
-    )
-    print("\n".join(f"  {name:<24}{size / 1e9:>8.1f}" for name, size in parts.items()))
-    verdict = "fits" if peak < 0.9 * card else "does not fit: more GPUs, fewer max_frames, max_pixels or max_new_tokens"
-    print(f"  {'peak':<24}{peak / 1e9:>8.1f}   {verdict} in {card / 1e9:.0f} GB (with a tenth to spare)")
+    rows = [[name, f"{size / 1e9:.1f}"] for name, size in parts.items()]
+    rows.append(["peak", f"{peak / 1e9:.1f}"])
+    print(settings.table([f"one of {gpus} GPUs, fsdp {cfg.fsdp}", "GB (1e9 bytes)"], rows))
+    print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
+    verdict = "fits" if peak < 0.9 * CARD_BYTES else "does not fit"
+    print(f"It {verdict} in {CARD_BYTES / 1e9:.0f} GB with a tenth to spare.")
+    if verdict == "does not fit":
+        print("Use more GPUs, or lower max_frames, max_pixels or max_new_tokens.")
 
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=8)
-    own, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_args()
     cfg = settings.load_config(TGRPOConfig, "tgrpo", rest, doc=__doc__)
     settings.require(cfg, "tgrpo", "model")
-    print_plan(cfg, own.gpus)
+    print_plan(cfg, arguments.gpus)
 
 
 if __name__ == "__main__":
