@@ -358,7 +358,7 @@ def summarise(rows):
         ordered = [row for row in mine if frames_of(row) == "ordered"]
         shuffled = [row for row in mine if frames_of(row) == "shuffled"]
         # the frames were only shown shuffled
-        if all(row["place"] == "unusable" for row in ordered):
+        if all(row["status"] == "unusable" for row in ordered):
             ordered = mine
             shuffled = []
         part = score_benchmark(name, ordered)
@@ -399,7 +399,7 @@ def question_scores(rows):
     """{id: (row, score in percent)} of the scored questions on videos."""
     scores = {}
     for row in rows:
-        if row["place"] == "scored" and row.get("task") != "question_only":
+        if row["status"] == "scored" and row.get("task") != "question_only":
             scores[str(row["id"])] = (row, 100 * row["judged"][0])
     return scores
 

@@ -356,18 +356,6 @@ def relative_accuracy(prediction, truth):
     return max(0.0, 1.0 - relative_error(prediction, truth))
 
 
-def mean_relative_accuracy(prediction, truth):
-    """Share of the thresholds t = .50, .55, … .95 with relative error <= 1 − t (VSI-Bench's code; its paper says <).
-
-    >>> mean_relative_accuracy(3, 4), mean_relative_accuracy(3, 2)
-    (0.6, 0.1)
-    """
-    error = relative_error(prediction, truth)
-    # the bits of numpy.linspace(0.5, 0.95, 10), because ties depend on them
-    thresholds = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(10)]
-    return sum(error <= 1 - t for t in thresholds) / 10
-
-
 def edit_distance(a, b):
     """Fewest insertions, deletions and substitutions that turn list a into list b (Levenshtein)."""
     # row[j]: the distance of the words of a so far from the first j words of b

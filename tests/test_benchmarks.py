@@ -14,10 +14,10 @@ from benchmarks import (
     judge_rows,
     load_benchmark,
     missing_media,
-    mmmu_open,
     print_table,
     score_benchmark,
 )
+from benchmarks.videommmu import mmmu_open
 from data import check_record
 from rewards import accuracy_reward
 from settings import UserError
@@ -415,7 +415,7 @@ def test_video_r1_eval_json_is_read_where_official_files_are_not(tmp_path):
         ("mmvu", "validation.json", {"answer": "F"}, "answer F is not among the options"),
         ("mmvu", "validation.json", {"choices": ["x"]}, "list"),
         ("videomme", "test.jsonl", {"duration": ""}, "duration: missing"),
-        ("videomme", "test.jsonl", {"question_id": "001-2"}, "id '001-2' again; it stood in"),
+        ("videomme", "test.jsonl", {"question_id": "001-2"}, "id '001-2' is used twice, first in"),
     ],
 )
 def test_bad_rows_are_named_all_at_once(root, name, file, change, message):
@@ -747,7 +747,7 @@ def test_bad_predictions_are_an_error():
         score_rows([good, *bad])
     for part in (
         "5 of 6",
-        "row 2: mvbench '1' again",
+        "row 2: mvbench '1' is used twice",
         "row 3: solution: missing",
         "row 4: prediction: expected text",
         "row 5: no answer in",
@@ -806,6 +806,6 @@ def test_table_marks_published_scores(capsys):
     assert (
         "published" in out.splitlines()[0] and "34.6/35.8/37.1" in out and "1 of 8 tasks" in out and "1 unscored" in out
     )
-    line = next(line for line in out.splitlines() if line.startswith("vsibench"))
-    assert line.split()[1:5] == ["2", "50.0", "±", "50.0"]
+    line = next(line for line in out.splitlines() if line.startswith("| vsibench"))
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["2", "50.0 ± 50.0"]
     assert benchmarks.PUBLISHED["GPT-4o"]["videomme"] == (71.9,)

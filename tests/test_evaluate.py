@@ -148,7 +148,7 @@ def test_six_benchmarks_in_one_command(whole, six):
     for name in NAMES:
         assert {"score", "se", "n", "answered", "unparsed", "by_task", "shuffled", "gap"} <= summary[
             name
-        ].keys() and f"\n{name} " in said
+        ].keys() and f"\n| {name} " in said
     assert "(published" in said and "95 % interval" in said
     assert (
         "20/20 [" in progress.replace(".0/", "/").replace(".0 ", " ")
@@ -377,7 +377,7 @@ def test_bare_answers_are_joined_with_the_official_files(six, tmp_path, monkeypa
             *(["--annotations", six] if name == "bare" else []),
         )
     a, b = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("full", "bare"))
-    assert a == {**b, "mmvu": a["mmvu"]} and len(a) == 6 and capsys.readouterr().out.count("(published") == 2
+    assert a == {**b, "mmvu": a["mmvu"]} and len(a) == 6 and capsys.readouterr().out.count("published scores:") == 2
     joined = [{**r, "solution": "", "options": None} for r in full]
     write(tmp_path / "nulls/predictions.jsonl", joined)
     score(monkeypatch, "--score", tmp_path / "nulls/predictions.jsonl", "--annotations", six)
@@ -394,7 +394,7 @@ GOOD = row("mvbench", "B", "B", row_id="x")
         (b"\xe9\xff\n", "not UTF-8"),
         ('{"a": 1}\n{nope\n', "line 2: not JSON"),
         ("[" * 100_000, "not JSON"),
-        ([GOOD, GOOD], "row 2: mvbench 'x' again, it stood in row 1"),
+        ([GOOD, GOOD], "row 2: mvbench 'x' is used twice, first in row 1"),
         ([3, None, ["x"], "y"], "4 of 4 predictions are bad"),
         ([{**GOOD, "benchmark": ["a"]}], "benchmark: expected text"),
         ([{**GOOD, "task": 3}], "task: expected text, got 3"),
@@ -409,7 +409,7 @@ GOOD = row("mvbench", "B", "B", row_id="x")
         ([{**GOOD, "path": 7}], "path: expected text"),
         (
             [{**GOOD, "frames": "ordered"}, {**GOOD, "frames": "shuffled"}, {**GOOD, "frames": "shuffled"}],
-            "row 3: mvbench 'x' again",
+            "row 3: mvbench 'x' is used twice",
         ),
     ],
 )

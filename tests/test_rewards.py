@@ -10,6 +10,7 @@ import time
 import pytest
 
 import rewards
+from benchmarks.vsibench import mean_relative_accuracy
 from rewards import (
     ACCURACY,
     CORRECT,
@@ -19,7 +20,6 @@ from rewards import (
     extract_answer,
     format_reward,
     length_reward,
-    mean_relative_accuracy,
     parse_letter,
     parse_number,
     parse_solution,

@@ -94,10 +94,10 @@ def settings_of(row):
 def question_card(rows):
     """What the gallery shows of one question, given its scored rows (one per frame order)."""
     rows = sorted(rows, key=lambda row: row.get("frames") or "ordered")
-    answered = [row for row in rows if row["place"] != "unusable"]
+    answered = [row for row in rows if row["status"] != "unusable"]
     answers = [prediction_card(row) for row in answered]
     scores = {answer["frames"]: answer["score"] for answer in answers}
-    errors = [row["error"] for row in rows if row["place"] == "unusable"]
+    errors = [row["error"] for row in rows if row["status"] == "unusable"]
     return {
         "group": rows[0]["benchmark"],
         "kind": rows[0].get("task") or "",

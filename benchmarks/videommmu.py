@@ -1,0 +1,173 @@
+"""VideoMMMU: lectures, and questions about them in three tracks. Score: the mean of the tracks.
+
+    files    data/<track>_video.json or <Track>/test-*.parquet
+    videos   <Discipline>/<id>.mp4, and question_only/<id>_image.mp4 for the run without the lecture
+
+Letters are scored by equality, open answers by MMMU's lenient rule. In the Adaptation track the question's image is the
+last frame. If the folder question_only exists, the same questions are also asked about two seconds of that image alone:
+the knowledge gain compares the two.
+"""
+
+import math
+import re
+from pathlib import Path
+
+from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field
+from rewards import extract_answer
+
+TRACKS = ("Perception", "Comprehension", "Adaptation")
+FILES = [[f"data/{track.lower()}_video.json" for track in TRACKS], [f"{track}/test-*.parquet" for track in TRACKS]]
+NESTED_FOLDER = "data"
+
+# folder of the videos: its subjects
+DISCIPLINES = {
+    "Art": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Humanities": "History Literature Sociology Psychology",
+    "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
+    "Mechanical_Engineering",
+}
+DISCIPLINE_OF = {subject: folder for folder, subjects in DISCIPLINES.items() for subject in subjects.split()}
+
+
+def flatten(table):
+    """Rows of {"Adaptation": {"0": row}}."""
+    return [{**row, "track": track} for track, rows in table.items() for row in rows.values()]
+
+
+def records(row, number, file, base):
+    track = row.get("track") or file.parent.name
+    choice_field({"track": track}, "track", TRACKS)
+    name = text_field(row, "id")
+    folder = DISCIPLINE_OF.get("_".join(name.split("_")[1:-1]))
+    if folder is None:
+        raise ValueError(f"id: no subject of VideoMMMU in {name!r}")
+    question = text_field(row, "question")
+    answer = text_field(row, "answer")
+    options = row.get("options") or ()
+    path = f"{folder}/{name}.mp4"
+    if track != "Adaptation":
+        yield make_record(f"{track}/{name}", track, question, answer, path, options)
+        return
+    yield make_record(f"{track}/{name}", track, question, answer, path, options, **question_image(row, base))
+    path = f"question_only/{name}_image.mp4"
+    yield make_record(f"question_only/{name}", "question_only", question, answer, path, options)
+
+
+def question_image(row, base):
+    """Where the question's image is: in a file that is appended, or, as in the official videos, the last frame."""
+    image = row.get("image")
+    if isinstance(image, dict):
+        image = image.get("path")
+    if image and Path(base, image).is_file():
+        return {"image_path": image}
+    return {"last_frame": True}
+
+
+def judge(row, answer, truth):
+    """(score, True) of an open answer; None for a letter, which has the general rule."""
+    if row["problem_type"] == "multiple choice":
+        return None
+    return mmmu_open(answer, extract_answer(row["solution"])), True
+
+
+# The phrases after which VideoMMMU's evaluation (MMMU's, with more of them) looks for an open answer.
+LEADS = (
+    "could be ,so ,is ,thus ,therefore ,final ,answer ,result ,are ,in total ,total ,identify ,recognize ,"
+    "calculated as ,counted as ,measured as ,observed as ,concluded as ,found to be ,equals ,determined to be ,number of ,value is ,"
+    "adds up to ,have ,has "
+).split(",")
+# MMMU's three patterns: 1,000 · 1e3 · 12.5
+NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
+
+def comparable_forms(text):
+    """MMMU's comparable forms: a number to two decimals, else lower case; a single letter needs a space beside it."""
+    text = text.strip().lower()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        pass
+    if len(text) == 1:
+        return [f" {text}", f"{text} "]
+    return [text]
+
+
+def closing_phrase(sentence, leads):
+    """The shortest text after one of the leads; an empty one is replaced by the next, as in the original."""
+    phrase = ""
+    for lead in leads:
+        if lead in sentence:
+            found = sentence.split(lead)[-1].strip()
+            if not phrase or len(found) < len(phrase):
+                phrase = found
+    return phrase
+
+
+def mmmu_open(answer, truth):
+    """MMMU's lenient rule for open answers: 1 if any number or closing phrase of the answer meets the truth.
+
+    A truth that is a list in text form (one row of VideoMMMU) is met by any of its entries (ours).
+
+    >>> mmmu_open("4, not 5", "5"), mmmu_open("x = 3.429", "3.43"), mmmu_open("3.5", "5")
+    (1.0, 1.0, 0.0)
+    """
+    whole = answer.strip().strip(".").lower()
+    sentences = whole.split("\n")
+    phrases = []
+    for number, sentence in enumerate(sentences, 1):
+        leads = [*LEADS, "="] if number == len(sentences) else LEADS
+        phrase = closing_phrase(sentence, leads)
+        if phrase and phrase not in list(":,.!?;'"):
+            phrases.append(phrase)
+    phrases = phrases or [whole]
+    guesses = []
+    for phrase in phrases:
+        guesses += comparable_forms(phrase)
+        for pattern in NUMBERS:
+            for match in re.findall(pattern, phrase):
+                guesses += comparable_forms(match)
+    entries = [truth]
+    if truth.startswith("["):
+        entries = [entry.strip(" []'\"") for entry in truth.split(",")]
+    truths = []
+    for entry in entries:
+        if entry:
+            truths += comparable_forms(entry)
+    return float(any(meets(guess, form) for form in truths for guess in guesses))
+
+
+def meets(guess, truth):
+    """Equal numbers, or a text that contains the truth."""
+    if isinstance(truth, str) and isinstance(guess, str):
+        return truth in guess
+    return truth == guess
+
+
+def overall_score(rows, by_task):
+    """Mean of the tracks (of all questions if a file names no tracks), and the knowledge gain."""
+    with_video = [row for row in rows if row.get("task") != "question_only"]
+    tracks = [by_task[track] for track in TRACKS if track in by_task]
+    n = sum(track["n"] for track in tracks)
+    score = {**mean_of_parts(tracks), "n": n} if n == len(with_video) else mean_score(with_video)
+    if "Adaptation" in by_task and "question_only" in by_task:
+        score |= knowledge_gain(by_task["Adaptation"], by_task["question_only"])
+    return score
+
+
+def knowledge_gain(after, before):
+    """100 (after − before) / (100 − before) in percent, and its standard error (first order, independent runs)."""
+    left_to_learn = 100 - before["score"]
+    if left_to_learn == 0:
+        return {"delta_knowledge": None, "se_delta_knowledge": None}
+    se = None
+    if after["se"] is not None and before["se"] is not None:
+        se_before = before["se"] * (100 - after["score"]) / left_to_learn
+        se = 100 / left_to_learn * math.hypot(after["se"], se_before)
+    return {"delta_knowledge": 100 * (after["score"] - before["score"]) / left_to_learn, "se_delta_knowledge": se}
