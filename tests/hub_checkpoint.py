@@ -1,10 +1,10 @@
-"""Writes a random checkpoint laid out like the hub's Qwen2.5-VL-Instruct folders, which transformers 5 itself never writes.
+"""Writes a random checkpoint in the layout of the hub's Qwen2.5-VL-Instruct folders, which transformers 5 cannot write.
 
-    python tests/hub_checkpoint.py FOLDER [--tied]         # a tiny one, for a look
+    python tests/hub_checkpoint.py FOLDER [--tied]         # a tiny one, to look at
 
-What the hub's folders hold: a flat config.json without text_config, sharded bfloat16 weights with the names of transformers
-4.49, preprocessor_config.json without a video one, chat_template.json, a generation_config.json with a repetition penalty,
-Qwen2's tokenizer files. Its real vocabulary is not at hand: the words are those of `corpus`.
+The layout: a flat config.json without text_config, sharded bfloat16 weights with the names of transformers 4.49,
+preprocessor_config.json without a video one, chat_template.json, a generation_config.json with a repetition penalty,
+and Qwen2's tokenizer files. The real vocabulary is not available offline: the tokenizer is trained on `corpus`.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
-    "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
-# Qwen2's way of cutting text into words
+# Qwen2's pattern for splitting text into words
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The hub's template: it adds a system turn where the conversation has none.
+# The hub's template. It adds a system turn if the conversation has none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
@@ -49,7 +49,7 @@ TINY_VISION = {
 
 
 def write_tokenizer(folder, corpus):
-    """Qwen2's tokenizer files, of the words of `corpus`. Returns {special token: id}."""
+    """Write Qwen2's tokenizer files, trained on `corpus`. Returns {special token: id}."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
@@ -61,25 +61,20 @@ def write_tokenizer(folder, corpus):
         vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    # vocab.json and merges.txt
+    tokenizer.model.save(str(folder))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    added = {
-        str(i): {
-            "content": t,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        for t, i in ids.items()
-    }
+    flags = ("lstrip", "normalized", "rstrip", "single_word")
+    added = {}
+    for token, token_id in ids.items():
+        added[str(token_id)] = {"content": token, **dict.fromkeys(flags, False), "special": True}
     settings = {
         "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added, "bos_token": None,
-        "additional_special_tokens": SPECIAL[1:], "chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>", "errors": "replace",
-        "clean_up_tokenization_spaces": False, "model_max_length": 131072, "pad_token": "<|endoftext|>",
+        "additional_special_tokens": SPECIAL[1:], "chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>",
+        "errors": "replace", "clean_up_tokenization_spaces": False, "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
         "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
     }  # fmt: skip
     write_json(folder / "tokenizer_config.json", settings)
@@ -93,24 +88,28 @@ def write_json(path, tree):
 def write_hub_checkpoint(
     folder, corpus, tied=False, text=TINY_TEXT, vision=TINY_VISION, processor="Qwen2VLImageProcessor", seed=0
 ):
-    """`folder` becomes such a checkpoint. `tied` as 3B is, else as 7B; `processor` as named by preprocessor_config.json."""
+    """Write a checkpoint into `folder`. tied: the head is the embedding,
+    as in 3B. processor: its name in the config."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, corpus)
     config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"], "vision_start_token_id": ids["<|vision_start|>"],
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0,
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"], "vision_token_id": ids["<|vision_pad|>"],
         "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"], "hidden_act": "silu",
-        "initializer_range": 0.02, "max_position_embeddings": 128000, "max_window_layers": 28, "model_type": "qwen2_5_vl",
-        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": tied,
+        "initializer_range": 0.02, "max_position_embeddings": 128000, "max_window_layers": 28,
+        "model_type": "qwen2_5_vl", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, **text,
         "vision_config": {
-            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
-            "out_hidden_size": text["hidden_size"], "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-            "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
-            **vision,
+            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "in_chans": 3, "out_hidden_size": text["hidden_size"], "patch_size": 14, "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+            "temporal_patch_size": 2, **vision,
         },
     }  # fmt: skip
     write_json(folder / "config.json", config)

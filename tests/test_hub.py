@@ -1,4 +1,4 @@
-"""A checkpoint in the hub's layout goes through every stage, and what comes out is laid out as it was."""
+"""A checkpoint in the hub's layout passes through every stage, and the result has the same layout."""
 
 import json
 import math
@@ -32,15 +32,16 @@ def other_files(folder):
 
 
 def checked_final(folder, start, dtype):
-    """The checkpoint at `folder` is whole, laid out as `start`, of `dtype`, and has other weights. Returns its weights."""
-    before, after = weights(start), weights(folder)
-    assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {dtype}
+    """Weights of the checkpoint at `folder`. Checks that it has the layout of `start`, `dtype`, and trained weights."""
+    before = weights(start)
+    after = weights(folder)
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     assert any(not torch.equal(before[name].to(dtype), after[name]) for name in before)
     assert other_files(folder) == other_files(start)
-    assert [path.name for path in folder.glob("*safetensors*")] == [
-        "model.safetensors"
-    ]  # no index of the starting shards
+    # no index of the starting shards
+    assert [path.name for path in folder.glob("*safetensors*")] == ["model.safetensors"]
     for name in other_files(start):
         if name != "config.json":
             assert (folder / name).read_bytes() == (start / name).read_bytes()
@@ -53,13 +54,13 @@ def checked_final(folder, start, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_stage_runs_on_the_hubs_layout(hub, run, monkeypatch, capsys, tmp_path, layout):
-    """Guards: text_config.tie_word_embeddings, which the hub's flat config does not have: SFT died at its last line."""
+def test_every_stage_runs_on_the_hub_layout(hub, run, monkeypatch, capsys, tmp_path, layout):
+    """Guards: SFT that fails at its last line, because the hub's flat config has no text_config.tie_word_embeddings."""
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
     once = dict(save_every=1, keep_checkpoints=9, num_workers=0)
 
     def stopped_and_resumed(stage, model, **settings):
-        """One step, saved; then the same command for two: it goes on, and ends in a `final`."""
+        """Run two steps with a checkpoint after each, then resume without `final`: it comes back the same."""
         run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
         whole = weights(tmp_path / f"{stage}/{layout}/final")
         shutil.rmtree(tmp_path / f"{stage}/{layout}/final")
@@ -86,8 +87,8 @@ def test_every_stage_runs_on_the_hubs_layout(hub, run, monkeypatch, capsys, tmp_
     assert "peak" in capsys.readouterr().out
 
 
-def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
-    """Guards: a plan that asks the config, which says nothing, whether the head is a matrix of its own."""
+def test_plan_counts_a_separate_head_only_if_untied(hub):
+    """Guards: a plan that reads from the config, which does not have it, whether the head is a separate matrix."""
     head = 640 * 96 * 4
     for beta, heads in ((0.04, 1), (0.0, 0)):
         cfg = tgrpo.TGRPOConfig(fsdp="full_shard", beta=beta)
@@ -101,8 +102,8 @@ def test_the_plan_counts_the_head_of_an_untied_model_only(hub):
         assert layer == 2 * 4 * (96 * 96 * 2 + 96 + 2 * (96 * 48 + 48) + 3 * 96 * 256 + 2 * 96)
 
 
-def test_only_files_that_a_model_is_loaded_from_are_copied(hub, tmp_path):
-    """Guards: the state of a trainer, or the index of shards that are not there, in `final`."""
+def test_final_copies_only_files_of_the_model(hub, tmp_path):
+    """Guards: a trainer's state, or the index of missing shards, in `final`."""
     shutil.copytree(hub / "tied", tmp_path / "start")
     for name in (
         "trainer_state.json",
@@ -128,8 +129,8 @@ def test_only_files_that_a_model_is_loaded_from_are_copied(hub, tmp_path):
     assert set(policy.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
 
 
-def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
-    """Guards: ranks that die because there is no generation config, or a template in the tokenizer's config only."""
+def test_checkpoint_without_optional_files_loads(hub, tmp_path):
+    """Guards: a crash if there is no generation config, or if only the tokenizer's config has a chat template."""
     shutil.copytree(hub / "tied", tmp_path / "start")
     for name in ("generation_config.json", "chat_template.json"):
         (tmp_path / "start" / name).unlink()
@@ -148,7 +149,7 @@ def test_what_a_starting_checkpoint_may_lack(hub, tmp_path):
         policy.load_processor(cfg)
 
 
-def test_an_export_whose_starting_model_is_gone_names_it(run, hub, tmp_path):
+def test_export_names_the_missing_starting_model(run, hub, tmp_path):
     """Guards: "Repo id must be in the form" for a folder that was moved."""
     shutil.copytree(hub / "tied", tmp_path / "start")
     out = run("sft", model=tmp_path / "start", save_every=1)
@@ -158,8 +159,8 @@ def test_an_export_whose_starting_model_is_gone_names_it(run, hub, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_share_of_the_bandwidth_on_a_gpu_needs_nothing_that_the_config_lacks(hub, monkeypatch, layout):
-    """Guards: text_config.tie_word_embeddings in a metric of GPUs only: T-GRPO died there after its first rollout."""
+def test_bandwidth_share_works_with_a_flat_config(hub, monkeypatch, layout):
+    """Guards: T-GRPO that fails on a GPU after its first rollout, because the flat config lacks a text_config."""
     model = policy.load_policy(SharedConfig(model=str(hub / layout)))
     gpu = SimpleNamespace(memory_clock_rate=1000, memory_bus_width=8000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
@@ -173,15 +174,15 @@ def test_the_share_of_the_bandwidth_on_a_gpu_needs_nothing_that_the_config_lacks
     assert bandwidth_share(model, [group], 2.0) == {"rollout/bandwidth_share": pytest.approx(read / 2.0 / peak)}
 
 
-def test_generation_settings_of_the_checkpoint_do_not_reach_the_rollout(hub):
-    """Guards: the hub's repetition penalty of 1.05 and temperature of 1e-6 in the distribution that is sampled from."""
+def test_rollout_ignores_generation_settings_of_the_checkpoint(hub):
+    """Guards: the hub's repetition penalty of 1.05 and temperature of 1e-6 in the sampling distribution."""
     model = policy.load_policy(SharedConfig(model=str(hub / "untied")))
     left = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
     assert left == {"eos_token_id": json.loads((hub / "untied/generation_config.json").read_text())["eos_token_id"]}
 
 
-def test_the_first_revision_of_the_hubs_preprocessor_says_what_to_write(tmp_path):
-    """Guards: half a page of class names for Qwen2_5_VLImageProcessor, which transformers renamed before its release."""
+def test_renamed_image_processor_error_names_the_new_name(tmp_path):
+    """Guards: half a page of class names for Qwen2_5_VLImageProcessor, which transformers renamed."""
     write_hub_checkpoint(tmp_path / "first", ["a b c"] * 9, processor="Qwen2_5_VLImageProcessor")
     cfg = SharedConfig(model=str(tmp_path / "first"))
     with pytest.raises(
@@ -194,7 +195,7 @@ def test_the_first_revision_of_the_hubs_preprocessor_says_what_to_write(tmp_path
     policy.load_processor(cfg)
 
 
-def test_a_folder_without_a_preprocessor_is_one_clear_line(tmp_path):
+def test_missing_preprocessor_is_one_clear_error(tmp_path):
     """Guards: a traceback from inside transformers for a half-copied checkpoint."""
     write_hub_checkpoint(tmp_path / "half", ["a b c"] * 9)
     (tmp_path / "half/preprocessor_config.json").unlink()

@@ -1,4 +1,4 @@
-"""Makes a checkpoint of a training run a plain model that from_pretrained loads. One CPU process, no GPU needed.
+"""Converts a checkpoint of a training run to a plain model that from_pretrained loads. One CPU process; needs no GPU.
 
 python -m tools.export runs/7b/tgrpo/checkpoint-50 FOLDER
 """
@@ -17,7 +17,10 @@ from settings import SharedConfig, read_yaml
 
 
 def export(checkpoint, folder):
-    """Write the policy of `checkpoint`, sharded or not, into `folder`. UserError if its starting model is gone."""
+    """Write the policy of `checkpoint`, sharded or not, into `folder`.
+
+    Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone.
+    """
     checkpoint = Path(checkpoint)
     (settings,) = read_yaml(checkpoint.parent / "config.yaml").values()
     state = {}

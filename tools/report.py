@@ -28,9 +28,13 @@ from rewards import CORRECT, lettered
 
 MAX_QUESTIONS = 300
 MAX_BYTES = 25e6
-MAX_CHARACTERS = 20_000  # per text
-MAX_FRAMES = 16  # per strip
-FRAME_HEIGHT = 72  # pixels
+# per text
+MAX_CHARACTERS = 20_000
+# per strip
+MAX_FRAMES = 16
+# in pixels; report.html has the same number
+FRAME_HEIGHT = 72
+# Fields of a prediction that a card prints.
 REWARDS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "truncated")
 
 
@@ -165,9 +169,11 @@ def film_strip(record, cfg):
     """
     if record.get("data_type") not in DATA_TYPES or not record.get("path"):
         return {"no_frames": "this prediction names no media"}
-    seen_with = {name: value for name, value in settings_of(record).items() if name in ("max_frames", "video_reader")}
+    frame_settings = {
+        name: value for name, value in settings_of(record).items() if name in ("max_frames", "video_reader")
+    }
     try:
-        media, _ = load_media(record, replace(cfg, **seen_with))
+        media, _ = load_media(record, replace(cfg, **frame_settings))
     # load_media raises ValueError if the path leaves the data root.
     except (Unusable, ValueError) as error:
         return {"no_frames": f"frames not available: {error}"}
@@ -176,8 +182,8 @@ def film_strip(record, cfg):
     aspect = frames[0].width / frames[0].height
     width = round(FRAME_HEIGHT * min(max(aspect, 0.1), 3))
     picture = Image.new("RGB", (width * len(shown), FRAME_HEIGHT))
-    for place, index in enumerate(shown):
-        picture.paste(frames[index].resize((width, FRAME_HEIGHT)), (place * width, 0))
+    for position, index in enumerate(shown):
+        picture.paste(frames[index].resize((width, FRAME_HEIGHT)), (position * width, 0))
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=70)
     order = record["frame_order"] if isinstance(record.get("frame_order"), list) else []
