@@ -6,11 +6,12 @@ generator that turns a row of these files into records. If its authors score dif
 
 Annotation files and media are in root/<name>/ or root/. JSON files are read before parquet files, which need pyarrow
 (pip install pyarrow). If none is found, Video-R1's own eval_<name>.json is read. Ids are the authors' if they are
-unique, else <track>/<id> (VideoMMMU), <task>/<row from 0> (MVBench), <format>/<video_id>/<dim>/<number from 0> (TempCompass).
+unique, else <track>/<id> (VideoMMMU), <task>/<row from 0> (MVBench) and <format>/<video_id>/<dim>/<number from 0>
+(TempCompass).
 
-The prompt differs from the authors' harnesses. Answers are judged as theirs, except: the answer is the text of the
-answer block, or all of a text without tags; a letter is read by rewards.parse_letter ("A or B" names none); and an empty or
-unreadable answer is wrong (some harnesses drop it, MVBench's counts an empty one as correct). Standard errors treat
+The prompt differs from the authors' harnesses. Answers are judged by their rules, except: the answer is the text of the
+answer block, or all of a text without tags; a letter is read by rewards.parse_letter ("A or B" names none); and an
+empty or unreadable answer is wrong (some harnesses drop it, MVBench's counts it as correct). Standard errors treat
 questions as independent; they are too small if several questions share a video.
 """
 

@@ -76,8 +76,8 @@ def judge(row, answer, truth):
 # The phrases after which VideoMMMU's evaluation (MMMU's, with more of them) looks for an open answer.
 LEADS = (
     "could be ,so ,is ,thus ,therefore ,final ,answer ,result ,are ,in total ,total ,identify ,recognize ,"
-    "calculated as ,counted as ,measured as ,observed as ,concluded as ,found to be ,equals ,determined to be ,number of ,value is ,"
-    "adds up to ,have ,has "
+    "calculated as ,counted as ,measured as ,observed as ,concluded as ,found to be ,equals ,determined to be ,"
+    "number of ,value is ,adds up to ,have ,has "
 ).split(",")
 # MMMU's three patterns: 1,000 · 1e3 · 12.5
 NUMBERS = (

@@ -1,4 +1,4 @@
-"""benchmarks.py: files in the official schemas (our own rows), scores computed by hand; each test names the bug it guards."""
+"""benchmarks/: files in the official schemas (our own rows), scores computed by hand; each test names its bug."""
 
 import json
 import math
@@ -43,10 +43,9 @@ def write(path, content):
 
 def write_parquet(path, rows):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def touch(path):
@@ -234,8 +233,8 @@ def root(tmp_path):
 @pytest.mark.parametrize(
     "name, n", [("vsibench", 2), ("mvbench", 3), ("tempcompass", 5), ("videommmu", 4), ("mmvu", 2), ("videomme", 2)]
 )
-def test_records_of_every_benchmark_are_what_data_wants(root, name, n):
-    """Guards: a reader whose records data.py would refuse, or that drops rows or repeats ids."""
+def test_records_of_every_benchmark_pass_the_checks_of_data(root, name, n):
+    """Guards: a reader whose records data.py rejects, or that drops rows or repeats ids."""
     records = load_benchmark(name, root)
     assert len(records) == n == len({r["id"] for r in records})
     for record in records:
@@ -248,7 +247,7 @@ def test_records_of_every_benchmark_are_what_data_wants(root, name, n):
 
 
 def test_vsibench_types_and_paths(root):
-    """Guards: numbers asked as letters, media looked for in the wrong folder."""
+    """Guards: numbers asked as letters; media in the wrong folder."""
     number, letter = load_benchmark("vsibench", root)
     assert (number["id"], number["problem_type"], number["options"], number["path"]) == (
         "0",
@@ -265,7 +264,7 @@ def test_vsibench_types_and_paths(root):
 
 
 def test_mvbench_letters_clips_and_folders(root):
-    """Guards: the answer's text taken for its letter, clips shown whole."""
+    """Guards: the answer's text used as its letter; whole videos instead of their parts."""
     sequence, single, frames = load_benchmark("mvbench", root)
     assert (sequence["id"], sequence["task"], sequence["options"], sequence["solution"]) == (
         "action_sequence/0",
@@ -285,7 +284,7 @@ def test_mvbench_letters_clips_and_folders(root):
 
 
 def test_tempcompass_formats(root):
-    """Guards: captioning scored without a judge, options asked twice, two questions on one video under one id."""
+    """Guards: captioning scored without a judge model; options asked twice; two questions with one id."""
     records = load_benchmark("tempcompass", root)
     assert [r["id"] for r in records] == [
         "multi-choice/11/action/0",
@@ -307,7 +306,7 @@ def test_tempcompass_formats(root):
 
 
 def test_videommmu_tracks_and_question_image(root):
-    """Guards: options without letters, one id for three tracks, and the question image lost in sampling."""
+    """Guards: options without letters; one id for three tracks; a question image lost in sampling."""
     records = {r["id"]: r for r in load_benchmark("videommmu", root)}
     assert records["Perception/validation_Biology_901"]["options"] == ["A. a root", "B. a leaf"]
     assert records["Comprehension/validation_Biology_901"]["solution"] == "<answer>N</answer>"
@@ -324,7 +323,7 @@ def test_videommmu_tracks_and_question_image(root):
 
 
 def test_videommmu_question_image_given_as_a_file(root):
-    """Guards: an image file of the annotation that nobody appends."""
+    """Guards: an image file of the annotation that is not appended."""
     touch(root / "videommmu/images/q.png")
     table = json.loads(json.dumps(VIDEOMMMU["adaptation"]))
     table["Adaptation"]["0"]["image"] = "images/q.png"
@@ -334,7 +333,7 @@ def test_videommmu_question_image_given_as_a_file(root):
 
 
 def test_mmvu_and_videomme(root):
-    """Guards: open questions scored as letters, breakdown keys lost, the .MP4 and .mkv files missed."""
+    """Guards: open questions scored as letters; missing group keys; .MP4 and .mkv files that are not found."""
     choice, open_ended = load_benchmark("mmvu", root)
     assert (choice["options"][4], choice["solution"], choice["task"], choice["path"]) == (
         "E. all",
@@ -355,7 +354,7 @@ def test_mmvu_and_videomme(root):
 
 
 def test_parquet_gives_the_same_records(root, tmp_path):
-    """Guards: parquet rows that read differently from the JSON ones."""
+    """Guards: parquet rows that are read differently from JSON rows."""
     other = tmp_path / "parquet"
     write_parquet(other / "vsibench/test-00000-of-00001.parquet", VSI)
     write_parquet(other / "videomme/videomme/test-00000-of-00001.parquet", VIDEOMME)
@@ -375,8 +374,8 @@ def test_parquet_gives_the_same_records(root, tmp_path):
         assert load_benchmark(name, other) == load_benchmark(name, root)
 
 
-def test_video_r1_eval_json_is_read_where_official_files_are_not(tmp_path):
-    """Guards: null options, the paths' folder lost."""
+def test_video_r1_eval_json_is_read_without_official_files(tmp_path):
+    """Guards: null options; paths without their folder."""
     row = {
         "problem_id": 1,
         "problem": "Which?",
@@ -419,7 +418,7 @@ def test_video_r1_eval_json_is_read_where_official_files_are_not(tmp_path):
     ],
 )
 def test_bad_rows_are_named_all_at_once(root, name, file, change, message):
-    """Guards: a bad annotation that is skipped, or an error that stops at the first of several."""
+    """Guards: a bad annotation that is skipped; an error that only names the first of several."""
     rows = {"vsibench": VSI, "mvbench": MVBENCH["action_sequence"], "mmvu": MMVU, "videomme": VIDEOMME}[name]
     write(root / name / file, [{**rows[0], **change}, rows[-1] | {"id": "z", "question_id": "001-2"}, ["not a row"]])
     with pytest.raises(UserError) as error:
@@ -428,7 +427,7 @@ def test_bad_rows_are_named_all_at_once(root, name, file, change, message):
 
 
 def test_files_in_another_format_and_no_files(root, tmp_path):
-    """Guards: a traceback where the user needs the file's name."""
+    """Guards: a traceback instead of the file's name."""
     write(root / "tempcompass/questions/yes_no.json", {"11": ["no dimensions"]})
     for name, folder in (("tempcompass", root), ("mmvu", tmp_path / "empty"), ("activitynet", root)):
         with pytest.raises(
@@ -438,7 +437,7 @@ def test_files_in_another_format_and_no_files(root, tmp_path):
 
 
 def test_missing_media_are_listed_once(root):
-    """Guards: a score over fewer videos than the reader believes."""
+    """Guards: a score over fewer videos than stated."""
     records = load_benchmark("videomme", root)
     touch(root / "videomme/data/yt1.mp4")
     assert missing_media(records + records, root) == ["videomme/data/yt2.mp4"]
@@ -474,8 +473,8 @@ def row(benchmark, prediction, truth, kind="multiple choice", task="t", row_id="
         ("<answer>B", ""),
     ],
 )
-def test_answer_of(prediction, answer):
-    """Guards: a cut-off chain of thought read as its own answer, a bare answer read as none."""
+def test_the_answer_in_a_prediction(prediction, answer):
+    """Guards: an unfinished chain of thought read as an answer; an answer without tags read as none."""
     assert answer_of(prediction) == answer
 
 
@@ -495,7 +494,9 @@ def test_answer_of(prediction, answer):
     ],
 )
 def test_vsi_numbers_and_ties(prediction, truth, score):
-    """Guards: the tie rule. |3-2|/2 = .5 counts for t = .50 (<=); with < it is 0. |3-4|/4 = .25: .50 to .75 are six; < gives .5."""
+    """Guards: the rule for ties: |3-2|/2 = .5 counts for t = .50 (<=), with < it is 0; |3-4|/4 = .25 counts six times,
+    with < five.
+    """
     assert score_prediction(row("vsibench", prediction, truth, "regression", "object_counting")) == score
 
 
@@ -515,7 +516,7 @@ def test_vsi_numbers_and_ties(prediction, truth, score):
     ],
 )
 def test_letters(benchmark, prediction, score):
-    """Guards: MVBench's official rule counts an empty answer right, Video-MME's reads A in After."""
+    """Guards: MVBench's official rule, by which an empty answer is correct; Video-MME's, which reads A in After."""
     assert score_prediction(row(benchmark, prediction, "B", task="object_rel_distance")) == score
 
 
@@ -548,7 +549,7 @@ def test_letters(benchmark, prediction, score):
     ],
 )
 def test_tempcompass_rules(form, prediction, truth, score):
-    """Guards: rules kinder than the official ones (case, brackets), or ROUGE in their place."""
+    """Guards: rules that are more lenient than the official ones (case, brackets), or ROUGE instead of them."""
     kind = "multiple choice" if form == "multi-choice" else "free-form"
     assert score_prediction(row("tempcompass", prediction, truth, kind, form)) == score
 
@@ -578,14 +579,14 @@ def test_tempcompass_rules(form, prediction, truth, score):
     ],
 )
 def test_mmmu_open_rule(answer, truth, score):
-    """Guards: open answers judged as strictly as letters, digits of one number found inside another."""
+    """Guards: open answers judged as strictly as letters; a number found inside another one."""
     assert mmmu_open(answer, truth) == score
     kind = "numerical" if truth.replace(".", "").isdigit() else "free-form"
     assert score_prediction(row("videommmu", answer, truth, kind, "Adaptation")) == score
 
 
 def test_other_benchmarks_are_scored_as_in_training():
-    """Guards: a second accuracy beside the one of rewards.py."""
+    """Guards: an accuracy that differs from that of rewards.py."""
     for kind, answer, truth in (
         ("free-form", "a red cat", "the red cat"),
         ("regression", "3", "4"),
@@ -608,7 +609,7 @@ def rows_of(benchmark, plan):
 
 
 def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
-    """Guards: the micro average, ten question types instead of eight tasks, and Video-R1's mean of two as the score."""
+    """Guards: the mean over questions, ten question types instead of eight tasks, or Video-R1's mean of two."""
     plan = {
         "object_rel_distance": [1] * 4,
         "object_rel_direction_easy": [1],
@@ -635,7 +636,7 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
 
 
 def test_vsi_subset_and_its_standard_error():
-    """Guards: KeyError where a direction level is absent (lmms-eval), a standard error of the pooled answers."""
+    """Guards: a KeyError if a direction level is absent (lmms-eval); a standard error of the pooled answers."""
     summary = score_rows(rows_of("vsibench", {"object_rel_direction_hard": [1, 0], "route_planning": [1, 1, 0, 0]}))[
         "vsibench"
     ]
@@ -647,7 +648,7 @@ def test_vsi_subset_and_its_standard_error():
 
 
 def test_mvbench_is_correct_over_total():
-    """Guards: the mean of tasks where their sizes differ; the standard error of a share."""
+    """Guards: the mean of tasks of unequal sizes; a wrong standard error of a share."""
     summary = score_rows(rows_of("mvbench", {"state_change": [1, 1, 1], "action_count": [0]}))["mvbench"]
     assert (summary["score"], summary["n"], summary["clipped"]) == (75, 4, 0)
     assert summary["se"] == pytest.approx(25)  # sd 50, over the root of 4
@@ -658,7 +659,7 @@ def test_mvbench_is_correct_over_total():
 
 
 def test_tempcompass_is_pooled_over_three_formats():
-    """Guards: captioning in the score or its denominator, the mean of formats for the pooled share."""
+    """Guards: captioning in the score or its denominator; the mean of formats instead of the pooled share."""
     rows = [
         row("tempcompass", "B", "B", task="multi-choice", row_id="1", dim="speed"),
         row("tempcompass", "no", "yes", "free-form", "yes_no", "2", dim="speed"),
@@ -678,7 +679,7 @@ def test_tempcompass_is_pooled_over_three_formats():
 
 
 def test_videommmu_tracks_and_knowledge_gain():
-    """Guards: the question-only run inside the score, and a gain in points instead of a share of what was left to learn."""
+    """Guards: question-only answers in the score; a gain in points instead of a share of what was left."""
     plan = {"Perception": [1, 1], "Comprehension": [1, 0, 0, 0], "Adaptation": [1, 1, 0, 0]}
     summary = score_rows(rows_of("videommmu", plan))["videommmu"]
     assert (
@@ -693,7 +694,7 @@ def test_videommmu_tracks_and_knowledge_gain():
 
 
 def test_mmvu_lists_open_questions_as_unscored():
-    """Guards: open answers in the denominator, or scored by ROUGE."""
+    """Guards: open answers in the denominator or scored by ROUGE."""
     rows = rows_of("mmvu", {"Physics": [1, 0]}) + [row("mmvu", "friction", "friction", "free-form", "Physics", "open")]
     summary = score_rows(rows)["mmvu"]
     assert (summary["score"], summary["n"], summary["unscored"]) == (
@@ -710,14 +711,17 @@ def test_videomme_breakdowns():
         for r, d, s in zip(rows_of("videomme", {"Counting": [1, 0], "OCR": [1]}), ("short", "long", "long"), "xxy")
     ]
     summary = score_rows(rows)["videomme"]
-    scores = lambda key: {k: p["score"] for k, p in summary[key].items()}
+
+    def scores(key):
+        return {k: p["score"] for k, p in summary[key].items()}
+
     assert summary["score"] == pytest.approx(200 / 3) and scores("by_task") == {"Counting": 50, "OCR": 100}
     assert scores("by_duration") == {"short": 100, "long": 50} and scores("by_sub_category") == {"x": 50, "y": 100}
     assert summary["by_domain"]["Sports"]["n"] == 3
 
 
 def test_empty_answers_stay_in_the_denominator():
-    """Guards: empty or unread answers dropped (Video-MME, VideoMMMU, lmms-eval's MVBench), which flatters a silent model."""
+    """Guards: empty or unreadable answers that are dropped (Video-MME, VideoMMMU, lmms-eval's MVBench)."""
     rows = [
         row("videomme", text, "B", row_id=str(i)) for i, text in enumerate(["B", "", None, "<think>B", "hard to say"])
     ]
@@ -726,7 +730,7 @@ def test_empty_answers_stay_in_the_denominator():
 
 
 def test_unusable_media_are_counted_beside_the_score():
-    """Guards: a question nobody answered that counts as wrong, or vanishes."""
+    """Guards: an unanswered question that counts as wrong or is not counted."""
     summary = score_rows(
         rows_of("mvbench", {"t": [1]}) + [{"benchmark": "mvbench", "id": 9, "error": "cannot be read"}]
     )["mvbench"]
@@ -734,7 +738,7 @@ def test_unusable_media_are_counted_beside_the_score():
 
 
 def test_bad_predictions_are_an_error():
-    """Guards: one question counted twice, our own mistakes scored 0."""
+    """Guards: one question counted twice; bad rows scored 0."""
     good = row("mvbench", "B", "B", row_id=1)
     bad = [
         {**good, "id": "1"},
@@ -761,7 +765,7 @@ def test_bad_predictions_are_an_error():
 
 
 def test_join_fills_bare_rows(root):
-    """Guards: bare rows scored with another question's truth; unknown ids passed over."""
+    """Guards: bare rows scored with another question's solution; unknown ids that are ignored."""
     bare = [
         {"benchmark": "vsibench", "id": 0, "prediction": "3"},
         {"benchmark": "tempcompass", "id": "yes_no/11/action/1", "prediction": "no"},
@@ -786,7 +790,7 @@ def test_join_fills_bare_rows(root):
 
 
 def test_caption_answers_that_name_the_other_line_are_read(root):
-    """Guards: a wrong answer counted as unreadable, which blames the format for the model."""
+    """Guards: a wrong answer counted as unreadable."""
     rows = [
         {"benchmark": "tempcompass", "id": "caption_matching/11/order/0", "prediction": text}
         for text in ("1", "neither")
@@ -795,7 +799,7 @@ def test_caption_answers_that_name_the_other_line_are_read(root):
 
 
 def test_table_marks_published_scores(capsys):
-    """Guards: published numbers that pass for ours, a table that breaks on an empty or foreign entry."""
+    """Guards: published numbers without a label; a table that fails for an empty or unknown benchmark."""
     rows = (
         rows_of("vsibench", {"route_planning": [1, 0]})
         + rows_of("mine", {"t": [1]})

@@ -61,7 +61,7 @@ def test_panels_follow_the_metrics_of_the_run():
 
 
 def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
-    """Guards: a second file that is ignored or has the first one's colour; a row without a metric that stops the plot."""
+    """Guards: a second file that is ignored or has the first one's colour; a missing metric that stops the plot."""
     first = write_rows(tmp_path / "a/metrics.jsonl", [rl_row(i) for i in range(20)])
     rows = [rl_row(i, reward=2.0) for i in range(30)]
     del rows[3]["temporal/gap"], rows[4]["reward/total"]
