@@ -39,7 +39,7 @@ from accelerate.utils import (
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from settings import UserError, append_rows, file_hash, fingerprint, read_jsonl, sampled_hash, write_atomic
@@ -157,7 +157,7 @@ def compute_dtype(cfg):
 
 def to_device(inputs, device):
     """`inputs` (nested dicts and lists) with every tensor on `device`."""
-    return tree_map(lambda x: x.to(device, non_blocking=True) if hasattr(x, "to") else x, inputs)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer
@@ -365,7 +365,7 @@ class Run:
 
     def log_rollouts(self, step, rows):
         """Append the rows of all ranks to rollouts.jsonl."""
-        self.append("rollouts.jsonl", step, gather_object(rows))
+        self.append("rollouts.jsonl", step, gather_object(list(rows)))
 
     def append(self, name, step, rows):
         if self.accelerator.is_main_process:
@@ -527,7 +527,9 @@ def newest_whole_checkpoint(accelerator, folder):
 
 def move_aside(accelerator, folder):
     """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
-    earlier = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+    earlier = []
+    for pattern in RUN_FILES:
+        earlier += sorted(folder.glob(pattern))
     if not earlier:
         return
     number = 1

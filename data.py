@@ -556,7 +556,10 @@ def kill_workers():
 def join_media(inputs):
     """The pixels, patch grids and seconds per temporal patch of several prompts, concatenated in order."""
     names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-    return {name: torch.cat([x[name] for x in inputs]) for name in names}
+    joined = {}
+    for name in names:
+        joined[name] = torch.cat([prompt[name] for prompt in inputs])
+    return joined
 
 
 def pad(rows, value, side):

@@ -396,9 +396,11 @@ def upright(frame_HWC, matrix):
     a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
     if abs(a) + abs(d) < abs(b) + abs(c):
         frame_HWC = frame_HWC.transpose(1, 0, 2)
-        x_sign, y_sign = c, b
+        x_sign = c
+        y_sign = b
     else:
-        x_sign, y_sign = a, d
+        x_sign = a
+        y_sign = d
     if x_sign < 0:
         frame_HWC = frame_HWC[:, ::-1]
     if y_sign < 0:

@@ -18,6 +18,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ from common import compute_dtype, is_sharded, replace_folder, room_on_disk
 from settings import UserError
 
 # values of mm_token_type_ids
-TEXT, IMAGE, VIDEO = 0, 1, 2
+TEXT = 0
+IMAGE = 1
+VIDEO = 2
 # The head computes the logits of this many tokens at a time: 512 of them over a vocabulary of 152,000 take 311 MB.
 LOGITS_CHUNK = 512
 
@@ -468,6 +471,7 @@ def pack(model, prompts, completions, pad_id):
     A completion attends to its prompt and to itself, and its positions continue from the prompt's.
     """
     rows = [pack_row(model, prompt, group) for prompt, group in zip(prompts, completions)]
+    targets = [completion.cpu() for completion in chain.from_iterable(completions)]
     L = max(len(row["ids"]) for row in rows)
     packed = Packed(
         inputs={
@@ -477,8 +481,8 @@ def pack(model, prompts, completions, pad_id):
             **data.join_media(prompts),
         },
         predict_M=torch.cat([b * L + row["predict"] for b, row in enumerate(rows)]),
-        targets_M=torch.cat([completion.cpu() for group in completions for completion in group]),
-        mask_NT=data.pad([torch.ones(len(completion)) for group in completions for completion in group], 0.0, "right"),
+        targets_M=torch.cat(targets),
+        mask_NT=data.pad([torch.ones(len(target)) for target in targets], 0.0, "right"),
     )
     return Packed(**common.to_device(vars(packed), model.device))
 
@@ -548,8 +552,10 @@ def starting_files(model):
     starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
-    found = {path for pattern in STARTING_FILES for path in folder.glob(pattern) if path.is_file()}
-    return {path.name: path.read_bytes() for path in sorted(found)}
+    found = set()
+    for pattern in STARTING_FILES:
+        found |= set(folder.glob(pattern))
+    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
 
 
 def with_dtype(config, dtype):

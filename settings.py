@@ -441,8 +441,10 @@ def table(header, rows):
     | SFT    |   7 |
     | T-GRPO | 120 |
     """
-    lines = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    lines = [list(map(str, row)) for row in [header, *rows]]
+    widths = []
+    for column in zip(*lines):
+        widths.append(max(3, *map(len, column)))
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
     lines.insert(1, rule)
     text = []

@@ -25,6 +25,7 @@ Axes: G ordered completions of a prompt · S shuffled completions of a prompt ·
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -297,6 +298,11 @@ def gap_metrics(p, p_shuffled, n_ordered, n_shuffled):
     return metrics
 
 
+def sampled_tokens(group):
+    """How many tokens were sampled for a group."""
+    return sum(len(completion) for completion in group.completions + group.shuffled_completions)
+
+
 def mean(values):
     return values.double().mean().item()
 
@@ -384,8 +390,7 @@ def main():
             means.add(score(group, cfg, eos_ids(unwrapped, processor.tokenizer)))
         seconds = run.lap("rollout")
         if groups:
-            n_tokens = sum(len(c) for group in groups for c in group.completions + group.shuffled_completions)
-            means.add({"rollout/tokens_per_s": n_tokens / seconds})
+            means.add({"rollout/tokens_per_s": sum(sampled_tokens(group) for group in groups) / seconds})
         n_completions = common.sum_over_ranks(accelerator, len(groups) * cfg.num_generations)
 
         # log-probs of each micro-batch before the first update, where the ratio ρ is 1
@@ -426,7 +431,7 @@ def main():
             metrics["temporal/gap_se"] **= 0.5
         run.log(step, metrics)
         if cfg.save_rollouts:
-            run.log_rollouts(step, [row for group in groups for row in rollout_rows(group)])
+            run.log_rollouts(step, chain.from_iterable(rollout_rows(group) for group in groups))
         run.bar.set_postfix(accuracy=metrics.get("reward/accuracy"), length=metrics.get("completion/length"))
         if cfg.print_every and step % cfg.print_every == 0 and accelerator.is_main_process and groups:
             print_rollouts(step, groups[0])

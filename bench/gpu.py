@@ -61,7 +61,8 @@ def clip_prompt(config, grid, n_tokens, seconds=10.0):
     """A prompt of `n_tokens` tokens with one clip of random pixels; grid (T, H, W) in patches of 14 x 14 pixels."""
     n_patches = grid[0] * grid[1] * grid[2]
     n_clip = n_patches // 4
-    before, after = 15, n_tokens - n_clip - 17
+    before = 15
+    after = n_tokens - n_clip - 17
     words = torch.randint(100, 1000, (before + after,)).tolist()
     ids = [
         *words[:before],
@@ -256,9 +257,13 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
     args = parser.parse_args()
     if args.shape == "tiny":
-        n_prompt, n_completion, grid = 40, 8, (4, 4, 4)
+        n_prompt = 40
+        n_completion = 8
+        grid = (4, 4, 4)
     else:
-        n_prompt, n_completion, grid = 1300, 256, (8, 16, 30)
+        n_prompt = 1300
+        n_completion = 256
+        grid = (8, 16, 30)
     cfg = tgrpo.TGRPOConfig(
         fsdp="full_shard",
         bf16=True,

@@ -267,7 +267,8 @@ def memory_of(contestant, size):
     with tempfile.TemporaryDirectory() as folder:
         processor, picture, record, x, model, reference, optimizer = set_up(Path(folder), size)
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here (Linux)
+        # the high-water mark starts again from here (Linux)
+        Path("/proc/self/clear_refs").write_text("5")
         if contestant == "ours":
             our_step(model, reference, optimizer, [x], [G], processor, C)
         elif contestant == "naive":

@@ -19,6 +19,7 @@ import json
 import math
 import os
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from benchmarks import mmvu, mvbench, tempcompass, video_r1, videomme, videommmu, vsibench
@@ -133,7 +134,7 @@ def find_files(name, root):
                 files += sorted(base.glob(pattern))
             if files:
                 return base, files, module
-    wanted = ", ".join(pattern for patterns, _ in alternatives for pattern in patterns)
+    wanted = ", ".join(chain.from_iterable(patterns for patterns, _ in alternatives))
     raise UserError(f"{name}: no annotation files in {Path(root, name)} or {root}; looked for {wanted}")
 
 
@@ -312,7 +313,7 @@ def print_table(summary):
     for name, part in summary.items():
         if isinstance(part, dict) and "by_task" in part:
             unread = "-" if part["unparsed"] is None else f"{part['unparsed']:.1%}"
-            published = ["/".join(f"{score:.1f}" for score in scores.get(name, ())) for scores in PUBLISHED.values()]
+            published = ["/".join(map(str, scores.get(name, ()))) for scores in PUBLISHED.values()]
             rows.append([name, part["n"], with_error(part["score"], part["se"]), unread, *published])
             rows += group_rows(part)
             notes += [f"{name}: {note}" for note in notes_of(part)]

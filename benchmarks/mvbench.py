@@ -26,7 +26,9 @@ FOLDERS = {
     "vlnqa": "egocentric_navigation",
     "tvqa/frames_fps3_hq": "episodic_reasoning",
 }
-FOLDER_OF = {task: folder for folder, tasks in FOLDERS.items() for task in tasks.split()}
+FOLDER_OF = {}
+for folder, tasks in FOLDERS.items():
+    FOLDER_OF |= dict.fromkeys(tasks.split(), folder)
 
 
 def records(row, number, file, base):

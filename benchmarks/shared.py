@@ -66,7 +66,10 @@ def mean_score(rows):
 def mean_score_by(rows, key):
     """{value of `key`: mean_score of its rows}."""
     names = sorted({row[key] for row in rows if row.get(key) is not None})
-    return {name: mean_score([row for row in rows if row.get(key) == name]) for name in names}
+    scores = {}
+    for name in names:
+        scores[name] = mean_score([row for row in rows if row.get(key) == name])
+    return scores
 
 
 def mean_of_parts(parts):

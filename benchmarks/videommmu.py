@@ -10,6 +10,7 @@ the knowledge gain compares the two.
 
 import math
 import re
+from itertools import product
 from pathlib import Path
 
 from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field
@@ -29,12 +30,17 @@ DISCIPLINES = {
     "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
     "Mechanical_Engineering",
 }
-DISCIPLINE_OF = {subject: folder for folder, subjects in DISCIPLINES.items() for subject in subjects.split()}
+DISCIPLINE_OF = {}
+for folder, subjects in DISCIPLINES.items():
+    DISCIPLINE_OF |= dict.fromkeys(subjects.split(), folder)
 
 
 def flatten(table):
     """Rows of {"Adaptation": {"0": row}}."""
-    return [{**row, "track": track} for track, rows in table.items() for row in rows.values()]
+    flat = []
+    for track, rows in table.items():
+        flat += [{**row, "track": track} for row in rows.values()]
+    return flat
 
 
 def records(row, number, file, base):
@@ -140,7 +146,7 @@ def mmmu_open(answer, truth):
     for entry in entries:
         if entry:
             truths += comparable_forms(entry)
-    return float(any(meets(guess, form) for form in truths for guess in guesses))
+    return float(any(meets(guess, form) for guess, form in product(guesses, truths)))
 
 
 def meets(guess, truth):

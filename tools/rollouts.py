@@ -117,7 +117,8 @@ def write_rollouts(path, out, steps=(), records="", data_root=""):
     by_prompt = {(str(record["problem_id"]), record["path"]): record for record in read_rows(cfg.records)}
     questions = []
     for rows in evenly_spaced(groups, MAX_QUESTIONS):
-        problem_id, clip = rows[0]["problem_id"], rows[0]["path"]
+        problem_id = rows[0]["problem_id"]
+        clip = rows[0]["path"]
         record = by_prompt.get((str(problem_id), clip))
         if record is None:
             raise UserError(f"{cfg.records}: no record {problem_id!r} on {clip}; --records names the run's records")
