@@ -67,7 +67,8 @@ def run(world, tmp_path, monkeypatch):
         }
         arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--config", "configs/toy.yaml", *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)  # each stage is a process of its own elsewhere
+        # outside of the tests, each stage is a process of its own
+        AcceleratorState._reset_state(reset_partial_state=True)
         STAGES[stage].main()
         return tmp_path / output
 

@@ -240,9 +240,11 @@ def test_records_of_every_benchmark_pass_the_checks_of_data(root, name, n):
     for record in records:
         check_record(record, root, need_process=False)
         assert record["benchmark"] == name and isinstance(record["id"], str) and record["problem_id"] == record["id"]
-        assert record["path"].startswith(name + "/")  # relative to root, whichever folder held the file
+        # relative to root, whichever folder held the file
+        assert record["path"].startswith(name + "/")
         if not record.get("unscored"):
-            answer = record["solution"]  # the truth answers its own question
+            # the truth answers its own question
+            answer = record["solution"]
             assert score_prediction({**record, "prediction": answer}) == 1
 
 
@@ -625,9 +627,11 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
         ("object_size_estimation", "x"),
         ("room_size_estimation", "2"),
     ):
-        rows.append(row("vsibench", guess, 4, "regression", task, task))  # .6, 1, 0, and .1
+        # .6, 1, 0, and .1
+        rows.append(row("vsibench", guess, 4, "regression", task, task))
     summary = score_rows(rows)["vsibench"]
-    assert summary["score"] == pytest.approx((100 + 100 / 3 + 50 + 100 + 60 + 100 + 0 + 10) / 8)  # 56.67
+    # 56.67
+    assert summary["score"] == pytest.approx((100 + 100 / 3 + 50 + 100 + 60 + 100 + 0 + 10) / 8)
     micro, ten = 100 * (7 + 1.7) / 15, (100 + 100 + 0 + 0 + 50 + 100 + 60 + 100 + 0 + 10) / 10
     assert abs(summary["score"] - micro) > 1 and abs(summary["score"] - ten) > 1
     assert summary["score_video_r1"] == pytest.approx((100 * 7 / 11 + 100 * 1.7 / 4) / 2)
@@ -651,7 +655,8 @@ def test_mvbench_is_correct_over_total():
     """Guards: the mean of tasks of unequal sizes; a wrong standard error of a share."""
     summary = score_rows(rows_of("mvbench", {"state_change": [1, 1, 1], "action_count": [0]}))["mvbench"]
     assert (summary["score"], summary["n"], summary["clipped"]) == (75, 4, 0)
-    assert summary["se"] == pytest.approx(25)  # sd 50, over the root of 4
+    # sd 50, over the root of 4
+    assert summary["se"] == pytest.approx(25)
     assert summary["by_task"] == {
         "action_count": {"score": 0, "n": 1, "se": None},
         "state_change": {"score": 100, "n": 3, "se": 0},
@@ -758,7 +763,8 @@ def test_bad_predictions_are_an_error():
         "row 6: benchmark: missing",
     ):
         assert part in str(error.value)
-    assert score_rows([good, {**good, "benchmark": "mine"}])["mine"]["n"] == 1  # same id, another benchmark
+    # same id, another benchmark
+    assert score_rows([good, {**good, "benchmark": "mine"}])["mine"]["n"] == 1
 
 
 # --------------------------------------------------------------------------------------------------- join and table

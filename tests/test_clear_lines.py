@@ -80,7 +80,8 @@ def test_a_missing_decord_names_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(UserError, match="its package is decord2: pip install decord2"):
         sft.SFTConfig(video_reader="decord")
-    assert sft.SFTConfig().video_reader == "exact"  # which does without
+    # it works without decord
+    assert sft.SFTConfig().video_reader == "exact"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,8 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch, world, error, line)
         policy.load_processor(sft.SFTConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
     assert "\n" not in str(raised.value) and asked == [("Qwen/Qwen2.5-VL-3B-Instruct", 10)]
     policy.load_processor(sft.SFTConfig(model=str(world / "base")))
-    assert len(asked) == 1  # a folder is not looked up
+    # a folder is not looked up
+    assert len(asked) == 1
 
 
 def test_a_c_locale_can_read_and_print_utf8(tmp_path):

@@ -51,7 +51,8 @@ def test_credit_equals_a_plain_computation_and_is_none_for_images(model):
     """Guards: log-probs of another completion or clip, a mean of logs instead of a log of means, a missing
     temperature.
     """
-    prompts = naive.mixed_prompts()  # video, image, video, of different lengths
+    # video, image, video, of different lengths
+    prompts = naive.mixed_prompts()
     completions = sampled(model, prompts)
     groups = groups_of(prompts, completions)
     add_credit(model, groups, TGRPOConfig(**CFG), naive.PAD)
@@ -92,7 +93,8 @@ def test_credit_goes_to_the_answer_that_used_the_order():
     model = naive.tiny_policy()
     model.__class__ = FirstFrame
     x = naive.prompt("video", (2, 2, 2), 3, 1)
-    x["pixel_values_videos"] = torch.tensor([-1.0] * 4 + [1.0] * 4)[:, None].expand(8, 1176)  # dark, then bright
+    # dark, then bright
+    x["pixel_values_videos"] = torch.tensor([-1.0] * 4 + [1.0] * 4)[:, None].expand(8, 1176)
     (group,) = groups_of([x], [[torch.tensor([10]), torch.tensor([20]), torch.tensor([33])]])
     add_credit(model, [group], TGRPOConfig(**CFG), naive.PAD)
     copied, contrary, blind = group.credit_G.tolist()
@@ -119,7 +121,8 @@ def test_the_credit_bonus_is_between_0_and_alpha_and_0_for_wrong_answers():
     """Guards: a bonus for a wrong answer; a penalty for a right one; one huge log-ratio that dominates the group."""
     group, metrics = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
     assert group.rewards["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
-    rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])  # accuracy + format + credit; credit's own advantage has no std
+    # accuracy + format + credit; credit's own advantage has no std
+    rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])
     assert torch.allclose(group.advantages_G, rewards - rewards.mean())
     assert metrics["temporal/credit_wrong"] == 9.0 and metrics["temporal/credit_correct"] == pytest.approx(1.25 / 3)
     group, _ = scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5)
@@ -162,7 +165,8 @@ def test_a_credit_run_samples_no_shuffled_completions_and_logs_every_completion(
         and {row["frames"] for row in said} == {"ordered"}
         and {row["step"] for row in said} == {0, 1}
     )
-    assert any("credit" not in row for row in said) and any(row.get("credit") for row in said)  # images have none
+    # images have none
+    assert any("credit" not in row for row in said) and any(row.get("credit") for row in said)
     before = (out / "rollouts.jsonl").read_text()
     (out / "checkpoint-1").rename(out / "kept")
     for folder in ("final", *(p.name for p in out.glob("checkpoint-*"))):

@@ -161,7 +161,8 @@ def test_two_processes_and_a_killed_run_give_the_same_files(world, six, whole, t
     """Guards: questions that are answered twice or never; a resumed run that averages only the new answers."""
     finish(
         [*command(world, six, tmp_path / "two", *TORCHRUN), "--fsdp", "full_shard"]
-    )  # as in configs/7b.yaml: no weights are sharded
+        # as in configs/7b.yaml: no weights are sharded
+    )
     assert files(tmp_path / "two") == files(whole[0])
     killed = tmp_path / "killed"
     run = subprocess.Popen(
@@ -181,16 +182,20 @@ def test_two_processes_and_a_killed_run_give_the_same_files(world, six, whole, t
     for pid in (
         run.pid,
         *map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()),
-    ):  # the launcher first
+        # the launcher first
+    ):
         os.kill(pid, signal.SIGKILL)
     run.wait()
     before = answered()
     assert 0 < before < 40 and not (killed / "summary.json").exists()
-    with open(next(killed.glob("predictions.?.jsonl")), "a") as file:  # a line the kill cut short
+    # a line that the kill cut off
+    with open(next(killed.glob("predictions.?.jsonl")), "a") as file:
         file.write('{"benchmark": "vsi')
-    _, progress = finish(command(world, six, killed))  # one process goes on where two were
+    # one process continues the work of two
+    _, progress = finish(command(world, six, killed))
     assert files(killed) == files(whole[0])
-    assert "20/20 [" not in progress.replace(".0/", "/").replace(".0 ", " ")  # and only with what was missing
+    # it only answers what was missing
+    assert "20/20 [" not in progress.replace(".0/", "/").replace(".0 ", " ")
 
 
 def test_missing_media_are_listed_counted_and_asked_in_a_later_run(world, tmp_path, run, capsys):
@@ -215,7 +220,8 @@ def test_missing_media_are_listed_counted_and_asked_in_a_later_run(world, tmp_pa
         2,
         [],
     ) and "cannot be asked" not in capsys.readouterr().out
-    write(root / "videomme/test.jsonl", VIDEOMME[::-1])  # the same settings, other questions
+    # the same settings, other questions
+    write(root / "videomme/test.jsonl", VIDEOMME[::-1])
     with pytest.raises(UserError, match="answers to other questions"):
         again()
     for text in ('{"benchmark": "mine", "id": 1}\n', "{nope\n", "3\n"):
@@ -237,17 +243,21 @@ def test_clipped_videos_frame_folders_and_question_images_are_shown_correctly(si
     def see(record, **values):
         return data.load_media(record, SharedConfig(data_root=str(six), **values))
 
-    sequence, _, stills = load_benchmark("mvbench", six)  # 1.5 to 9 s of 12 frames, one per second
+    # 1.5 to 9 s of 12 frames, one per second
+    sequence, _, stills = load_benchmark("mvbench", six)
     frames, times = see(sequence, max_frames=4)
-    assert numbers(frames) == [2, 4, 6, 8]  # on display at 2.44, 4.31, 6.19 and 8.06 s
+    # on display at 2.44, 4.31, 6.19 and 8.06 s
+    assert numbers(frames) == [2, 4, 6, 8]
     assert times.sampled_fps == pytest.approx(4 / 7.5)
     assert numbers(see(load_benchmark("mvbench", six, clip_segments=False)[0], max_frames=4)[0]) == [1, 4, 7, 10]
     frames, times = see(stills, max_frames=16)
     assert (
         numbers(frames) == list(range(12)) and times.sampled_fps == 3
-    )  # 0 to 4 s at 3 per second: the first twelve stills
+        # 0 to 4 s at 3 per second: the first twelve stills
+    )
     adaptation = next(r for r in load_benchmark("videommmu", six) if r["task"] == "Adaptation")
-    assert numbers(see(adaptation, max_frames=3)[0]) == [2, 6, 11]  # the last frame is the question's image
+    # the last frame is the question's image
+    assert numbers(see(adaptation, max_frames=3)[0]) == [2, 6, 11]
     Image.new("RGB", (200, 100), (250, 0, 0)).save(six / "image.png")
     frames, times = see({**adaptation, "image_path": "image.png"} | {"last_frame": False}, max_frames=4)
     assert (
@@ -264,7 +274,8 @@ def test_clipped_videos_frame_folders_and_question_images_are_shown_correctly(si
         )[i].frame_order
         for i in range(6)
     ]
-    assert all(order[-1] == 3 and order[:3] != [0, 1, 2] for order in orders)  # shuffling leaves it at the end
+    # shuffling leaves it at the end
+    assert all(order[-1] == 3 and order[:3] != [0, 1, 2] for order in orders)
 
 
 # -------------------------------------------------------------------------------------------------- the temporal gap
@@ -286,7 +297,8 @@ def test_temporal_gap_computed_by_hand():
     )
     rows += [
         row("mvbench", "A", "B", task="order", row_id="alone", frames="ordered")
-    ]  # shown in order only: not in the pair
+        # shown in order only: not in the pair
+    ]
     part = summarise(rows)["mvbench"]
     assert (part["score"], part["n"], part["shuffled"]["score"], part["frames"]) == (60, 5, 25, "ordered")
     gap = part["gap"]
@@ -457,7 +469,8 @@ def test_knowledge_gain_has_a_standard_error():
         for task, marks in (("Adaptation", [1, 1, 0, 0]), ("question_only", [1, 0, 0, 0]))
         for i, right in enumerate(marks)
     ]
-    part = summarise(rows)["videommmu"]  # after 50 ± 28.87, before 25 ± 25
+    # after 50 ± 28.87, before 25 ± 25
+    part = summarise(rows)["videommmu"]
     assert part["delta_knowledge"] == pytest.approx(100 * 25 / 75)
     assert part["se_delta_knowledge"] == pytest.approx(100 / 75 * math.hypot(28.8675, 25 * 50 / 75), abs=1e-3)
 

@@ -70,7 +70,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(run, stage):
     whole = run(stage, "whole", steps=4, save_every=2)
     part = whole.parent / "part"
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
-    shutil.copy(whole / "metrics.jsonl", part)  # holds steps 2 and 3 too: they must be dropped and made again
+    # has steps 2 and 3 too: they must be dropped and repeated
+    shutil.copy(whole / "metrics.jsonl", part)
     run(stage, "part", steps=4, save_every=2)
     assert without_times(part) == without_times(whole) and len(without_times(whole)) == 4
     a, b = weights(whole), weights(part)
@@ -84,7 +85,8 @@ def test_the_micro_batch_size_does_not_change_the_result(run, stage):
     for size in (4, 1):
         out = run(stage, f"micro{size}", save_every=1, micro_batch_size=size)
         state = torch.load(out / "checkpoint-1/optimizer.bin", weights_only=True)["state"]
-        gradients.append([moments["exp_avg"] for moments in state.values()])  # after one step: 0.1 × gradient
+        # after one step: 0.1 × gradient
+        gradients.append([moments["exp_avg"] for moments in state.values()])
     scale = max(g.abs().max() for g in gradients[0])
     assert scale > 1e-4 and all((a - b).abs().max() < 1e-4 * scale for a, b in zip(*gradients))
 
@@ -164,8 +166,13 @@ def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsy
     """Guards: a replacement clip, a crash, or a skip without a message."""
     folder, problem_id = broken_world
     out = run(
-        "tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.5
-    )  # 12 records: all are seen
+        "tgrpo",
+        records=folder / "rl.json",
+        data_root=folder,
+        steps=3,
+        max_unreadable=0.5,
+        # 12 records: all are seen
+    )
     assert read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
     assert f"skipped {problem_id} (./media/" in capsys.readouterr().out
 
@@ -271,13 +278,15 @@ def test_frame_times_reach_the_model(world, tmp_path):
     """Guards: an assumed 2 fps: 8 of 40 frames at 5 fps are 1 second apart, and a patch of two is 2 seconds long."""
     write_video(tmp_path / "clip.mp4", 40, fps=5)
     sample = one(world, RECORD | {"root": tmp_path})
-    for order in ("ordered", "shuffled"):  # shuffled clips keep the clock of the ordered ones
+    # shuffled clips have the times of the ordered ones
+    for order in ("ordered", "shuffled"):
         x = getattr(sample, order)
         assert x["second_per_grid_ts"].tolist() == [2.0]
         model = policy.load_policy(settings(world))
         video = x["mm_token_type_ids"][0] == 2
         time = policy.mrope_positions(x, model.config.vision_config)[0, video]
-        assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]  # tokens_per_second is 2
+        # tokens_per_second is 2
+        assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]
 
 
 def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
@@ -352,7 +361,8 @@ def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
     assert len([r for r in videos if r["frames"] == "shuffled"]) == len([r for r in videos if r["frames"] == "ordered"])
     assert all({"prediction", "solution", "accuracy", "format", "settings", "cue"} <= row.keys() for row in rows)
     lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
-    for kept in (3, len(lines) - 1):  # killed within a batch, with a torn last line
+    # killed within a batch, with an incomplete last line
+    for kept in (3, len(lines) - 1):
         shutil.rmtree(out)
         out.mkdir()
         (out / "predictions.0.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
@@ -380,7 +390,8 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
         model / "model.safetensors",
         metadata={"format": "pt"},
     )
-    fingerprint.cache_clear()  # each run is a process of its own elsewhere
+    # outside of the tests, each run is a process of its own
+    fingerprint.cache_clear()
     with pytest.raises(common.UserError, match="weights"):
         run("evaluate", model=model, records=records)
     save_file(changed, model / "model.safetensors", metadata={"format": "pt"})

@@ -148,7 +148,8 @@ def test_resume_false_moves_the_earlier_run_aside(run, started, capsys):
     assert read_jsonl(folder / "earlier-1/metrics.jsonl") == first != read_jsonl(folder / "metrics.jsonl")
     assert [p.name for p in common.checkpoints(folder)] == ["checkpoint-1"]
     shutil.rmtree(folder / "final")
-    run("tgrpo", **settings | {"seed": 5})  # the new one is resumed
+    # the new one is resumed
+    run("tgrpo", **settings | {"seed": 5})
     assert "resumed from" in capsys.readouterr().out
     run("tgrpo", **settings | {"resume": "false"})
     assert (folder / "earlier-2/checkpoint-1").is_dir() and (folder / "earlier-1/checkpoint-1").is_dir()
@@ -294,10 +295,13 @@ LAUNCHERS = {
 @pytest.mark.parametrize(
     "launcher, number, to_group, saves",
     [
-        ("python", signal.SIGTERM, True, True),  # as Slurm sends it, DataLoader workers included
-        ("python", signal.SIGINT, True, True),  # Ctrl-C
+        # as Slurm sends it, DataLoader workers included
+        ("python", signal.SIGTERM, True, True),
+        # Ctrl-C
+        ("python", signal.SIGINT, True, True),
         ("python", signal.SIGKILL, False, False),
-        ("accelerate", signal.SIGTERM, False, True),  # the launcher dies at once and leaves its child behind
+        # the launcher dies at once and leaves its child behind
+        ("accelerate", signal.SIGTERM, False, True),
         ("torchrun", signal.SIGTERM, True, True),
     ],
     ids=lambda value: getattr(value, "name", str(value)),

@@ -76,11 +76,13 @@ def outputs(world, hub, tmp_path_factory):
     shutil.copytree(world / "world", two / "broken")
     record = next(r for r in json.loads((two / "broken/rl.json").read_text()) if r["data_type"] == "video")
     (two / "broken" / record["path"]).write_bytes(b"")
-    for stage, file in (("sft", "sft"), ("tgrpo", "rl")):  # step 0: rank 0 has a picture and a video, rank 1 two videos
+    # step 0: rank 0 has a picture and a video, rank 1 two videos
+    for stage, file in (("sft", "sft"), ("tgrpo", "rl")):
         records = json.loads((world / f"world/{file}.json").read_text())
         pictures, videos = ([r for r in records if (r["data_type"] == "image") == kind] for kind in (True, False))
         picked = [pictures[0], *videos[:7]]
-        order = [data_index(position, 8, 0) for position in range(8)]  # the training order of seed 0
+        # the training order of seed 0
+        order = [data_index(position, 8, 0) for position in range(8)]
         placed = [None] * 8
         for place, r in zip(order, picked):
             placed[place] = r
@@ -110,7 +112,8 @@ def test_two_sharded_processes_train_like_one_process(world, outputs, stage):
     # A step moves a weight by 1e-3. AdamW divides a gradient by its own size, so where the gradient is almost 0, a
     # difference in rounding moves the weight by a few percent of a step.
     assert difference(weights(one / stage), weights(two / stage)) < 5e-5
-    assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4  # and it is a step
+    # and it is a step
+    assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4
     rows = [without_times(folder / stage) for folder in outputs]
     for a, b in zip(*rows):
         assert a.keys() == b.keys()
@@ -230,4 +233,5 @@ def test_one_command_exports_a_sharded_checkpoint(outputs, tmp_path):
     status, said = launch([sys.executable, "-m", "tools.export", folder / "checkpoint-1", tmp_path / "plain"])
     assert status == 0, said[-2000:]
     plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(folder)
-    assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02  # one step before the end
+    # one step before the end
+    assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02

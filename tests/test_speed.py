@@ -31,7 +31,8 @@ def test_the_text_layers_never_read_a_value_from_the_device():
     model = naive.tiny_policy()
     inputs = mixed_pack(model).inputs
     B, L = inputs["input_ids"].shape
-    layers = model.model.language_model.to("meta")  # tensors without values: whoever reads one raises
+    # tensors without values: reading one raises an error
+    layers = model.model.language_model.to("meta")
     inputs = common.to_device(inputs, "meta")
     hidden_BLD = torch.empty(B, L, model.config.text_config.hidden_size, device="meta")
     output = layers(
@@ -54,7 +55,8 @@ def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
     model.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     policy.completion_logps(model, packed)
     policy.rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, 1.0, 2)
-    assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 3]  # the loss and the prefill
+    # the loss and the prefill
+    assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 3]
     for kwargs in seen:
         grid = kwargs["grid_thw"]
         index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)

@@ -39,7 +39,8 @@ def test_score_of_a_group_computed_by_hand():
         "length": [pytest.approx(0.2), 0, 0, 0],
         "temporal": [pytest.approx(0.075)] * 2 + [0, pytest.approx(0.075)],
     }
-    rewards = torch.tensor([2.2, 1.0, 1.0, 2.0])  # p 3/4, p̃ 1/2, r_t 0.3 · 1/4
+    # p 3/4, p̃ 1/2, r_t 0.3 · 1/4
+    rewards = torch.tensor([2.2, 1.0, 1.0, 2.0])
     expected = (rewards - 1.55) / (rewards.std() + 1e-4) + torch.tensor([0.075, 0.075, 0.0, 0.075])
     assert torch.allclose(group.advantages_G, expected, atol=1e-6)
     se = 0.75 * 0.25 / 3 + 0.25 / 1
@@ -125,7 +126,8 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
     assert {s.record["data_type"] for s in samples} == {"video", "image"}
     asked = []
 
-    def echo(model, prompts, counts, tokenizer, *_, **__):  # says the number of the prompt it was asked with
+    # generates the number of its prompt
+    def echo(model, prompts, counts, tokenizer, *_, **__):
         asked.extend(prompts)
         return [
             torch.tensor([processor.tokenizer.encode(str(i % 10))[0]]) for i, n in enumerate(counts) for _ in range(n)
@@ -162,7 +164,8 @@ def test_rollout_ignores_the_checkpoints_sampling_settings():
     model, T = naive.tiny_policy(generation=hostile), 0.7
     kept, real, seen = model.generation_config.to_dict(), model.generate, {}
 
-    def watched(**inputs):  # generate's own scores, for what rollout asks it
+    # generate() with its own scores
+    def watched(**inputs):
         seen["output"] = real(**inputs, return_dict_in_generate=True, output_scores=True)
         return seen["output"].sequences
 
@@ -232,7 +235,8 @@ def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run
         for g in kept
         for advantage, c in zip(g.advantages_G, g.completions)
     ]
-    (sum(losses) / len(losses)).backward()  # at the reference the KL term has no gradient
+    # at the reference the KL term has no gradient
+    (sum(losses) / len(losses)).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     (row,) = read_jsonl(out / "metrics.jsonl")
     assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1e-3

@@ -73,7 +73,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_run(world, tmp_path):
         assert run.poll() is None
         time.sleep(0.01)
     time.sleep(0.3)
-    os.killpg(run.pid, signal.SIGKILL)  # its data workers too
+    # its data workers too
+    os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     assert not (tmp_path / "killed/final").exists()
     again = start(command(world, tmp_path / "killed"))
@@ -90,16 +91,19 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_gives_advice(world, run, tmp_
     run("tgrpo", steps=3, **settings)
 
     def small():
-        return resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # weights are larger than this
+        # weights are larger than this
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    for lock in common.held_locks.values():  # this process is done with the folder
+    # this process is done with the folder
+    for lock in common.held_locks.values():
         lock.close()
     full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
     said, _ = full.communicate(timeout=120)
     assert full.returncode == 1 and "free disk space" in said and "Traceback" not in said, said[-1500:]
     assert [p.name for p in common.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     common.held_locks.clear()
-    run("tgrpo", steps=6, **settings)  # the same command, with room
+    # the same command, with free disk space
+    run("tgrpo", steps=6, **settings)
     assert len(without_times(tmp_path / "out")) == 6
 
 

@@ -33,7 +33,8 @@ def test_advantages_are_relative_to_the_group():
     rewards = double(0, 1, 1, 2.2, 0.4)
     normed = group_advantages(rewards)
     assert abs(normed.mean()) < 1e-12
-    assert normed.pow(2).sum() / (len(rewards) - 1) == pytest.approx(1, abs=1e-3)  # unbiased: n − 1
+    # unbiased: n − 1
+    assert normed.pow(2).sum() / (len(rewards) - 1) == pytest.approx(1, abs=1e-3)
     assert torch.allclose(group_advantages(rewards + 5), normed)
     assert torch.allclose(group_advantages(rewards * 3), normed, atol=1e-3)
     plain = group_advantages(rewards, "none")
@@ -43,20 +44,24 @@ def test_advantages_are_relative_to_the_group():
 def test_temporal_term_cancels_in_the_reward_but_not_in_the_advantage():
     """Guards: the published placement, under which T-GRPO is GRPO whenever rewards take two values (method.md)."""
     correct = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
-    rewards = correct.double() + 1  # accuracy + format
+    # accuracy + format
+    rewards = correct.double() + 1
     grpo = group_advantages(rewards)
     as_published = temporal_advantages(rewards, 0.3 * correct, "reward")
     ours = temporal_advantages(rewards, 0.3 * correct, "advantage")
 
     def two(advantages_G):
-        return [f"{a:+.4f}" for a in advantages_G[:2].tolist()]  # a correct one, a wrong one
+        # a correct one, a wrong one
+        return [f"{a:+.4f}" for a in advantages_G[:2].tolist()]
 
     assert [two(grpo), two(as_published), two(ours)] == [
         ["+1.0952", "-0.7302"],
         ["+1.0953", "-0.7302"],
         ["+1.3952", "-0.7302"],
-    ]  # README
-    assert (as_published - grpo).abs().max() < 2e-4  # all that is left is the 1e-4 beside the std
+        # README
+    ]
+    # all that is left is the 1e-4 beside the std
+    assert (as_published - grpo).abs().max() < 2e-4
     assert torch.allclose((ours - grpo)[correct], double(0.3))
     assert torch.equal(ours[~correct], grpo[~correct])
     assert (
@@ -82,10 +87,12 @@ def test_kl_k3_is_unbiased_and_never_negative():
         reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
         estimate = kl_k3(model, reference)
         exact = (model.exp() * (model - reference)).sum()
-        assert (model.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)  # E over the model
+        # E over the model
+        assert (model.exp() * estimate).sum() == pytest.approx(exact.item(), abs=1e-12)
         assert (estimate >= 0).all()
     assert kl_k3(model, model).abs().max() == 0
-    assert torch.isfinite(kl_k3(double(-500.0, 0.0), double(0.0, -500.0))).all()  # clamped
+    # clamped
+    assert torch.isfinite(kl_k3(double(-500.0, 0.0), double(0.0, -500.0))).all()
 
 
 def example(seed=0, G=3, T=5):
@@ -260,7 +267,8 @@ def test_the_vision_tower_runs_once_per_batch_of_pictures_and_clips(model, monke
     calls, real = [], model.model.visual.forward
     monkeypatch.setattr(model.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     prompts, groups = sampled_groups(model, 2)
-    for chosen in ([0], [1], [0, 2], [0, 1], [1, 2, 0]):  # videos, pictures, both
+    # videos, pictures, both
+    for chosen in ([0], [1], [0, 2], [0, 1], [1, 2, 0]):
         calls.clear()
         packed = pack(model, [prompts[i] for i in chosen], [groups[i] for i in chosen], naive.PAD)
         completion_logps(model, packed, 1.0, BANNED)

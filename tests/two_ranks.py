@@ -56,7 +56,8 @@ def run(stage, output, accelerate_config=None, **settings):
     """One stage with configs/toy.yaml, in OUT/output; under the environment that an accelerate config gives, if one is
     named.
     """
-    if PartialState._shared_state:  # a second stage in this process: let accelerate begin anew
+    # a second stage in this process: reset accelerate
+    if PartialState._shared_state:
         kind = DistributedType.MULTI_CPU if "WORLD_SIZE" in os.environ else DistributedType.NO
         for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
             os.environ.pop(name, None)
@@ -134,10 +135,12 @@ def hub_stages(layout):
 
 
 def main():
-    Accelerator.end_training = lambda self: None  # the process group serves the next stage too
+    # the process group serves the next stage too
+    Accelerator.end_training = lambda self: None
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
     tgrpo.rollout, policy.refresh = fixed_rollout, checked_refresh
-    if "explode" in MORE:  # one rank breaks: see test_sharded.py
+    # one rank breaks: see test_sharded.py
+    if "explode" in MORE:
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
         return run(tgrpo, "explode", save_every=0)
     run(sft, "sft")
@@ -145,13 +148,15 @@ def main():
         return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     run(tgrpo, "credit", temporal_rule="credit")
-    for stage in (sft, tgrpo):  # micro-batches of pictures beside videos on one rank, videos alone on the other
+    # micro-batches of pictures beside videos on one rank, videos alone on the other
+    for stage in (sft, tgrpo):
         run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
     if FSDP == "none":
         return
 
-    def stop_once(group, cfg, eos):  # a scheduler asks one of the ranks to leave
+    # a scheduler stops one of the ranks
+    def stop_once(group, cfg, eos):
         tgrpo.score = real_score
         if RANK == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -160,14 +165,16 @@ def main():
     tgrpo.score = stop_once
     run(tgrpo, "stopped", updates_per_rollout=2)
     assert not (OUT / "stopped/final").exists() and (OUT / "stopped/checkpoint-1/state.json").exists()
-    run(tgrpo, "stopped", updates_per_rollout=2)  # the same command goes on
+    # the same command resumes
+    run(tgrpo, "stopped", updates_per_rollout=2)
 
     # a user's own accelerate config asks for FSDP, and for much that would train otherwise: the same numbers all the
     # same
     for name in ("fsdp1", "fsdp2"):
         run(tgrpo, name, accelerate_config=FOLDER / f"{name}.yaml", fsdp="none", updates_per_rollout=2)
 
-    tgrpo.rollout = real_rollout  # ranks with other tokens, an image beside a video, an unreadable clip
+    # ranks with other tokens, an image beside a video, an unreadable clip
+    tgrpo.rollout = real_rollout
     run(
         tgrpo,
         "real",
