@@ -168,12 +168,10 @@ def training_bytes(cfg, text, vision, step):
     """Bytes of activations and logits during the forward and backward pass of one micro-batch."""
     width = text.hidden_size
     norm_widths = BF16_NORM_WIDTHS if cfg.bf16 else 0
-    completion_tokens = cfg.num_generations * cfg.max_new_tokens
-    packed_tokens = step.prompt_tokens + completion_tokens
+    packed_tokens = step.prompt_tokens + cfg.num_generations * cfg.max_new_tokens
     per_text_token = (TEXT_LAYER_WIDTHS + norm_widths) * width + FEED_FORWARD_WIDTHS * text.intermediate_size
-    # Attention: the queries of each completion, and the keys and values of the prompt and that completion.
-    attention = completion_tokens * width
-    attention += 2 * cfg.num_generations * (step.prompt_tokens + cfg.max_new_tokens) * width
+    # With a mask, keys and values are repeated for all heads, and the mask becomes a bias per pair of tokens.
+    attention = 2 * packed_tokens * width + packed_tokens**2
     text_layer = packed_tokens * per_text_token + attention
 
     per_patch = (VISION_LAYER_WIDTHS + norm_widths) * vision.hidden_size
@@ -187,8 +185,10 @@ def training_bytes(cfg, text, vision, step):
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
     activations += OUTER_WIDTHS * packed_tokens * width
+    # one byte per pair of tokens
+    boolean_mask = packed_tokens**2
     return {
-        "activations": step.number * step.micro_prompts * activations,
+        "activations": step.micro_prompts * (step.number * activations + boolean_mask),
         "logits": 4 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size,
     }
 
