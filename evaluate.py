@@ -30,11 +30,11 @@ from benchmarks import (
     NAMES,
     benchmarks_in,
     join_annotations,
-    judge_rows,
     load_benchmark,
     missing_media,
     print_table,
     score_benchmark,
+    scored_rows,
 )
 from rewards import accuracy_reward, extract_answer, format_reward
 from settings import UserError, option
@@ -108,7 +108,7 @@ def load_questions(cfg):
     else:
         records, bad_rows = load_own_questions(cfg)
     # what cannot be scored is an error before hours of answering
-    judge_rows([{**record, "prediction": ""} for record in records])
+    scored_rows([{**record, "prediction": ""} for record in records])
     return records + [unusable_question(cfg, name, reason) for name, reason in bad_rows.items()]
 
 
@@ -351,10 +351,10 @@ def summarise(rows):
 
     Raises UserError for bad rows, with their numbers in `rows`.
     """
-    judged = judge_rows(rows)
+    scored = scored_rows(rows)
     summary = {}
-    for name in benchmarks_in(judged):
-        mine = [row for row in judged if row["benchmark"] == name]
+    for name in benchmarks_in(scored):
+        mine = [row for row in scored if row["benchmark"] == name]
         ordered = [row for row in mine if frames_of(row) == "ordered"]
         shuffled = [row for row in mine if frames_of(row) == "shuffled"]
         # the frames were only shown shuffled
@@ -375,7 +375,7 @@ def summarise(rows):
 
 
 def temporal_gap(ordered, shuffled):
-    """Temporal gap of judged rows: p, p̃ and p − p̃ in percent with a 95 % interval; by task below. None without pairs.
+    """Temporal gap of scored rows: p, p̃ and p − p̃ in percent with a 95 % interval; by task below. None without pairs.
 
     Plain means over the questions that have both orders. Unscored questions and stills (VideoMMMU's question_only) are
     left out.
@@ -400,7 +400,7 @@ def question_scores(rows):
     scores = {}
     for row in rows:
         if row["status"] == "scored" and row.get("task") != "question_only":
-            scores[str(row["id"])] = (row, 100 * row["judged"][0])
+            scores[str(row["id"])] = (row, 100 * row["result"][0])
     return scores
 
 

@@ -138,7 +138,7 @@ class LogpHead(nn.Linear):
         return torch.cat(logps), torch.cat(entropies)
 
     def chunk_logps(self, hidden_MD, targets_M, temperature, banned):
-        """Log-probs and entropies (M,) in nats, in float32 whatever the weights are."""
+        """Log-probs and entropies (M,) in nats, in float32 for any dtype of the weights."""
         logits_MV = F.linear(hidden_MD, self.weight).float() / temperature
         # tokens that are never sampled have no probability here either
         for token in banned:
@@ -334,7 +334,7 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
     """Sample counts[b] completions of prompt b, all prompts in one batch. Temperature 0 is greedy decoding.
 
     The vision tower and the prompt run once per prompt; the cache is then repeated, and generate() continues from it.
-    Positions are passed in, so the model's own `rope_deltas` (state of whatever ran last) are never used.
+    Positions are passed in, so the model's own `rope_deltas` (state of the last forward pass) are never used.
     `compiled_rows` > 0 compiles decoding and fills the batch up to this many rows: each shape is compiled once, and an
     extra row costs almost no time on a GPU.
     Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
@@ -548,7 +548,7 @@ STARTING_FILES = (
 def starting_files(model):
     """{name: bytes} of a checkpoint's own config, generation config, preprocessor, chat template and tokenizer files.
 
-    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so whatever loads the
+    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so what loads the
     starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))

@@ -178,7 +178,7 @@ NUMBER = re.compile(rf"[$€£¥₹]?([+-]?(?:{VALUE})(?:e[+-]?\d+)?)", re.ASCII
 # "3/4", "1 3/4"; not the dates "3/4/2020"
 PART = r"(\d{1,9}(?:\.\d{1,9})?)"
 RATIO = re.compile(rf"([+-]?)(?:(\d{{1,9}}) )?{PART} ?[/⁄∕] ?{PART}(?![\d.,/])", re.ASCII)
-# what may stand before the number: "the answer is", "答案:", "x ="
+# what may precede the number: "the answer is", "答案:", "x ="
 NUMBER_LEAD = re.compile(
     r"(?:(?:the |final |correct )*answer(?: is)?\s?:?|答案(?:是|为|為)?\s?:?|答えは?\s?:?)?\s?"
     r"(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
@@ -256,7 +256,7 @@ def is_scale(unit, after_currency):
 def option_letters(options):
     """Letters of options like "A. text" or "(A) text"; A, B, C … by position unless every option has its own.
 
-    Their own letters must go up, from A or without gaps: those of "E. coli", "S. aureus", "B. subtilis" are no labels.
+    Their own letters must go up, from A or without gaps: those of "E. coli", "S. aureus", "B. subtilis" are not labels.
     """
     found = [re.match(r"([A-Z])[.):]|\(([A-Z])\)", option) for option in options]
     own = [match[1] or match[2] for match in found if match]
@@ -555,6 +555,6 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
 def length_reward(n_tokens, correct, l_min=320, l_max=512, omega=0.2):
     """omega for a correct completion of l_min to l_max tokens, both included (paper), else 0. The end-of-turn counts.
 
-    The released code also asks for two correct completions in the group; here each completion stands for itself.
+    The released code also asks for two correct completions in the group; here completions are independent.
     """
     return omega if correct and l_min <= n_tokens <= l_max else 0.0

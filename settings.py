@@ -104,7 +104,7 @@ class SharedConfig:
             filled = (self.prompt or "{problem}").format(problem="<problem>", options="", hint="")
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise UserError(
-                f"prompt: only {{problem}}, {{options}} and {{hint}} may stand in braces: {error} in {self.prompt!r}"
+                f"prompt: only {{problem}}, {{options}} and {{hint}} may be in braces: {error} in {self.prompt!r}"
             ) from None
         if "<problem>" not in filled:
             raise UserError(f"prompt: {{problem}} is missing in {self.prompt!r}")
@@ -138,7 +138,7 @@ class TrainConfig(SharedConfig):
         choices=("none", "tensorboard", "wandb"),
     )
     resume_changed: bool = option(
-        False, "go on from a checkpoint although settings, records or starting weights changed"
+        False, "continue from a checkpoint although settings, records or starting weights changed"
     )
 
 

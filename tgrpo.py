@@ -205,7 +205,7 @@ def sample_groups(model, samples, processor, cfg, compiled_rows=0):
 def add_credit(model, groups, cfg, pad_id):
     """Give every video group its credit_G: how much likelier each completion is with the frames in order than shuffled.
 
-    `model` is the one that sampled. It has whole weights, so no rank waits for another here, whatever its prompts are.
+    `model` is the one that sampled. It has whole weights, so no rank waits for another here, regardless of its prompts.
     """
 
     def sequence_logps(prompts, completions):

@@ -2,14 +2,14 @@
 
 A benchmark's module has FILES (alternatives: of the first that finds a file, all patterns are read) and `records`, a
 generator that turns a row of these files into records. If its authors score differently from the rewards, it also has
-`judge`, `is_unscored`, `check_row`, `overall_score`, `extra_scores` or NOTE. This file has what they share.
+`score_answer`, `is_unscored`, `check_row`, `overall_score`, `extra_scores` or NOTE. This file has what they share.
 
 Annotation files and media are in root/<name>/ or root/. JSON files are read before parquet files, which need pyarrow
 (pip install pyarrow). If none is found, Video-R1's own eval_<name>.json is read. Ids are the authors' if they are
 unique, else <track>/<id> (VideoMMMU), <task>/<row from 0> (MVBench) and <format>/<video_id>/<dim>/<number from 0>
 (TempCompass).
 
-The prompt differs from the authors' harnesses. Answers are judged by their rules, except: the answer is the text of the
+The prompt differs from the authors' harnesses. Answers are scored by their rules, except: the answer is the text of the
 answer block, or all of a text without tags; a letter is read by rewards.parse_letter ("A or B" names none); and an
 empty or unreadable answer is wrong (some harnesses drop it, MVBench's counts it as correct). Standard errors treat
 questions as independent; they are too small if several questions share a video.
@@ -186,19 +186,19 @@ def hook(benchmark, name, default):
     return getattr(MODULES.get(benchmark), name, default)
 
 
-def judge(row):
+def score_answer(row):
     """(score in [0, 1], whether the answer could be read) of a prediction. Raises ValueError if its solution is bad."""
     truth = parse_solution(row["solution"], row["problem_type"], row.get("options"))
     answer = answer_of(row["prediction"])
     if not answer:
         return 0.0, False
-    judged = hook(row["benchmark"], "judge", judge_by_type)(row, answer, truth)
-    if judged is None:
-        judged = judge_by_type(row, answer, truth)
-    return judged
+    result = hook(row["benchmark"], "score_answer", score_by_type)(row, answer, truth)
+    if result is None:
+        result = score_by_type(row, answer, truth)
+    return result
 
 
-def judge_by_type(row, answer, truth):
+def score_by_type(row, answer, truth):
     """The rule of most benchmarks: the accuracy reward of the problem type."""
     problem_type = row["problem_type"]
     if problem_type == "multiple choice":
@@ -208,12 +208,12 @@ def judge_by_type(row, answer, truth):
     return float(ACCURACY[problem_type](answer, truth)), is_readable
 
 
-def judge_rows(rows):
-    """The rows with their `status` (see status_of) and, if it is "scored", `judged`: (score, whether it could be read).
+def scored_rows(rows):
+    """The rows with their `status` (see status_of) and, if it is "scored", `result`: (score, whether it could be read).
 
     Raises UserError with the number of every row that is bad, or whose benchmark, id and frame order occurred before.
     """
-    judged = []
+    scored = []
     problems = []
     first_seen = {}
     for number, row in enumerate(rows, 1):
@@ -223,12 +223,12 @@ def judge_rows(rows):
             if key in first_seen:
                 raise ValueError(f"{key[0]} {key[1]!r} is used twice, first in row {first_seen[key]}")
             first_seen[key] = number
-            judged.append({**row, "status": status, "judged": judge(row) if status == "scored" else None})
+            scored.append({**row, "status": status, "result": score_answer(row) if status == "scored" else None})
         except ValueError as error:
             problems.append(f"  row {number}: {error}")
     if problems:
         raise UserError(f"{len(problems)} of {len(rows)} predictions are bad:\n" + "\n".join(problems))
-    return judged
+    return scored
 
 
 def status_of(row):
@@ -274,7 +274,7 @@ def benchmarks_in(rows):
 
 
 def score_benchmark(name, rows):
-    """Scores of judged rows, one per question: {"score": percent, "se", "n", "answered", "unparsed", "by_task", …}.
+    """{"score": percent, "se", "n", "answered", "unparsed", "by_task", …} of scored rows, one per question.
 
     `unparsed` is the share of answers that could not be read. Not counted in n, but listed: `unscored` (they need a
     judge model) and `unusable` (rows with an `error`).
@@ -292,7 +292,7 @@ def score_benchmark(name, rows):
     if note:
         result["note"] = note
     result["answered"] = sum(answer_of(row["prediction"]) != "" for row in scored)
-    result["unparsed"] = sum(not row["judged"][1] for row in scored) / len(scored) if scored else None
+    result["unparsed"] = sum(not row["result"][1] for row in scored) / len(scored) if scored else None
     result["by_task"] = by_task
     for group in GROUPS:
         if any(row.get(group) for row in scored):

@@ -56,10 +56,10 @@ def answer_of(prediction):
 
 
 def mean_score(rows):
-    """Mean score of judged rows in percent, its standard error (None for fewer than two), and their number."""
+    """Mean score of scored rows in percent, its standard error (None for fewer than two), and their number."""
     if not rows:
         return {"score": None, "n": 0, "se": None}
-    mean, se = mean_and_se([100 * row["judged"][0] for row in rows])
+    mean, se = mean_and_se([100 * row["result"][0] for row in rows])
     return {"score": mean, "n": len(rows), "se": se if len(rows) > 1 else None}
 
 

@@ -56,7 +56,7 @@ def is_unscored(row):
     return row.get("task") == "captioning"
 
 
-def judge(row, answer, truth):
+def score_answer(row, answer, truth):
     """(score, whether the answer could be read) by the authors' rules without a judge model; None for other formats."""
     if row["problem_type"] == "multiple choice":
         letter = strict_letter(answer)

@@ -72,7 +72,7 @@ def question_image(row, base):
     return {"last_frame": True}
 
 
-def judge(row, answer, truth):
+def score_answer(row, answer, truth):
     """(score, True) of an open answer; None for a letter, which has the general rule."""
     if row["problem_type"] == "multiple choice":
         return None

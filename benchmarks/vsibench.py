@@ -40,7 +40,7 @@ def check_row(row):
     choice_field(row, "task", QUESTION_TYPES)
 
 
-def judge(row, answer, truth):
+def score_answer(row, answer, truth):
     """(score, whether the answer could be read) of a number; None for a letter, which has the general rule."""
     if row["problem_type"] == "multiple choice":
         return None

@@ -10,12 +10,12 @@ from benchmarks import (
     answer_of,
     benchmarks_in,
     join_annotations,
-    judge,
-    judge_rows,
     load_benchmark,
     missing_media,
     print_table,
+    score_answer,
     score_benchmark,
+    scored_rows,
 )
 from benchmarks.videommmu import mmmu_open
 from data import check_record
@@ -24,13 +24,13 @@ from settings import UserError
 
 
 def score_prediction(row):
-    return judge(row)[0]
+    return score_answer(row)[0]
 
 
-def score_rows(rows):
-    judged = judge_rows(rows)
+def benchmark_scores(rows):
+    scored = scored_rows(rows)
     return {
-        name: score_benchmark(name, [r for r in judged if r["benchmark"] == name]) for name in benchmarks_in(judged)
+        name: score_benchmark(name, [r for r in scored if r["benchmark"] == name]) for name in benchmarks_in(scored)
     }
 
 
@@ -581,7 +581,7 @@ def test_tempcompass_rules(form, prediction, truth, score):
     ],
 )
 def test_mmmu_open_rule(answer, truth, score):
-    """Guards: open answers judged as strictly as letters; a number found inside another one."""
+    """Guards: open answers scored as strictly as letters; a number found inside another one."""
     assert mmmu_open(answer, truth) == score
     kind = "numerical" if truth.replace(".", "").isdigit() else "free-form"
     assert score_prediction(row("videommmu", answer, truth, kind, "Adaptation")) == score
@@ -629,7 +629,7 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
     ):
         # .6, 1, 0, and .1
         rows.append(row("vsibench", guess, 4, "regression", task, task))
-    summary = score_rows(rows)["vsibench"]
+    summary = benchmark_scores(rows)["vsibench"]
     # 56.67
     assert summary["score"] == pytest.approx((100 + 100 / 3 + 50 + 100 + 60 + 100 + 0 + 10) / 8)
     micro, ten = 100 * (7 + 1.7) / 15, (100 + 100 + 0 + 0 + 50 + 100 + 60 + 100 + 0 + 10) / 10
@@ -641,19 +641,19 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
 
 def test_vsi_subset_and_its_standard_error():
     """Guards: a KeyError if a direction level is absent (lmms-eval); a standard error of the pooled answers."""
-    summary = score_rows(rows_of("vsibench", {"object_rel_direction_hard": [1, 0], "route_planning": [1, 1, 0, 0]}))[
-        "vsibench"
-    ]
+    summary = benchmark_scores(
+        rows_of("vsibench", {"object_rel_direction_hard": [1, 0], "route_planning": [1, 1, 0, 0]})
+    )["vsibench"]
     # hard: 50 ± 50; route: 50 ± 57.7/2 = 28.87
     assert summary["score"] == 50 and summary["tasks"] == 2 and summary["score_video_r1"] is None
     assert summary["se"] == pytest.approx(math.sqrt(50**2 + 28.8675**2) / 2, abs=1e-3)
     with pytest.raises(UserError, match="task: expected one of"):
-        score_rows(rows_of("vsibench", {"colour": [1]}))
+        benchmark_scores(rows_of("vsibench", {"colour": [1]}))
 
 
 def test_mvbench_is_correct_over_total():
     """Guards: the mean of tasks of unequal sizes; a wrong standard error of a share."""
-    summary = score_rows(rows_of("mvbench", {"state_change": [1, 1, 1], "action_count": [0]}))["mvbench"]
+    summary = benchmark_scores(rows_of("mvbench", {"state_change": [1, 1, 1], "action_count": [0]}))["mvbench"]
     assert (summary["score"], summary["n"], summary["clipped"]) == (75, 4, 0)
     # sd 50, over the root of 4
     assert summary["se"] == pytest.approx(25)
@@ -672,7 +672,7 @@ def test_tempcompass_is_pooled_over_three_formats():
         row("tempcompass", "1", "Option 1: x", "free-form", "caption_matching", "4", dim="order"),
         row("tempcompass", "It flies.", "B. it flies", "free-form", "captioning", "5", dim="order"),
     ]
-    summary = score_rows(rows)["tempcompass"]
+    summary = benchmark_scores(rows)["tempcompass"]
     assert (summary["score"], summary["n"], summary["unscored"]) == (75, 4, ["5"]) and "captioning" in summary["note"]
     assert {t: p["score"] for t, p in summary["by_task"].items()} == {
         "caption_matching": 100,
@@ -686,14 +686,14 @@ def test_tempcompass_is_pooled_over_three_formats():
 def test_videommmu_tracks_and_knowledge_gain():
     """Guards: question-only answers in the score; a gain in points instead of a share of what was left."""
     plan = {"Perception": [1, 1], "Comprehension": [1, 0, 0, 0], "Adaptation": [1, 1, 0, 0]}
-    summary = score_rows(rows_of("videommmu", plan))["videommmu"]
+    summary = benchmark_scores(rows_of("videommmu", plan))["videommmu"]
     assert (
         summary["score"] == pytest.approx((100 + 25 + 50) / 3)
         and summary["n"] == 10
         and "delta_knowledge" not in summary
     )
     for before, gain in (([1, 0, 0, 0, 0], 100 * (50 - 20) / 80), ([1, 1, 1, 0], -100.0), ([1], None)):
-        summary = score_rows(rows_of("videommmu", plan | {"question_only": before}))["videommmu"]
+        summary = benchmark_scores(rows_of("videommmu", plan | {"question_only": before}))["videommmu"]
         assert summary["delta_knowledge"] == (gain if gain is None else pytest.approx(gain))
         assert summary["score"] == pytest.approx(175 / 3) and summary["n"] == 10
 
@@ -701,7 +701,7 @@ def test_videommmu_tracks_and_knowledge_gain():
 def test_mmvu_lists_open_questions_as_unscored():
     """Guards: open answers in the denominator or scored by ROUGE."""
     rows = rows_of("mmvu", {"Physics": [1, 0]}) + [row("mmvu", "friction", "friction", "free-form", "Physics", "open")]
-    summary = score_rows(rows)["mmvu"]
+    summary = benchmark_scores(rows)["mmvu"]
     assert (summary["score"], summary["n"], summary["unscored"]) == (
         50,
         2,
@@ -715,7 +715,7 @@ def test_videomme_breakdowns():
         {**r, "duration": d, "domain": "Sports", "sub_category": s}
         for r, d, s in zip(rows_of("videomme", {"Counting": [1, 0], "OCR": [1]}), ("short", "long", "long"), "xxy")
     ]
-    summary = score_rows(rows)["videomme"]
+    summary = benchmark_scores(rows)["videomme"]
 
     def scores(key):
         return {k: p["score"] for k, p in summary[key].items()}
@@ -730,13 +730,13 @@ def test_empty_answers_stay_in_the_denominator():
     rows = [
         row("videomme", text, "B", row_id=str(i)) for i, text in enumerate(["B", "", None, "<think>B", "hard to say"])
     ]
-    summary = score_rows(rows)["videomme"]
+    summary = benchmark_scores(rows)["videomme"]
     assert (summary["score"], summary["n"], summary["answered"], summary["unparsed"]) == (20, 5, 2, 0.8)
 
 
 def test_unusable_media_are_counted_beside_the_score():
     """Guards: an unanswered question that counts as wrong or is not counted."""
-    summary = score_rows(
+    summary = benchmark_scores(
         rows_of("mvbench", {"t": [1]}) + [{"benchmark": "mvbench", "id": 9, "error": "cannot be read"}]
     )["mvbench"]
     assert (summary["score"], summary["n"], summary["unusable"]) == (100, 1, ["9"])
@@ -753,7 +753,7 @@ def test_bad_predictions_are_an_error():
         {"id": 5},
     ]
     with pytest.raises(UserError) as error:
-        score_rows([good, *bad])
+        benchmark_scores([good, *bad])
     for part in (
         "5 of 6",
         "row 2: mvbench '1' is used twice",
@@ -764,7 +764,7 @@ def test_bad_predictions_are_an_error():
     ):
         assert part in str(error.value)
     # same id, another benchmark
-    assert score_rows([good, {**good, "benchmark": "mine"}])["mine"]["n"] == 1
+    assert benchmark_scores([good, {**good, "benchmark": "mine"}])["mine"]["n"] == 1
 
 
 # --------------------------------------------------------------------------------------------------- join and table
@@ -782,7 +782,7 @@ def test_join_fills_bare_rows(root):
     ]
     joined = join_annotations(bare, root)
     assert joined[-1] == bare[-1] and joined[0]["prediction"] == "3" and joined[0]["task"] == "object_counting"
-    summary = score_rows(joined)
+    summary = benchmark_scores(joined)
     assert {name: part["score"] for name, part in summary.items()} == {
         "vsibench": 60,
         "tempcompass": 100,
@@ -801,7 +801,7 @@ def test_caption_answers_that_name_the_other_line_are_read(root):
         {"benchmark": "tempcompass", "id": "caption_matching/11/order/0", "prediction": text}
         for text in ("1", "neither")
     ]
-    assert [score_rows(join_annotations([r], root))["tempcompass"]["unparsed"] for r in rows] == [0, 1]
+    assert [benchmark_scores(join_annotations([r], root))["tempcompass"]["unparsed"] for r in rows] == [0, 1]
 
 
 def test_table_marks_published_scores(capsys):
@@ -811,7 +811,7 @@ def test_table_marks_published_scores(capsys):
         + rows_of("mine", {"t": [1]})
         + [row("mmvu", "x", "y", "free-form", "Physics")]
     )
-    print_table(score_rows(rows) | {"settings": {"seed": 0}})
+    print_table(benchmark_scores(rows) | {"settings": {"seed": 0}})
     out = capsys.readouterr().out
     assert (
         "published" in out.splitlines()[0] and "34.6/35.8/37.1" in out and "1 of 8 tasks" in out and "1 unscored" in out

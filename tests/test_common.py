@@ -59,7 +59,7 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
         (
             'prompt: "{problem} {answer}"',
             [],
-            "prompt: only {problem}, {options} and {hint} may stand in braces: 'answer'",
+            "prompt: only {problem}, {options} and {hint} may be in braces: 'answer'",
         ),
         ('prompt: "{problem} {"', [], "prompt: only {problem}"),
         ('prompt: "{options}"', [], "prompt: {problem} is missing in '{options}'"),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import evaluate
 import settings
-from benchmarks import GROUPS, PUBLISHED, join_annotations, judge_rows
+from benchmarks import GROUPS, PUBLISHED, join_annotations, scored_rows
 from data import DATA_TYPES, Unusable, load_media
 from rewards import CORRECT, lettered
 
@@ -47,7 +47,7 @@ def write_report(path, rows, summary, cfg):
     Media are read from cfg.data_root; a question without readable media shows the reason instead of frames.
     """
     by_question = {}
-    for row in judge_rows(rows):
+    for row in scored_rows(rows):
         by_question.setdefault((row["benchmark"], str(row["id"])), []).append(row)
     questions = [question_card(rows) for rows in evenly_spaced(list(by_question.values()), MAX_QUESTIONS)]
     models = sorted({str(settings_of(row).get("model") or "unnamed model") for row in rows})
@@ -120,7 +120,7 @@ def question_card(rows):
 
 
 def prediction_card(row):
-    score, readable = row["judged"] or (None, None)
+    score, readable = row["result"] or (None, None)
     rewards = {name: row[name] for name in REWARDS if isinstance(row.get(name), int | float)}
     return answer_card(row.get("frames") or "ordered", row.get("prediction") or "", score, readable, rewards)
 
