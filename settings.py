@@ -18,6 +18,7 @@ import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -145,15 +146,15 @@ class TrainConfig(SharedConfig):
 def convert(text, kind, choices=None, low=None, high=None):
     """The value of a setting from its text, as its type. Raises ArgumentTypeError with what was expected.
 
-    >>> convert("1e-6", float), convert("false", bool), convert("3", float)
-    (1e-06, False, 3.0)
+    >>> convert("1e-6", float), convert("false", bool), convert("a,b", list)
+    (1e-06, False, ['a', 'b'])
     """
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
         return text.lower() == "true"
     if kind is list:
-        kind = str
+        return [convert(part, str, choices) for part in text.replace(",", " ").split()]
     try:
         value = kind(text)
         if kind is float and not math.isfinite(value):
@@ -221,7 +222,7 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
     """
     print_utf8()
     parser = make_parser(cls, stage, doc)
-    from_command_line = vars(parser.parse_args(argv))
+    from_command_line = parsed(parser, argv)
     path = from_command_line.pop("config", None)
     values = {}
     if path:
@@ -231,8 +232,17 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
                 continue
             check_name(f"{source}{name}", name, known)
             parser.source = source
-            values |= vars(parser.parse_args(as_arguments(source, name, value)))
+            values |= parsed(parser, as_arguments(source, name, value))
     return cls(**values | from_command_line)
+
+
+def parsed(parser, arguments):
+    """{name: value} of the arguments. A list may be given as separate words, with commas, or both."""
+    values = vars(parser.parse_args(arguments))
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = list(chain.from_iterable(value))
+    return values
 
 
 def yaml_settings(path, stage, known):

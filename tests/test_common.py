@@ -82,6 +82,16 @@ def test_later_sources_override_earlier_ones_and_keep_types(tmp_path):
     assert load(tmp_path, "", "--resume", "False").resume is False
 
 
+@pytest.mark.parametrize("text", ["[mvbench, mmvu]", "mvbench, mmvu", "mvbench mmvu"])
+def test_a_list_may_have_commas_or_spaces(tmp_path, text):
+    """Guards: "mvbench,mmvu" read as one name."""
+    evaluation = {"cls": evaluate.EvalConfig, "stage": "evaluate"}
+    cfg = load(tmp_path, f"evaluate:\n  root: .\n  benchmarks: {text}", **evaluation)
+    assert cfg.benchmarks == ["mvbench", "mmvu"]
+    cfg = load(tmp_path, "evaluate:\n  root: .", "--benchmarks", *text.strip("[]").split(), **evaluation)
+    assert cfg.benchmarks == ["mvbench", "mmvu"]
+
+
 def test_a_missing_config_file_is_one_line():
     """Guards: a traceback for a mistyped path."""
     with pytest.raises(common.UserError, match="no/such.yaml: cannot read this config"):
