@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import evaluate
 import settings
-from benchmarks import GROUPS, PUBLISHED, join_annotations, scored_rows
+from benchmarks import GROUPS, PUBLISHED, join_annotations, notes_of, scored_rows, with_error
 from data import DATA_TYPES, Unusable, load_media
 from rewards import CORRECT, lettered
 
@@ -222,14 +222,14 @@ def score_rows(summary):
         for group in GROUPS:
             for label, line in part.get(f"by_{group}", {}).items():
                 rows.append(score_row("task", f"{group.replace('_', '-')} {label}", line))
-        rows += [{"style": "note", "label": note, "cells": []} for note in notes(part)]
+        rows += [{"style": "note", "label": note, "cells": []} for note in notes_of(part)]
     return rows
 
 
 def score_row(style, label, line, shuffled=None, gap=None):
     cells = [
         line["n"],
-        f"{number(line['score'])} ± {number(line['se'])}",
+        with_error(line["score"], line["se"]),
         f"{line['unparsed']:.1%}" if line.get("unparsed") is not None else "",
         number(shuffled["score"]) if shuffled else "",
         f"{gap['gap']:+.1f} [{number(gap['low'], '+')}, {number(gap['high'], '+')}]" if gap else "",
@@ -239,24 +239,6 @@ def score_row(style, label, line, shuffled=None, gap=None):
 
 def number(value, sign=""):
     return "–" if value is None else f"{value:{sign}.1f}"
-
-
-def notes(part):
-    """What a benchmark's score leaves out or adds, as sentences."""
-    lines = []
-    if "note" in part:
-        lines.append(part["note"])
-    if "clipped" in part:
-        lines.append(f"{part['clipped']} questions on a segment of their video")
-    for key in ("unscored", "unusable"):
-        if part[key]:
-            lines.append(f"{len(part[key])} {key}, not in the score")
-    if "delta_knowledge" in part:
-        lines.append(f"knowledge gain: {number(part['delta_knowledge'])} ± {number(part['se_delta_knowledge'])} %")
-    if "score_video_r1" in part:
-        score = f"{number(part['score_video_r1'])} ± {number(part['se_video_r1'])}"
-        lines.append(f"mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {score}")
-    return lines
 
 
 def main(argv=None):
