@@ -250,7 +250,8 @@ def set_up(folder, size):
     picture = Image.effect_noise((width, height), 80).convert("RGB")
     record, x = prompt_of(processor, picture, P, cfg)
     assert x["input_ids"].shape[1] == P, x["input_ids"].shape
-    model, reference = policy.load_policy(cfg).eval(), policy.load_policy(cfg).eval().requires_grad_(False)
+    model = policy.load_policy(cfg).eval()
+    reference = policy.load_policy(cfg).eval().requires_grad_(False)
     return processor, picture, record, x, model, reference, torch.optim.AdamW(model.parameters(), lr=1e-6)
 
 
@@ -287,7 +288,9 @@ def write_noise(path, width, height, seconds, key_frame_every):
     options = {"g": str(key_frame_every), "keyint_min": str(key_frame_every), "sc_threshold": "0", "preset": "veryfast"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = "yuv420p"
         for i in range(25 * seconds):
             frame_HWC = np.roll(noise_HWC, (2 * i, 3 * i), (0, 1))
             frame_HWC[::7] += rng.integers(0, 30, frame_HWC[::7].shape, dtype=np.uint8)

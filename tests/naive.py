@@ -9,7 +9,12 @@ from common import seed_everything
 from policy import Policy, mrope_positions
 from settings import read_jsonl
 
-IMAGE, VIDEO, START, END, EOS, PAD = 60, 61, 62, 63, 1, 2
+IMAGE = 60
+VIDEO = 61
+START = 62
+END = 63
+EOS = 1
+PAD = 2
 tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 
 
@@ -129,7 +134,8 @@ def generate(model, x, n=1, **sampling):
 
 def completion_logps(model, x, completion, temperature=1.0, placeholders=(IMAGE, VIDEO)):
     """Log-probs (T,) of one completion from one whole row and its full logits, placeholders banned as in sampling."""
-    n, P = len(completion), x["input_ids"].shape[1]
+    n = len(completion)
+    P = x["input_ids"].shape[1]
     ids = torch.cat([x["input_ids"], completion[None]], 1)
     kinds = torch.cat([x["mm_token_type_ids"], torch.zeros(1, n, dtype=torch.long)], 1)
     row = {**x, "input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}

@@ -312,7 +312,8 @@ def test_videommmu_tracks_and_question_image(root):
     records = {r["id"]: r for r in load_benchmark("videommmu", root)}
     assert records["Perception/validation_Biology_901"]["options"] == ["A. a root", "B. a leaf"]
     assert records["Comprehension/validation_Biology_901"]["solution"] == "<answer>N</answer>"
-    art, maths = records["Adaptation/validation_Art_Theory_7"], records["Adaptation/validation_Math_15"]
+    art = records["Adaptation/validation_Art_Theory_7"]
+    maths = records["Adaptation/validation_Math_15"]
     assert (art["path"], art["last_frame"]) == ("videommmu/Art/validation_Art_Theory_7.mp4", True)
     assert (maths["path"], maths["problem_type"]) == ("videommmu/Science/validation_Math_15.mp4", "numerical")
     assert "last_frame" not in records["Perception/validation_Biology_901"]
@@ -632,7 +633,8 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
     summary = benchmark_scores(rows)["vsibench"]
     # 56.67
     assert summary["score"] == pytest.approx((100 + 100 / 3 + 50 + 100 + 60 + 100 + 0 + 10) / 8)
-    micro, ten = 100 * (7 + 1.7) / 15, (100 + 100 + 0 + 0 + 50 + 100 + 60 + 100 + 0 + 10) / 10
+    micro = 100 * (7 + 1.7) / 15
+    ten = (100 + 100 + 0 + 0 + 50 + 100 + 60 + 100 + 0 + 10) / 10
     assert abs(summary["score"] - micro) > 1 and abs(summary["score"] - ten) > 1
     assert summary["score_video_r1"] == pytest.approx((100 * 7 / 11 + 100 * 1.7 / 4) / 2)
     assert (summary["n"], summary["tasks"], summary["answered"], summary["unparsed"]) == (15, 8, 15, 1 / 15)

@@ -54,7 +54,8 @@ def test_a_missing_logger_is_an_error_before_the_model_loads(run, monkeypatch, t
 
 def test_a_logger_gets_every_metric(run, monkeypatch):
     """Guards: a `log_with` that has no effect, or a tracker that starts without it."""
-    started, logged = [], []
+    started = []
+    logged = []
 
     class Tracker(common.Accelerator):
         def __init__(self, log_with=None, project_dir=None, **kwargs):

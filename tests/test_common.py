@@ -283,7 +283,8 @@ def test_only_evaluation_loads_weights_directly_onto_the_device(world, run, monk
     """Guards: an evaluation on the CPU of a machine with a GPU; training weights placed on a device before they are
     sharded.
     """
-    real, devices = policy.load_policy, {}
+    real = policy.load_policy
+    devices = {}
 
     def watched(cfg, dtype=torch.float32, accelerator=None, device=None):
         devices.setdefault(type(cfg).__name__, set()).add(device and device.type)

@@ -103,7 +103,8 @@ def test_credit_goes_to_the_answer_that_used_the_order():
 
 def test_one_impossible_shuffle_does_not_dominate_the_credit():
     """Guards: a mean of log-probs, which one shuffle that makes the answer impossible would dominate."""
-    logps, shuffles = torch.tensor([-1.0]), torch.tensor([[-1.0], [-1.0], [-1.0], [-500.0]])
+    logps = torch.tensor([-1.0])
+    shuffles = torch.tensor([[-1.0], [-1.0], [-1.0], [-500.0]])
     assert temporal_credit(logps, shuffles).item() == pytest.approx(torch.tensor(4 / 3).log().item(), abs=1e-5)
 
 
@@ -114,7 +115,8 @@ def scored(credit, texts, **settings):
     return group, metrics
 
 
-RIGHT, WRONG = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A</answer>"
+RIGHT = "<think>x</think><answer>B</answer>"
+WRONG = "<think>x</think><answer>A</answer>"
 
 
 def test_the_credit_bonus_is_between_0_and_alpha_and_0_for_wrong_answers():
@@ -155,7 +157,8 @@ def test_a_credit_run_samples_no_shuffled_completions_and_logs_every_completion(
         save_every=1,
     )
     out = run("tgrpo", "credit", **settings)
-    rows, said = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "rollouts.jsonl")
+    rows = read_jsonl(out / "metrics.jsonl")
+    said = read_jsonl(out / "rollouts.jsonl")
     assert all(
         "temporal/p_shuffled" not in row and {"reward/temporal", "temporal/credit_correct"} <= row.keys()
         for row in rows

@@ -203,7 +203,8 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
     for i in odd:
         lines[i] = json.dumps(texts[0] | {"solution": "<answer>many</answer>", "problem_type": "numerical"}) + "\n"
     (tmp_path / "all.jsonl").write_text("".join(lines))
-    load_records, loaded = data.load_records, {}
+    load_records = data.load_records
+    loaded = {}
 
     def timed_load(*arguments, **keywords):
         # not wall-clock time: other processes may share the cores

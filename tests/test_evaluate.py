@@ -106,7 +106,8 @@ def files(folder):
 def test_six_benchmarks_in_one_command(whole, six):
     """Guards: a benchmark that evaluate.py cannot read; a score without the settings of its answers."""
     out, said, progress = whole
-    rows, summary = read_jsonl(out / "predictions.jsonl"), json.loads((out / "summary.json").read_text())
+    rows = read_jsonl(out / "predictions.jsonl")
+    summary = json.loads((out / "summary.json").read_text())
     records = [r for name in NAMES for r in load_benchmark(name, six)]
     assert len(records) == 20
     for order in ("ordered", "shuffled"):

@@ -58,7 +58,8 @@ def test_two_steps_save_changed_finite_weights_that_transformers_loads(world, ru
     assert json.loads((out / "final/config.json").read_text())["architectures"] == [
         "Qwen2_5_VLForConditionalGeneration"
     ]
-    before, after = load_file(world / "base/model.safetensors"), weights(out)
+    before = load_file(world / "base/model.safetensors")
+    after = weights(out)
     assert before.keys() == after.keys() and all(torch.isfinite(after[name]).all() for name in after)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert any(name.startswith("visual") for name in moved) and any("layers" in name for name in moved)
@@ -74,7 +75,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(run, stage):
     shutil.copy(whole / "metrics.jsonl", part)
     run(stage, "part", steps=4, save_every=2)
     assert without_times(part) == without_times(whole) and len(without_times(whole)) == 4
-    a, b = weights(whole), weights(part)
+    a = weights(whole)
+    b = weights(part)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -113,14 +115,16 @@ def test_full_shard_on_one_process_computes_in_bfloat16(run):
     """Guards: float32 computation if a multi-GPU config runs on one GPU, because neither FSDP nor autocast casts."""
     settings = dict(bf16="true", max_new_tokens=8, steps=1)
     # the plain run first: what the other might leave in the environment must not reach it
-    plain, alone = run("tgrpo", "none", fsdp="none", **settings), run("tgrpo", "shard", fsdp="full_shard", **settings)
+    plain = run("tgrpo", "none", fsdp="none", **settings)
+    alone = run("tgrpo", "shard", fsdp="full_shard", **settings)
     float32 = run("tgrpo", "float32", **settings | {"bf16": "false"})
     assert without_times(alone) == without_times(plain) != without_times(float32)
 
 
 def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
     """Guards: a dummy group or a micro-batch whose ratio uses log-probs of an earlier step."""
-    real, ratios = tgrpo.grpo_loss, []
+    real = tgrpo.grpo_loss
+    ratios = []
 
     def watched(logps_GT, old_logps_GT, *rest):
         ratios.append((logps_GT - old_logps_GT).abs().max().item())
@@ -129,7 +133,8 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
     monkeypatch.setattr(tgrpo, "grpo_loss", watched)
     monkeypatch.setattr(common.Run, "micro_batches", lambda run, items, dummy: [(items, 1.0), ([dummy], 0.0)])
     run("tgrpo", steps=3, updates_per_rollout=2, lr=0.01, warmup_steps=0, max_new_tokens=8)
-    first, second = [ratios[i : i + 2] for i in range(0, 12, 4)], [ratios[i : i + 2] for i in range(2, 12, 4)]
+    first = [ratios[i : i + 2] for i in range(0, 12, 4)]
+    second = [ratios[i : i + 2] for i in range(2, 12, 4)]
     assert first == [[0.0, 0.0]] * 3 and all(real > 0 and dummy > 0 for real, dummy in second)
 
 
@@ -355,7 +360,8 @@ def test_long_prompts_are_skipped_not_cut(world, tmp_path):
 def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
     """Guards: a resumed evaluation that averages only the new rows, counts one twice, or overwrites the score."""
     out = run("evaluate", batch_size=5)
-    rows, summary = read_jsonl(out / "predictions.jsonl"), (out / "summary.json").read_text()
+    rows = read_jsonl(out / "predictions.jsonl")
+    summary = (out / "summary.json").read_text()
     videos = [r for r in rows if r["data_type"] == "video"]
     assert len([r for r in rows if r["frames"] == "ordered"]) == 12
     assert len([r for r in videos if r["frames"] == "shuffled"]) == len([r for r in videos if r["frames"] == "ordered"])
@@ -380,7 +386,8 @@ def test_evaluation_refuses_to_mix_settings(run):
 
 def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(run, world, tmp_path):
     """Guards: a retrained model, or an edited question, that gets the old answers' score."""
-    model, records = tmp_path / "model", tmp_path / "test.json"
+    model = tmp_path / "model"
+    records = tmp_path / "test.json"
     shutil.copytree(world / "base", model)
     shutil.copy(world / "world/test.json", records)
     run("evaluate", model=model, records=records)
@@ -427,10 +434,8 @@ def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, ca
 
 def test_shuffle_frames_changes_what_the_model_sees(run):
     """Guards: a flag that changes the label of the run but not its frames."""
-    ordered, shuffled = (
-        run("evaluate", "a", temporal_gap="false"),
-        run("evaluate", "b", temporal_gap="false", shuffle_frames="true"),
-    )
+    ordered = run("evaluate", "a", temporal_gap="false")
+    shuffled = run("evaluate", "b", temporal_gap="false", shuffle_frames="true")
 
     def read(out):
         return read_jsonl(out / "predictions.jsonl")

@@ -58,7 +58,8 @@ def painted(number, height=96, width=128):
     frame_HWC = np.zeros((height, width, 3), dtype=np.uint8)
     frame_HWC[: height // 4, : height // 4, 0] = 255
     for bit in range(10):
-        left, right = round(bit * width / 10), round((bit + 1) * width / 10)
+        left = round(bit * width / 10)
+        right = round((bit + 1) * width / 10)
         frame_HWC[height // 2 :, left:right] = 255 * (number >> bit & 1)
     return frame_HWC
 
@@ -418,7 +419,9 @@ def test_a_clip_whose_sound_is_longer_is_complete(tmp_path):
     for name in ("a.mp4", "a.mkv"):
         with av.open(str(tmp_path / name), "w") as container:
             stream = container.add_stream("libx264", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+            stream.width = 128
+            stream.height = 96
+            stream.pix_fmt = "yuv420p"
             sound = container.add_stream("aac", rate=8000, layout="mono")
             for i in range(50):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(painted(i), format="rgb24")))
@@ -440,7 +443,9 @@ def test_the_cover_of_an_audio_file_is_not_a_clip(tmp_path):
     with av.open(str(tmp_path / "a.mka"), "w", format="mp4") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         cover = container.add_stream("mjpeg", rate=1)
-        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.width = 64
+        cover.height = 64
+        cover.pix_fmt = "yuvj420p"
         cover.disposition = Disposition.attached_pic
         container.mux(cover.encode(av.VideoFrame.from_ndarray(painted(1, 64, 64), format="rgb24")))
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")

@@ -31,7 +31,8 @@ def model():
 def test_text_after_a_long_clip_starts_after_its_last_moment(model):
     """Guards: transformers 5.24's rule, which puts the text after a two-minute clip inside the clip, at position 30."""
     positions = policy.mrope_positions(wide_prompt(120.0), model.config.vision_config)
-    clip, after = positions[:, 15:-5], positions[:, -5:]
+    clip = positions[:, 15:-5]
+    after = positions[:, -5:]
     assert clip[0].unique().tolist() == [15, 45, 75, 105, 135, 165, 195, 225]
     assert (clip[1].min(), clip[1].max(), clip[2].min(), clip[2].max()) == (15, 22, 15, 29)
     assert after.tolist() == [[226, 227, 228, 229, 230]] * 3
@@ -54,7 +55,9 @@ def test_positions_equal_transformers_for_short_clips(model):
 
     agree = 0
     for seed in range(60):
-        T, H, W = draw(1, 9), 2 * draw(1, 9), 2 * draw(1, 9)
+        T = draw(1, 9)
+        H = 2 * draw(1, 9)
+        W = 2 * draw(1, 9)
         kind = "image" if seed % 3 == 0 else "video"
         x = naive.prompt(kind, (1 if kind == "image" else T, H, W), draw(1, 20), seed, seconds=draw(1, 400) / 10)
         ours = policy.mrope_positions(x, model.config.vision_config)
@@ -75,7 +78,8 @@ def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, se
     """Guards: training at other positions than sampling: 5 nats per token for a clip of 100 s."""
     kind, grid = ("image", (1, 4, 4)) if seconds is None else ("video", (8, 2, 4))
     x = naive.prompt(kind, grid, 7, 5, seconds)
-    seen, real = {}, model.generate
+    seen = {}
+    real = model.generate
 
     def watched(**inputs):
         seen["output"] = real(**inputs, return_dict_in_generate=True, output_scores=True)

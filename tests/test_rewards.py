@@ -403,8 +403,10 @@ def test_relative_scores_by_their_properties(accuracy):
     """Guards: a score outside [0, 1], one that grows with the error or depends on unit or sign, credit for nan."""
     rng = random.Random(1)
     for _ in range(500):
-        truth, error = rng.choice([-1, 1]) * rng.randint(1, 500), rng.randint(0, 600)
-        near, far = accuracy(truth + error, truth), accuracy(truth + error + 1, truth)
+        truth = rng.choice([-1, 1]) * rng.randint(1, 500)
+        error = rng.randint(0, 600)
+        near = accuracy(truth + error, truth)
+        far = accuracy(truth + error + 1, truth)
         assert 0 <= far <= near <= 1 and (near == 1) >= (error == 0)
         assert accuracy(4 * (truth + error), 4 * truth) == accuracy(-truth - error, -truth) == near
     for prediction in (math.nan, math.inf, -math.inf):
@@ -560,7 +562,8 @@ def test_ocr(answer, truth, expected):
 def test_ocr_shortcut_changes_no_score():
     """Guards: a score of 0 for a long answer that deserves more."""
     for reference, hypothesis in text_pairs(5):
-        reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
+        reference = " ".join(reference.split())
+        hypothesis = " ".join(hypothesis.split())
         if reference and hypothesis:
             assert score("OCR", hypothesis, reference) == max(0.0, 1 - word_error_rate(reference, hypothesis))
 
@@ -712,7 +715,8 @@ def test_tags_are_found_in_one_pass(monkeypatch):
             return found
 
     for unit in ("<answer>", "<think>", "</answer>", "<", "<answer>x</answer>", "x"):
-        text, Counting.looked_at = Counting(unit * (100_000 // len(unit))), 0
+        text = Counting(unit * (100_000 // len(unit)))
+        Counting.looked_at = 0
         assert len(list(rewards.tags_in(text))) == (0 if unit in "<x" else text.count("<"))
         assert len(text) <= Counting.looked_at <= 3 * len(text)
 

@@ -245,7 +245,8 @@ def test_a_failed_write_names_the_file_and_the_checkpoint_that_exists(tmp_path):
 def test_missing_and_unexpected_tensors_are_named(world, tmp_path, run):
     """Guards: missing tensors that are initialised at random, with only a warning."""
     shutil.copytree(world / "base", tmp_path / "base")
-    path, whole = tmp_path / "base/model.safetensors", load_file(world / "base/model.safetensors")
+    path = tmp_path / "base/model.safetensors"
+    whole = load_file(world / "base/model.safetensors")
     name = next(n for n in whole if n.endswith("layers.1.mlp.up_proj.weight"))
     changes = {
         "missing .*layers.1.mlp.up_proj.weight": {n: t for n, t in whole.items() if n != name},

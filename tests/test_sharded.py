@@ -72,7 +72,8 @@ def outputs(world, hub, tmp_path_factory):
             "fsdp_config": fsdp,
         }
         (world / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    one = tmp_path_factory.mktemp("one")
+    two = tmp_path_factory.mktemp("two")
     shutil.copytree(world / "world", two / "broken")
     record = next(r for r in json.loads((two / "broken/rl.json").read_text()) if r["data_type"] == "video")
     (two / "broken" / record["path"]).write_bytes(b"")
@@ -232,6 +233,7 @@ def test_one_command_exports_a_sharded_checkpoint(outputs, tmp_path):
     folder = outputs[1] / "stopped"
     status, said = launch([sys.executable, "-m", "tools.export", folder / "checkpoint-1", tmp_path / "plain"])
     assert status == 0, said[-2000:]
-    plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(folder)
+    plain = load_file(tmp_path / "plain/model.safetensors")
+    final = weights(folder)
     # one step before the end
     assert plain.keys() == final.keys() and 0 < difference(plain, final) < 0.02

@@ -72,7 +72,8 @@ def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
 def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypatch):
     """Guards: a new static cache per rollout, so that CUDA graphs are recorded again at every step."""
     model = naive.tiny_policy()
-    graphs, addresses = [], {}
+    graphs = []
+    addresses = {}
 
     def backend(graph, inputs):
         """Counts compilations, and the caches that the compiled code is called with."""
@@ -104,7 +105,8 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
         torch.manual_seed(n_text)
         plain = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
-    layers, keys_and_values = 2, 2
+    layers = 2
+    keys_and_values = 2
     assert {room: len(found) for room, found in addresses.items()} == dict.fromkeys(
         (512, 1024, 1536), layers * keys_and_values
     )

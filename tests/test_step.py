@@ -19,7 +19,9 @@ from settings import read_jsonl
 from tgrpo import Group, TGRPOConfig, score
 
 RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
-RIGHT, WRONG, BARE = "<think>x</think><answer>B</answer>", "<think>x</think><answer>A</answer>", "<answer>B</answer>"
+RIGHT = "<think>x</think><answer>B</answer>"
+WRONG = "<think>x</think><answer>A</answer>"
+BARE = "<answer>B</answer>"
 
 
 def scored(texts, shuffled=(), record=RECORD, lengths=None, **settings):
@@ -66,7 +68,8 @@ def test_score_of_a_group_computed_by_hand():
 
 def test_every_reward_setting_changes_the_score():
     """Guards: a setting (alpha, target, std, rule, omega) that is never read."""
-    texts, shuffled = [RIGHT, RIGHT, WRONG, WRONG], [WRONG, WRONG]
+    texts = [RIGHT, RIGHT, WRONG, WRONG]
+    shuffled = [WRONG, WRONG]
     base = scored(texts, shuffled)[0].advantages_G
     for change in (
         {"alpha": 1.0},
@@ -161,8 +164,11 @@ def test_rollout_ignores_the_checkpoints_sampling_settings():
         bad_words_ids=[[7]],
         num_return_sequences=2,
     )
-    model, T = naive.tiny_policy(generation=hostile), 0.7
-    kept, real, seen = model.generation_config.to_dict(), model.generate, {}
+    model = naive.tiny_policy(generation=hostile)
+    T = 0.7
+    kept = model.generation_config.to_dict()
+    real = model.generate
+    seen = {}
 
     # generate() with its own scores
     def watched(**inputs):
@@ -186,7 +192,8 @@ def test_rollout_ignores_the_checkpoints_sampling_settings():
 def test_a_failed_rollout_restores_the_generation_config(monkeypatch):
     """Guards: generation settings that are replaced for the rollout and not restored after an error."""
     model = naive.tiny_policy()
-    before, config = model.generation_config.to_dict(), model.generation_config
+    before = model.generation_config.to_dict()
+    config = model.generation_config
     monkeypatch.setattr(model, "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         rollout(model, naive.mixed_prompts(), [2, 2, 2], naive.tokenizer, 1.0, 4)
@@ -195,7 +202,8 @@ def test_a_failed_rollout_restores_the_generation_config(monkeypatch):
 
 def test_top_p_and_temperature_reach_the_sampler():
     """Guards: sampling settings of the evaluation that are never read."""
-    model, prompts = naive.tiny_policy(), naive.mixed_prompts()
+    model = naive.tiny_policy()
+    prompts = naive.mixed_prompts()
 
     def many(*sampling):
         return {tuple(c.tolist()) for c in rollout(model, prompts[:1], [40], naive.tokenizer, *sampling)}
@@ -209,7 +217,8 @@ def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run
     advantages.
     """
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
-    real, kept = tgrpo.sample_groups, []
+    real = tgrpo.sample_groups
+    kept = []
     monkeypatch.setattr(tgrpo, "sample_groups", lambda *args: kept.extend(real(*args)) or kept)
     out = run(
         "tgrpo",
@@ -270,7 +279,8 @@ def test_training_raises_the_reward_and_beta_limits_the_kl(world, run, monkeypat
 
 def test_the_loss_grows_with_the_distance_from_the_reference():
     """Guards: + instead of − before β: a KL term that rewards leaving the SFT model."""
-    logps, far = -torch.ones(1, 4), -torch.ones(1, 4) * 2
+    logps = -torch.ones(1, 4)
+    far = -torch.ones(1, 4) * 2
 
     def loss(ref, beta):
         return tgrpo.grpo_loss(logps, logps, ref, torch.zeros(1), torch.ones(1, 4), 0.2, beta)[0].item()

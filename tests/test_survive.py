@@ -65,10 +65,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_run(world, tmp_path):
     """Guards: a checkpoint without optimizer, order or seeds; repeated or missing steps in the log; SIGKILL while
     saving.
     """
-    whole, run = (
-        start(command(world, tmp_path / "whole")),
-        start(command(world, tmp_path / "killed"), start_new_session=True),
-    )
+    whole = start(command(world, tmp_path / "whole"))
+    run = start(command(world, tmp_path / "killed"), start_new_session=True)
     while not (tmp_path / "killed/checkpoint-4").exists():
         assert run.poll() is None
         time.sleep(0.01)
@@ -112,7 +110,8 @@ def test_a_step_without_finite_gradients_is_skipped_and_three_end_the_run(run, m
     """Guards: one NaN that destroys all weights, or a run that skips every step."""
     import tgrpo
 
-    real, calls = tgrpo.grpo_loss, []
+    real = tgrpo.grpo_loss
+    calls = []
 
     def sometimes_nan(*args):
         calls.append(None)
@@ -131,5 +130,6 @@ def test_an_exported_checkpoint_has_the_weights_of_its_step(run, tmp_path):
     """Guards: an export of the starting model, or with tensor names that nobody can load."""
     out = run("sft", steps=2, save_every=1)
     export.export(out / "checkpoint-1", tmp_path / "plain")
-    plain, final = load_file(tmp_path / "plain/model.safetensors"), weights(out)
+    plain = load_file(tmp_path / "plain/model.safetensors")
+    final = weights(out)
     assert plain.keys() == final.keys() and difference(plain, final) > 0

@@ -71,7 +71,8 @@ def test_temporal_term_cancels_in_the_reward_but_not_in_the_advantage():
 
 def test_advantage_functions_do_not_modify_their_inputs():
     """Guards: an in-place operation on a view that changes a later term."""
-    rewards, bonus = double(1, 2, 3), double(0.3, 0, 0.3)
+    rewards = double(1, 2, 3)
+    bonus = double(0.3, 0, 0.3)
     temporal_advantages(rewards, bonus)
     assert rewards.tolist() == [1, 2, 3] and bonus.tolist() == [0.3, 0, 0.3]
 
@@ -143,7 +144,8 @@ def test_clipping_only_stops_moves_beyond_the_clip_range(advantage, log_ratio, m
 
 def test_each_completion_counts_once_regardless_of_length():
     """Guards: a mean over all tokens, which lets long completions outvote short ones."""
-    short, long = torch.ones(1, 4), torch.ones(1, 4)
+    short = torch.ones(1, 4)
+    long = torch.ones(1, 4)
     short[0, 1:] = 0
     logps = -torch.ones(1, 4)
 
@@ -203,7 +205,8 @@ def test_rollout_with_a_shared_prompt_equals_plain_generate(model, G):
 
 def test_logps_equal_the_distribution_generate_sampled_from(model):
     """Guards: top-k = 50 from the generation defaults, a temperature in one place only, wrong positions, padding."""
-    prompts, T = naive.mixed_prompts(), 0.7
+    prompts = naive.mixed_prompts()
+    T = 0.7
     torch.manual_seed(0)
     batch = data.collate_prompts(prompts, naive.PAD)
     output = model.generate(
@@ -264,7 +267,8 @@ def test_packed_logps_and_gradients_equal_separate_rows(model, G, temperature):
 
 def test_the_vision_tower_runs_once_per_batch_of_pictures_and_clips(model, monkeypatch):
     """Guards: a deadlock of sharded ranks that gather its weights a different number of times."""
-    calls, real = [], model.model.visual.forward
+    calls = []
+    real = model.model.visual.forward
     monkeypatch.setattr(model.model.visual, "forward", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     prompts, groups = sampled_groups(model, 2)
     # videos, pictures, both
@@ -289,7 +293,8 @@ def test_micro_batches_and_padding_change_nothing(model):
 
 def test_a_chunked_head_gives_the_same_logps(model, monkeypatch):
     """Guards: an off-by-one error at a chunk border; entropy that counts banned tokens."""
-    hidden, targets = torch.randn(11, 32), torch.arange(3, 14)
+    hidden = torch.randn(11, 32)
+    targets = torch.arange(3, 14)
     whole = model.lm_head(hidden, targets, 0.5, BANNED)
     monkeypatch.setattr(policy, "LOGITS_CHUNK", 4)
     parts = model.lm_head(hidden, targets, 0.5, BANNED)

@@ -25,9 +25,14 @@ import policy
 import sft
 import tgrpo
 
-FOLDER, OUT, FSDP, MORE = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+FOLDER = Path(sys.argv[1])
+OUT = Path(sys.argv[2])
+FSDP = sys.argv[3]
+MORE = sys.argv[4:]
 RANK = int(os.environ.get("RANK", 0))
-real_rollout, real_refresh, real_score = tgrpo.rollout, policy.refresh, tgrpo.score
+real_rollout = tgrpo.rollout
+real_refresh = policy.refresh
+real_score = tgrpo.score
 
 
 def fixed_rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, **_):
@@ -138,7 +143,8 @@ def main():
     # the process group serves the next stage too
     Accelerator.end_training = lambda self: None
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
-    tgrpo.rollout, policy.refresh = fixed_rollout, checked_refresh
+    tgrpo.rollout = fixed_rollout
+    policy.refresh = checked_refresh
     # one rank breaks: see test_sharded.py
     if "explode" in MORE:
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
