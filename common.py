@@ -37,6 +37,8 @@ from accelerate.utils import (
     gather_object,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._pytree import tree_map_only
@@ -158,6 +160,48 @@ def compute_dtype(cfg):
 def to_device(inputs, device):
     """`inputs` (nested dicts and lists) with every tensor on `device`."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
+
+
+# --------------------------------------------------------------------------------------------------- the starting model
+
+
+def check_model(cfg, stage, made_by=None):
+    """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint.
+
+    `made_by` is a command that makes one; the message shows it.
+    """
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
+    is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
+    if is_hub_name and not is_local:
+        return
+    config = Path(cfg.model) / "config.json"
+    if not config.is_file():
+        hint = f"; make one with: {made_by}" if made_by else ""
+        raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config}: not a model's config: {error}") from None
+    if model_type != "qwen2_5_vl":
+        raise UserError(
+            f"{stage}.model: {cfg.model} holds a model of type {model_type}; these scripts train qwen2_5_vl"
+        )
+
+
+def check_hub(model):
+    """UserError if `model` is a hub name and the hub cannot be reached; transformers would retry for minutes."""
+    if Path(model).exists() or is_offline_mode():
+        return
+    try:
+        HfApi().model_info(model, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"model: {model} is neither a local folder nor a model on the hub that you may read") from None
+    except (OSError, HTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model: {model} is not a local folder, and the hub cannot be reached: {reason:.200}; with "
+            "HF_HUB_OFFLINE=1 a copy in the hub's cache is used"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer

@@ -177,7 +177,7 @@ def answer(cfg):
     import policy
 
     made_by = f"accelerate launch tgrpo.py --config {settings.given('config', 'CONFIG')}"
-    policy.check_model(cfg, "evaluate", made_by=made_by)
+    common.check_model(cfg, "evaluate", made_by=made_by)
     records = load_questions(cfg)
     # every process has a whole model
     accelerator = common.make_accelerator(cfg, shard=False)

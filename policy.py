@@ -15,7 +15,6 @@ Axes: B packed rows, or prompts of a rollout · L tokens of a row · P tokens of
 import functools
 import json
 import math
-import re
 import shutil
 from dataclasses import dataclass
 from itertools import chain
@@ -25,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -58,48 +56,9 @@ LOGITS_CHUNK = 512
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def check_model(cfg, stage, made_by=None):
-    """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint.
-
-    `made_by` is a command that makes one; the message shows it.
-    """
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
-    is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
-    if is_hub_name and not is_local:
-        return
-    config = Path(cfg.model) / "config.json"
-    if not config.is_file():
-        hint = f"; make one with: {made_by}" if made_by else ""
-        raise UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config}: not a model's config: {error}") from None
-    if model_type != "qwen2_5_vl":
-        raise UserError(
-            f"{stage}.model: {cfg.model} holds a model of type {model_type}; these scripts train qwen2_5_vl"
-        )
-
-
-def check_hub(model):
-    """UserError if `model` is a hub name and the hub cannot be reached; transformers would retry for minutes."""
-    if Path(model).exists() or is_offline_mode():
-        return
-    try:
-        HfApi().model_info(model, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"model: {model} is neither a local folder nor a model on the hub that you may read") from None
-    except (OSError, HTTPError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model: {model} is not a local folder, and the hub cannot be reached: {reason:.200}; with "
-            "HF_HUB_OFFLINE=1 a copy in the hub's cache is used"
-        ) from None
-
-
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
-    check_hub(cfg.model)
+    common.check_hub(cfg.model)
     try:
         processor = AutoProcessor.from_pretrained(cfg.model)
     except (OSError, ValueError) as error:

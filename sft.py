@@ -31,7 +31,7 @@ class SFTConfig(settings.TrainConfig):
 def main():
     cfg = settings.load_config(SFTConfig, "sft", doc=__doc__)
     settings.require(cfg, "sft", "model", "records", "output_dir")
-    policy.check_model(cfg, "sft")
+    common.check_model(cfg, "sft")
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=True)
     accelerator = common.make_accelerator(cfg)
     rank = accelerator.process_index

@@ -347,7 +347,7 @@ def dummy_group(processor, cfg):
 def main():
     cfg = settings.load_config(TGRPOConfig, "tgrpo", doc=__doc__)
     settings.require(cfg, "tgrpo", "model", "records", "output_dir")
-    policy.check_model(cfg, "tgrpo", made_by=f"accelerate launch sft.py --config {settings.given('config', 'CONFIG')}")
+    common.check_model(cfg, "tgrpo", made_by=f"accelerate launch sft.py --config {settings.given('config', 'CONFIG')}")
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
     accelerator = common.make_accelerator(cfg)
     rank = accelerator.process_index

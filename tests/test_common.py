@@ -123,9 +123,9 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     for path in ("runs/nowhere/final", "configs/nowhere", "./nowhere", str(tmp_path)):
         cfg = load(tmp_path, f"tgrpo:\n  model: {path}")
         with pytest.raises(common.UserError) as error:
-            policy.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
+            common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
         assert f"no checkpoint at {path}" in str(error.value) and "accelerate launch sft.py" in str(error.value)
-    policy.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
+    common.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
 
 
 def test_an_incomplete_last_line_is_ignored(tmp_path):

@@ -11,8 +11,8 @@ from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
-from common import compute_dtype
-from policy import check_model, starting_files, write_model
+from common import check_model, compute_dtype
+from policy import starting_files, write_model
 from settings import SharedConfig, read_yaml
 
 
