@@ -293,8 +293,7 @@ def gap_metrics(p, p_shuffled, n_ordered, n_shuffled):
     # one completion has no spread
     if n_ordered > 1 and n_shuffled > 1:
         variance = p * (1 - p) / (n_ordered - 1) + p_shuffled * (1 - p_shuffled) / (n_shuffled - 1)
-        # main() averages the variances of the groups, then takes the root
-        metrics["temporal/gap_se"] = variance
+        metrics["temporal/gap_variance"] = variance
     return metrics
 
 
@@ -427,8 +426,9 @@ def main():
         run.lap("update")
 
         metrics = means.reduce(accelerator) | {"policy/grad_norm": grad_norm}
-        if "temporal/gap_se" in metrics:
-            metrics["temporal/gap_se"] **= 0.5
+        if "temporal/gap_variance" in metrics:
+            # the standard error of one group's gap: the root of the mean variance
+            metrics["temporal/gap_se"] = metrics.pop("temporal/gap_variance") ** 0.5
         run.log(step, metrics)
         if cfg.save_rollouts:
             run.log_rollouts(step, chain.from_iterable(rollout_rows(group) for group in groups))

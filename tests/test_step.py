@@ -45,12 +45,12 @@ def test_score_of_a_group_computed_by_hand():
     rewards = torch.tensor([2.2, 1.0, 1.0, 2.0])
     expected = (rewards - 1.55) / (rewards.std() + 1e-4) + torch.tensor([0.075, 0.075, 0.0, 0.075])
     assert torch.allclose(group.advantages_G, expected, atol=1e-6)
-    se = 0.75 * 0.25 / 3 + 0.25 / 1
+    variance = 0.75 * 0.25 / 3 + 0.25 / 1
     want = {
         "temporal/p": 0.75,
         "temporal/p_shuffled": 0.5,
         "temporal/gap": 0.25,
-        "temporal/gap_se": se,
+        "temporal/gap_variance": variance,
         "temporal/order_helped": 1.0,
         "temporal/advantage_change": 0.075 * 3 / 4,
         "reward/accuracy": 0.75,
@@ -87,7 +87,7 @@ def test_every_reward_setting_changes_the_score():
     assert metrics["temporal/order_helped"] == 0
     # a single shuffled completion has no spread
     _, metrics = scored(texts, [WRONG])
-    assert "temporal/gap_se" not in metrics
+    assert "temporal/gap_variance" not in metrics
     # an image
     _, metrics = scored(texts)
     assert "temporal/p" not in metrics
