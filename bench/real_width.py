@@ -1,6 +1,6 @@
 """Checks the code at the real widths of Qwen2.5-VL-7B on a CPU: 2 of 28 text layers, 8 of 32 vision blocks.
 
-    python bench/real_width.py               # 20 minutes, 16 GB of memory, 20 GB of temporary disk space
+    python bench/real_width.py               # 11 minutes, 16 GB of memory, 20 GB of temporary disk space
     python bench/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
 
 A random checkpoint in the hub's layout, with the whole vocabulary, answers questions on a picture, a clip of 10 seconds
