@@ -19,7 +19,7 @@ import signal
 import socket
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +44,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from settings import UserError, append_rows, file_hash, fingerprint, read_jsonl, sampled_hash, write_atomic
+from settings import (
+    SharedConfig,
+    UserError,
+    append_rows,
+    file_hash,
+    fingerprint,
+    read_jsonl,
+    sampled_hash,
+    write_atomic,
+)
 
 # The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -88,6 +97,8 @@ def make_accelerator(cfg, shard=True):
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     sharded = shard and processes > 1 and (cfg.fsdp == "full_shard" or config_shards)
+    if sharded and cfg.lora_rank:
+        raise UserError("lora_rank: the accelerate config requests FSDP, but with LoRA each GPU holds the whole model")
     plugin = fsdp_plugin(cfg) if sharded else None
     on_cpu = not torch.cuda.is_available()
     # under FSDP the plugin's policy casts
@@ -174,6 +185,10 @@ def check_model(cfg, stage, made_by=None):
     is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
     if is_hub_name and not is_local:
         return
+    base = adapter_base(cfg.model)
+    if base is not None:
+        check_model(SharedConfig(model=base), f"{cfg.model} is an adapter; its base for {stage}")
+        return
     config = Path(cfg.model) / "config.json"
     if not config.is_file():
         hint = f"; make one with: {made_by}" if made_by else ""
@@ -186,6 +201,31 @@ def check_model(cfg, stage, made_by=None):
         raise UserError(
             f"{stage}.model: {cfg.model} holds a model of type {model_type}; these scripts train qwen2_5_vl"
         )
+
+
+def adapter_base(model):
+    """The model that a LoRA adapter belongs to if `model` is a folder with one, in peft's format; else None.
+
+    Raises UserError if the folder also holds a model: transformers would load both, one on top of the other.
+    """
+    config = Path(model) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    if config.with_name("config.json").is_file():
+        raise UserError(f"{model} holds a model and an adapter; move {config.name} and its weights to another folder")
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config}: not the config of an adapter: {error!r}") from None
+    if not isinstance(base, str) or base == str(model):
+        raise UserError(f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}")
+    return base
+
+
+def base_model(model):
+    """The plain checkpoint under `model`, which is that checkpoint itself or an adapter of it."""
+    base = adapter_base(model)
+    return model if base is None else base_model(base)
 
 
 def check_hub(model):
@@ -629,9 +669,13 @@ def check_resumable(accelerator, cfg, checkpoint, now):
             f"steps: {cfg.steps}, but {path} is already after step {done}; set more steps, or start from "
             "scratch with --resume false"
         )
-    was_sharded = (path / "pytorch_model_fsdp_0").is_dir()
-    if was_sharded != is_sharded(accelerator):
-        before, now_is = ("sharded", "whole") if was_sharded else ("whole", "sharded")
+    before = weights_in(path)
+    now_is = "whole"
+    if is_sharded(accelerator):
+        now_is = "sharded"
+    elif cfg.lora_rank:
+        now_is = "adapter"
+    if before != now_is:
         raise UserError(
             f"{path}: a checkpoint of {before} weights cannot be resumed in a run of {now_is} weights: start it as "
             f"before, or export it as a model to start from: python -m tools.export {path} FOLDER"
@@ -642,9 +686,11 @@ def check_resumable(accelerator, cfg, checkpoint, now):
         accelerator.print(f"{path} has no run.json: settings, records and starting weights are not compared")
         return
     changed = []
+    # a setting that did not exist when the checkpoint was made had its default
+    settings_before = {f.name: f.default for f in fields(cfg)} | before["settings"]
     for name, value in now["settings"].items():
-        if before["settings"].get(name) != value:
-            changed.append(f"{name} was {before['settings'].get(name)!r}, is {value!r}")
+        if settings_before[name] != value:
+            changed.append(f"{name} was {settings_before[name]!r}, is {value!r}")
     steps = before["schedule_steps"]
     if steps != cfg.steps and cfg.lr_schedule != "constant":
         changed.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
@@ -662,6 +708,13 @@ def check_resumable(accelerator, cfg, checkpoint, now):
         )
     if changed:
         accelerator.print(f"continuing from {path} although {differences}")
+
+
+def weights_in(checkpoint):
+    """Which weights a training checkpoint holds: "whole", "sharded", or "adapter"."""
+    if (checkpoint / "pytorch_model_fsdp_0").is_dir():
+        return "sharded"
+    return "adapter" if (checkpoint / "adapter_config.json").is_file() else "whole"
 
 
 # ------------------------------------------------------------------------------------ checkpoints

@@ -1,10 +1,12 @@
 """Qwen2.5-VL as a policy: load it, sample completions from it, and score completions with it.
 
     load_processor, load_policy, load_reference    transformers' own classes, and a head that returns log-probs
+    load_trainable, adapter_off                    the policy to train, and its frozen weights alone if it is a LoRA
     mrope_positions                                time, row and column of each token of a prompt
     rollout(model, prompts, counts, ...)           sample n completions for each prompt
     pack, completion_logps                         log-probs of given completions, differentiable
     save_model, starting_files                     a checkpoint laid out like the one that training started from
+    save_adapter, load_adapter, merge_adapters     LoRA adapters, in peft's own files
 
 `prompts` are the inputs that data.encode makes. There a picture becomes a clip of one moment, so all media are videos.
 
@@ -16,6 +18,7 @@ import functools
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +28,9 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +48,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 import common
 import data
-from common import compute_dtype, is_sharded, replace_folder, room_on_disk
+from common import adapter_base, base_model, compute_dtype, is_sharded, replace_folder, room_on_disk
 from settings import UserError
 
 # values of mm_token_type_ids
@@ -58,9 +64,10 @@ LOGITS_CHUNK = 512
 
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
-    common.check_hub(cfg.model)
+    model = base_model(cfg.model)
+    common.check_hub(model)
     try:
-        processor = AutoProcessor.from_pretrained(cfg.model)
+        processor = AutoProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         if "Unrecognized image processor" in reason:
@@ -162,6 +169,7 @@ def vision_lengths(inputs, config):
 def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
     """The checkpoint `cfg.model` as a Policy. Master weights are float32: bfloat16 would lose updates of size 1e-6.
 
+    If `cfg.model` is a LoRA adapter, it is merged into the checkpoint it belongs to.
     The model is loaded on the CPU, and accelerate then moves or shards it. With `device` (for inference) the weights
     are read straight onto that device. If the model will be sharded, only rank 0 reads the weights and
     sends them to the other ranks, so a machine holds one copy.
@@ -170,20 +178,21 @@ def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
     """
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
-            model = empty_model(Qwen2_5_VLConfig.from_pretrained(cfg.model), dtype)
+            model = empty_model(Qwen2_5_VLConfig.from_pretrained(base_model(cfg.model)), dtype)
         # init_empty_weights has untied them
         model.tie_weights()
-        model.generation_config = generation_config(cfg.model, model.config)
+        model.generation_config = generation_config(base_model(cfg.model), model.config)
     else:
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model,
+            base_model(cfg.model),
             dtype=dtype,
             attn_implementation="sdpa",
             device_map=None if device is None else {"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        refuse_other_tensors(cfg.model, report)
+        refuse_other_tensors(base_model(cfg.model), report)
+        model = merge_adapters(model, cfg.model)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return Policy.of(model)
@@ -201,7 +210,7 @@ def refuse_other_tensors(model, report):
     """Raise UserError with the tensors that the checkpoint lacks or should not have. Missing ones would be random."""
     problems = []
     for kind in ("missing", "unexpected", "mismatched"):
-        names = sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
+        names = sorted(key if isinstance(key, str) else key[0] for key in report.get(f"{kind}_keys", ()))
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{kind} {', '.join(names[:3])}{more}")
@@ -214,8 +223,22 @@ def empty_model(config, dtype):
     return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
-def load_reference(accelerator, cfg):
-    """A frozen copy of the starting checkpoint, sharded like the policy but without optimizer state."""
+def load_trainable(cfg, accelerator):
+    """The checkpoint as the policy to train: all of its weights, or with `lora_rank` an adapter on frozen weights."""
+    if not cfg.lora_rank:
+        return load_policy(cfg, accelerator=accelerator).train()
+    model = add_adapter(load_policy(cfg, compute_dtype(cfg)), cfg)
+    checkpoint_adapter_only(accelerator)
+    return model.train()
+
+
+def load_reference(accelerator, cfg, policy):
+    """A frozen copy of the starting checkpoint, sharded like the policy but without optimizer state.
+
+    With LoRA it is the policy itself: call it within adapter_off().
+    """
+    if cfg.lora_rank:
+        return policy
     model = load_policy(cfg, compute_dtype(cfg), accelerator).eval().requires_grad_(False)
     return fsdp2_prepare_model(accelerator, model) if is_sharded(accelerator) else model.to(accelerator.device)
 
@@ -224,9 +247,9 @@ def rollout_copy(accelerator, policy, cfg):
     """The model to sample from: the policy itself or, if it is sharded or trained in bfloat16, a whole copy of it.
 
     generate() on sharded weights would gather all of them for every token. With a whole copy, ranks also sample without
-    waiting for one another. Call refresh() before each rollout.
+    waiting for one another. Call refresh() before each rollout. With LoRA the policy's weights are whole and frozen.
     """
-    if not is_sharded(accelerator) and not cfg.bf16:
+    if cfg.lora_rank or (not is_sharded(accelerator) and not cfg.bf16):
         return policy
     with torch.device(accelerator.device), no_init_weights():
         copy = Policy.of(empty_model(policy.config, compute_dtype(cfg)))
@@ -510,6 +533,7 @@ def starting_files(model):
     `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so what loads the
     starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
+    model = base_model(model)
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
     found = set()
     for pattern in STARTING_FILES:
@@ -531,13 +555,19 @@ def save_model(accelerator, model, files, folder, dtype=None):
     """
     # gathers the shards; the full state dict is on rank 0
     state = accelerator.get_state_dict(model)
+    unwrapped = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
-        write_model(state, accelerator.unwrap_model(model).config, files, folder, dtype)
+        adapter = unwrapped if has_adapter(unwrapped) else None
+        write_model(merged_state(unwrapped, state), unwrapped.config, files, folder, dtype, adapter)
     accelerator.wait_for_everyone()
 
 
-def write_model(state, config, files, folder, dtype=None):
-    """The files of save_model from a full state dict; `dtype` None keeps the weights' own."""
+def write_model(state, config, files, folder, dtype=None, adapter=None):
+    """The files of save_model from a full state dict; `dtype` None keeps the weights' own.
+
+    `adapter`: a model whose LoRA adapter is written too, into a folder adapter/ of its own. Beside the weights
+    transformers would find it and add it to them again.
+    """
     # the base class, empty: it knows the names of the weights in files
     with torch.device("meta"):
         shell = Qwen2_5_VLForConditionalGeneration(config)
@@ -560,4 +590,117 @@ def write_model(state, config, files, folder, dtype=None):
             config_json.setdefault("torch_dtype", None)
         text = json.dumps(with_dtype(config_json, dtype), indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
+        if adapter is not None:
+            save_adapter(adapter, temporary / "adapter")
         replace_folder(temporary, Path(folder))
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+
+# The linear layers of the language model. The vision tower has some of the same names, but stays frozen.
+ADAPTED_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+ADAPTER_FILE = "adapter_model.safetensors"
+# peft saves the name of a tensor with this in front
+PEFT_PREFIX = "base_model.model."
+
+
+def has_adapter(model):
+    return hasattr(model, "peft_config")
+
+
+def add_adapter(model, cfg):
+    """`model`, frozen, with a trainable adapter: each adapted weight W acts as W + (alpha / rank) B A (Hu et al. 2021).
+
+    B is 0 at first, so the policy starts as the checkpoint. A and B are float32 whatever the dtype of W.
+    """
+    # A is random: the same for each process and each start of the run
+    common.seed_everything(cfg.seed)
+    config = LoraConfig(
+        r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=ADAPTED_LAYERS
+    )
+    # changes the model in place; the wrapper that it returns is not needed
+    get_peft_model(model, config)
+    model.peft_config["default"].base_model_name_or_path = cfg.model
+    return model
+
+
+@contextmanager
+def adapter_off(model):
+    """Within it a `model` with an adapter computes without it, as the checkpoint it started from. Others: no change."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield
+    for layer in layers:
+        layer.enable_adapters(True)
+
+
+def merged_state(model, state):
+    """`state`, the state dict of `model`, as that of a plain model without adapter: W + (alpha / rank) B A for each W.
+
+    The sum is computed in float32 and rounded once, to the dtype of W.
+    """
+    merged = {}
+    for name, tensor in state.items():
+        if ".lora_" not in name:
+            merged[name.replace(".base_layer.", ".")] = tensor
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = merged[f"{name}.weight"]
+            total = weight.float() + layer.get_delta_weight("default").detach()
+            # on the CPU: a second copy may not fit beside the model
+            merged[f"{name}.weight"] = total.to(weight.dtype).cpu()
+    return merged
+
+
+def save_adapter(model, folder):
+    """Write the model's adapter into `folder`, as files that peft's PeftModel.from_pretrained loads."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = get_peft_model_state_dict(model)
+    save_file(
+        {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}, f"{folder}/{ADAPTER_FILE}"
+    )
+    model.peft_config["default"].save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_adapter(model, folder):
+    """Read what save_adapter wrote into the model's adapter. KeyError or RuntimeError if it is another adapter."""
+    saved = load_file(f"{folder}/{ADAPTER_FILE}")
+    for name, tensor in get_peft_model_state_dict(model).items():
+        tensor.copy_(saved[f"{PEFT_PREFIX}{name}"])
+
+
+def merge_adapters(model, folder):
+    """`model`, the plain checkpoint under `folder`, with the adapter in `folder` added to its weights, if there is one.
+
+    The adapter is in peft's format, and its base may be an adapter again. Raises UserError if it is not one of `model`.
+    """
+    base = adapter_base(folder)
+    if base is None:
+        return model
+    model = merge_adapters(model, base)
+    try:
+        wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
+        report = wrapped.load_adapter(folder, "default")._asdict()
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: this adapter cannot be loaded into {base}: {reason:.200}") from error
+    refuse_other_tensors(folder, report)
+    # peft has frozen the model
+    return wrapped.merge_and_unload().requires_grad_(True)
+
+
+def checkpoint_adapter_only(accelerator):
+    """Checkpoints then hold the adapter in peft's format, and no other weights."""
+
+    def save(models, states, folder):
+        if accelerator.is_main_process:
+            save_adapter(accelerator.unwrap_model(models[0]), folder)
+        states.clear()
+
+    def load(models, folder):
+        load_adapter(accelerator.unwrap_model(models.pop()), folder)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

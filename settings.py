@@ -127,6 +127,9 @@ class TrainConfig(SharedConfig):
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
     freeze_vision: bool = option(False, "train the language model only")
+    lora_rank: int = option(0, "train a LoRA adapter of this rank on the language model; 0: train all weights", low=0)
+    lora_alpha: int = option(32, "the adapter is scaled by alpha / rank", low=1)
+    lora_dropout: float = option(0.0, "dropout of the adapter's input, while training", low=0, high=0.999999)
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
     resume: bool = option(
@@ -141,6 +144,13 @@ class TrainConfig(SharedConfig):
     resume_changed: bool = option(
         False, "continue from a checkpoint although settings, records or starting weights changed"
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank and self.fsdp == "full_shard":
+            raise UserError(
+                f"lora_rank: {self.lora_rank}: LoRA needs the whole model on each GPU; set fsdp: none, or lora_rank: 0"
+            )
 
 
 def convert(text, kind, choices=None, low=None, high=None):

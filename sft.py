@@ -37,11 +37,10 @@ def main():
     rank = accelerator.process_index
     ranks = accelerator.num_processes
     run = common.Run(accelerator, cfg, "sft", len(records), bad_rows)
-    common.seed_everything(cfg.seed)
 
     processor = policy.load_processor(cfg)
     starting_files = policy.starting_files(cfg.model)
-    model = policy.load_policy(cfg, accelerator=accelerator).train()
+    model = policy.load_trainable(cfg, accelerator)
     model, optimizer = common.prepare(accelerator, model, cfg)
     unwrapped = accelerator.unwrap_model(model)
     run.resume()
@@ -52,6 +51,8 @@ def main():
 
     # 1. records
     for step, batch in run.steps(batches):
+        # for the dropout of a LoRA adapter: a resumed step repeats it
+        common.seed_everything(cfg.seed, step, rank)
         n_tokens = common.sum_over_ranks(accelerator, sum(len(sample.target) for sample in batch))
         loss_sum = 0.0
         for micro, weight in run.micro_batches(batch, dummy):

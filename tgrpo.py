@@ -207,6 +207,9 @@ def add_credit(model, groups, cfg, pad_id):
 
     `model` is the one that sampled. It has whole weights, so no rank waits for another here, regardless of its prompts.
     """
+    was_training = model.training
+    # without the dropout of a LoRA adapter, as in the rollout
+    model.eval()
 
     def sequence_logps(prompts, completions):
         """Log-probs (N,) of whole completions."""
@@ -225,6 +228,7 @@ def add_credit(model, groups, cfg, pad_id):
         credit_N = temporal_credit(logps_N, torch.stack(shuffled_logps))
         for group, credit_G in zip(micro, credit_N.split([len(group) for group in completions])):
             group.credit_G = credit_G
+    model.train(was_training)
 
 
 def accuracies(texts, record):
@@ -356,12 +360,12 @@ def main():
     processor = policy.load_processor(cfg)
     pad_id = processor.tokenizer.pad_token_id
     starting_files = policy.starting_files(cfg.model)
-    model = policy.load_policy(cfg, accelerator=accelerator).train()
+    model = policy.load_trainable(cfg, accelerator)
     model, optimizer = common.prepare(accelerator, model, cfg)
     unwrapped = accelerator.unwrap_model(model)
     banned = placeholder_ids(unwrapped)
     # loaded after the policy has left the CPU
-    reference = policy.load_reference(accelerator, cfg) if cfg.beta else None
+    reference = policy.load_reference(accelerator, cfg, unwrapped) if cfg.beta else None
     rollout_model = policy.rollout_copy(accelerator, unwrapped, cfg)
     run.resume()
 
@@ -403,7 +407,7 @@ def main():
                 advantages_N = torch.cat([group.advantages_G for group in micro]).to(accelerator.device)
                 ref_logps_NT = None
                 if reference is not None:
-                    with torch.no_grad():
+                    with torch.no_grad(), policy.adapter_off(reference):
                         ref_logps_NT, _ = completion_logps(reference, packed, cfg.temperature, banned)
                 logps_NT, entropy_NT = completion_logps(model, packed, cfg.temperature, banned)
                 if update == 0:

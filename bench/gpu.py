@@ -190,8 +190,8 @@ def make_models(config, cfg, accelerator):
     """(policy, optimizer, reference, rollout model), sharded as in tgrpo.py."""
     model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
     policy.load_policy = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
-    reference = policy.load_reference(accelerator, cfg)
     model = accelerator.unwrap_model(model)
+    reference = policy.load_reference(accelerator, cfg, model)
     return model, optimizer, reference, policy.rollout_copy(accelerator, model, cfg)
 
 

@@ -93,7 +93,7 @@ def test_documented_table_equals_the_plan(path, gpus, row):
     """Guards: an outdated table; a phase of the step that the peak omits."""
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", path])
     parts, peak = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), gpus)
-    states = parts["parameters (float32)"] + parts["gradients"] + parts["optimizer (AdamW)"]
+    states = parts["weights"] + parts["gradients"] + parts["optimizer (AdamW)"]
     phases = (parts["KV cache (rollout)"], parts["activations"] + parts["logits"], parts["optimizer step"])
     resident = states + parts["reference"] + parts["rollout copy"] + parts["gathered layers"]
     assert peak == pytest.approx(resident + max(phases))

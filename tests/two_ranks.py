@@ -7,6 +7,7 @@ Sampling depends on the number of processes, so here a prompt's completions are 
 """
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -139,6 +140,19 @@ def hub_stages(layout):
     run(evaluate, f"{layout}/eval", model=final, bf16="true", max_new_tokens=8, batch_size=8)
 
 
+def lora_stages():
+    """Both training stages with an adapter, data-parallel; and T-GRPO once more, resumed after its first step."""
+    settings = {"lora_rank": 4, "lora_alpha": 8, "save_every": 1, "updates_per_rollout": 2}
+    run(sft, "sft", lora_rank=4, lora_alpha=8)
+    run(tgrpo, "tgrpo", **settings)
+    if RANK == 0:
+        shutil.copytree(OUT / "tgrpo", OUT / "again")
+        shutil.rmtree(OUT / "again/final")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    run(tgrpo, "again", **settings)
+
+
 def main():
     # the process group serves the next stage too
     Accelerator.end_training = lambda self: None
@@ -149,6 +163,8 @@ def main():
     if "explode" in MORE:
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
         return run(tgrpo, "explode", save_every=0)
+    if "lora" in MORE:
+        return lora_stages()
     run(sft, "sft")
     if "one stage" in MORE:
         return

@@ -11,18 +11,31 @@ from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
-from common import check_model, compute_dtype
-from policy import starting_files, write_model
+from common import base_model, check_model, compute_dtype, weights_in
+from policy import load_policy, starting_files, write_model
 from settings import SharedConfig, read_yaml
 
 
 def export(checkpoint, folder):
-    """Write the policy of `checkpoint`, sharded or not, into `folder`.
+    """Write the policy of `checkpoint`, sharded, whole or an adapter, into `folder`.
 
     Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone.
     """
     checkpoint = Path(checkpoint)
     (settings,) = read_yaml(checkpoint.parent / "config.yaml").values()
+    cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
+    check_model(cfg, f"{checkpoint}, whose run started from: export")
+    if weights_in(checkpoint) == "adapter":
+        adapter = SharedConfig(model=str(checkpoint))
+        state = load_policy(adapter, compute_dtype(cfg)).state_dict()
+    else:
+        state = saved_weights(checkpoint)
+    config = Qwen2_5_VLConfig.from_pretrained(base_model(cfg.model))
+    write_model(state, config, starting_files(cfg.model), folder, compute_dtype(cfg))
+
+
+def saved_weights(checkpoint):
+    """The weights, sharded or not, in a checkpoint of accelerate."""
     state = {}
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as merged:
         if (checkpoint / "pytorch_model_fsdp_0").is_dir():
@@ -30,10 +43,7 @@ def export(checkpoint, folder):
         source = Path(merged) if any(Path(merged).iterdir()) else checkpoint
         for file in sorted(source.glob("*.safetensors")):
             state |= load_file(file)
-    cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
-    check_model(cfg, f"{checkpoint}, whose run started from: export")
-    config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
-    write_model(state, config, starting_files(cfg.model), folder, compute_dtype(cfg))
+    return state
 
 
 def main():

@@ -1,6 +1,7 @@
 """Estimates the memory of one GPU in a T-GRPO step, without a GPU and without the weights.
 
     python -m tools.plan_memory --config configs/7b.yaml --gpus 8
+    python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24
 
 Weights and caches are exact. Activations are estimated from the tensors that a layer saves for its backward pass, which
 were counted with saved-tensor hooks; tests/test_memory.py compares the estimate with a measured step.
@@ -15,11 +16,11 @@ import torch
 from transformers import Qwen2_5_VLConfig
 
 import settings
-from policy import LOGITS_CHUNK, compiled_length, empty_model
+from policy import LOGITS_CHUNK, add_adapter, compiled_length, empty_model
 from settings import UserError
 from tgrpo import TGRPOConfig
 
-# Bytes per parameter of the float32 master weights, of their gradients, and of AdamW's two moments.
+# Bytes per trained parameter of the float32 weights, of their gradients, and of AdamW's two moments.
 MASTER_BYTES = 4
 GRADIENT_BYTES = 4
 ADAMW_BYTES = 8
@@ -31,6 +32,10 @@ VISION_LAYER_WIDTHS = 13
 BF16_NORM_WIDTHS = 2
 # Saved per token of any layer, in tensors as wide as its feed-forward part.
 FEED_FORWARD_WIDTHS = 4
+# With LoRA: adapted matrices per layer, each of which saves a tensor as wide as the rank.
+ADAPTED_MATRICES = 7
+# With LoRA and bfloat16: copies of a layer's input for adapters that read the same one.
+BF16_ADAPTER_WIDTHS = 3
 # Held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state.
 OUTER_WIDTHS = 6
 # Float32 copies of one chunk of logits: logits, log-softmax and the gradients of both.
@@ -39,7 +44,6 @@ LOGITS_COPIES = 4
 PATCH_PIXELS = 14 * 14
 # Prompt tokens that are not video.
 TEXT_PROMPT_TOKENS = 200
-CARD_BYTES = 80e9
 
 # The published shapes, for a checkpoint that is not downloaded yet.
 PUBLISHED_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
@@ -87,8 +91,10 @@ def model_shape(name):
 class Step:
     """The sizes of one T-GRPO step on one GPU: numbers of parameters, prompts, tokens per prompt."""
 
+    # all but those of a LoRA adapter
     parameters: int
     trained: int
+    is_vision_trained: bool
     text_layer: int
     embedding: int
     is_tied: bool
@@ -107,13 +113,19 @@ def step_sizes(cfg, config, gpus, prompt_tokens=None, patches=None):
     with torch.device("meta"):
         model = empty_model(config, torch.float32)
     parameters = count(model)
-    frozen = count(model.model.visual) if cfg.freeze_vision else 0
+    text_layer = count(model.model.language_model.layers[0])
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if cfg.lora_rank:
+        add_adapter(model, cfg)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     prompts = max(1, cfg.batch_size // gpus)
     patches = patches or cfg.max_frames // 2 * cfg.max_pixels // PATCH_PIXELS
     return Step(
         parameters=parameters,
-        trained=parameters - frozen,
-        text_layer=count(model.model.language_model.layers[0]),
+        trained=trained,
+        is_vision_trained=not (cfg.freeze_vision or cfg.lora_rank),
+        text_layer=text_layer,
         embedding=model.get_input_embeddings().weight.numel(),
         is_tied=model.lm_head.weight is model.get_input_embeddings().weight,
         shards=gpus if cfg.fsdp == "full_shard" else 1,
@@ -131,13 +143,19 @@ def count(module):
 
 def resident_bytes(cfg, step):
     """Bytes, by name, that a GPU holds all the time."""
+    has_copy = cfg.fsdp == "full_shard" or cfg.bf16
     resident = {
-        "parameters (float32)": MASTER_BYTES * step.parameters / step.shards,
+        "weights": MASTER_BYTES * step.parameters / step.shards,
         "gradients": GRADIENT_BYTES * step.trained / step.shards,
         "optimizer (AdamW)": ADAMW_BYTES * step.trained / step.shards,
         "reference": step.number * step.parameters / step.shards if cfg.beta else 0,
-        "rollout copy": step.number * step.parameters if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
+        "rollout copy": step.number * step.parameters if has_copy else 0,
     }
+    if cfg.lora_rank:
+        # the frozen weights are the policy's, the reference's and the rollout's
+        resident["weights"] = step.number * step.parameters + MASTER_BYTES * step.trained
+        resident["reference"] = 0
+        resident["rollout copy"] = 0
     if step.shards > 1:
         # FSDP gathers a layer while it prefetches the next one. The embedding and the head of the policy stay gathered,
         # and so does the head of the reference.
@@ -168,19 +186,23 @@ def training_bytes(cfg, text, vision, step):
     """Bytes of activations and logits during the forward and backward pass of one micro-batch."""
     width = text.hidden_size
     norm_widths = BF16_NORM_WIDTHS if cfg.bf16 else 0
+    copy_widths = BF16_ADAPTER_WIDTHS if cfg.bf16 and cfg.lora_rank else 0
     packed_tokens = step.prompt_tokens + cfg.num_generations * cfg.max_new_tokens
-    per_text_token = (TEXT_LAYER_WIDTHS + norm_widths) * width + FEED_FORWARD_WIDTHS * text.intermediate_size
+    per_text_token = (TEXT_LAYER_WIDTHS + norm_widths + copy_widths) * width
+    per_text_token += FEED_FORWARD_WIDTHS * text.intermediate_size + ADAPTED_MATRICES * cfg.lora_rank
     # With a mask, keys and values are repeated for all heads, and the mask becomes a bias per pair of tokens.
     attention = 2 * packed_tokens * width + packed_tokens**2
     text_layer = packed_tokens * per_text_token + attention
 
     per_patch = (VISION_LAYER_WIDTHS + norm_widths) * vision.hidden_size
     per_patch += FEED_FORWARD_WIDTHS * vision.intermediate_size
-    vision_layer = step.patches * per_patch
+    # a frozen vision tower saves nothing
+    patches = step.patches if step.is_vision_trained else 0
+    vision_layer = patches * per_patch
 
     if cfg.gradient_checkpointing:
         # the inputs of all layers, and everything that one layer saves
-        inputs = text.num_hidden_layers * packed_tokens * width + vision.depth * step.patches * vision.hidden_size
+        inputs = text.num_hidden_layers * packed_tokens * width + vision.depth * patches * vision.hidden_size
         activations = inputs + max(text_layer, vision_layer)
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
@@ -214,26 +236,27 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     return resident | rollout | training | stepping, sum(resident.values()) + largest_phase
 
 
-def print_plan(cfg, gpus):
-    """The plan as a table, and whether it fits into CARD_BYTES, a tenth of which is left to CUDA and fragmentation."""
+def print_plan(cfg, gpus, card_gb):
+    """The plan as a table, and whether it fits into `card_gb`, a tenth of which is left to CUDA and fragmentation."""
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in parts.items()]
     rows.append(["peak", f"{peak / 1e9:.1f}"])
     print(settings.table([f"one of {gpus} GPUs, fsdp {cfg.fsdp}", "GB (1e9 bytes)"], rows))
     print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
-    verdict = "fits" if peak < 0.9 * CARD_BYTES else "does not fit"
-    print(f"It {verdict} in {CARD_BYTES / 1e9:.0f} GB with a tenth to spare.")
+    verdict = "fits" if peak / 1e9 < 0.9 * card_gb else "does not fit"
+    print(f"It {verdict} in {card_gb:g} GB with a tenth to spare.")
     if verdict == "does not fit":
-        print("Use more GPUs, or lower max_frames, max_pixels or max_new_tokens.")
+        print("Use more GPUs or lora_rank, or lower batch_size, max_frames, max_pixels or max_new_tokens.")
 
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--card_gb", type=float, default=80)
     arguments, rest = parser.parse_known_args()
     cfg = settings.load_config(TGRPOConfig, "tgrpo", rest, doc=__doc__)
     settings.require(cfg, "tgrpo", "model")
-    print_plan(cfg, arguments.gpus)
+    print_plan(cfg, arguments.gpus, arguments.card_gb)
 
 
 if __name__ == "__main__":

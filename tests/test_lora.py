@@ -1,0 +1,359 @@
+"""LoRA: an adapter on frozen weights, which are the policy's base, the reference and the rollout model at once."""
+
+import json
+import shutil
+import sys
+
+import naive
+import pytest
+import torch
+from naive import mixed_prompts, without_times
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_hub import other_files, weights
+from test_sharded import TORCHRUN, difference, launch
+from transformers import AutoModelForImageTextToText
+
+import common
+import data
+import policy
+import sft
+import tgrpo
+from settings import TrainConfig, UserError, load_config, read_jsonl
+from tools import export
+
+LORA = dict(lora_rank=4, lora_alpha=8)
+# large enough steps that an adapter which is not used, saved or merged is noticed
+TRAINING = dict(lr=1e-2, warmup_steps=0, lr_schedule="constant")
+LAYOUTS = ("untied", "tied")
+
+
+def random_adapter(model, seed=5):
+    """Give the model's adapter a random B, so that it changes the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def adapted_policy(rank=4, **settings):
+    cfg = TrainConfig(model="tiny", lora_rank=rank, lora_alpha=8, **settings)
+    return policy.add_adapter(naive.tiny_policy(), cfg)
+
+
+def clip_logps(model, folder, world):
+    """Log-probs of the answers of two clips and a picture, by the model that was loaded from `folder`."""
+    cfg = TrainConfig(model=str(folder), data_root=str(world / "world"), max_pixels=3136, min_pixels=784)
+    processor = policy.load_processor(cfg)
+    records = json.loads((world / "world/sft.json").read_text())
+    picture = next(record for record in records if record["data_type"] == "image")
+    samples = data.Samples([*records[:2], picture], processor, cfg, targets=True)
+    prompts = [samples[i].ordered for i in range(3)]
+    packed = policy.pack(model, prompts, [[samples[i].target] for i in range(3)], 0)
+    with torch.no_grad():
+        return policy.completion_logps(model, packed)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_new_adapter_leaves_the_model_as_it_was(hub, world, layout, bf16):
+    """Guards: an adapter that begins at random, or on the vision tower; frozen weights in the wrong dtype."""
+    cfg = TrainConfig(model=str(hub / layout), bf16=bf16, lora_rank=4)
+    dtype = common.compute_dtype(cfg)
+    base = policy.load_policy(cfg, dtype)
+    model = policy.add_adapter(policy.load_policy(cfg, dtype), cfg)
+    assert torch.equal(clip_logps(model, hub / layout, world), clip_logps(base, hub / layout, world))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32} and {p.dtype for p in frozen.values()} == {dtype}
+    assert all(".language_model.layers." in name and ".lora_" in name for name in trained)
+    # A and B of seven matrices per layer
+    assert len(trained) == 2 * 7 * model.config.text_config.num_hidden_layers
+    assert len(frozen) == len(list(base.parameters()))
+
+
+def test_adapter_gradients_of_packed_rows_equal_those_of_whole_rows():
+    """Guards: packing that lets completions see each other through the adapter; a checkpointed layer without it."""
+    prompts = mixed_prompts()
+    generator = torch.Generator().manual_seed(4)
+    completions = [[torch.randint(3, 50, (n,), generator=generator) for n in (3, 7)] for _ in prompts]
+    gradients = []
+    for kind in ("packed", "whole", "checkpointed"):
+        model = random_adapter(adapted_policy()).train()
+        if kind == "checkpointed":
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if kind == "whole":
+            rows = []
+            for x, group in zip(prompts, completions):
+                rows += [naive.completion_logps(model, x, completion).sum() for completion in group]
+            total = sum(rows)
+        else:
+            packed = policy.pack(model, prompts, completions, naive.PAD)
+            total = policy.completion_logps(model, packed, banned=(naive.IMAGE, naive.VIDEO))[0].sum()
+        total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * 7 * 2
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, other[name], atol=1e-4 * gradient.abs().max() + 1e-6), name
+
+
+def test_adapter_off_is_the_starting_model_and_ends():
+    """Guards: a reference that is the trained policy (KL always 0); adapters that stay off, or frozen, afterwards."""
+    plain = naive.tiny_policy()
+    model = random_adapter(adapted_policy(lora_dropout=0.5)).train()
+    prompts = mixed_prompts()
+    completions = [[torch.tensor([7, 8, naive.EOS])] for _ in prompts]
+
+    def logps(model):
+        with torch.no_grad():
+            return policy.completion_logps(model, policy.pack(model, prompts, completions, naive.PAD))[0]
+
+    expected = logps(plain)
+    before = logps(model.eval())
+    model.train()
+    with policy.adapter_off(model):
+        assert torch.equal(logps(model), expected)
+    # a model without an adapter
+    with policy.adapter_off(plain):
+        assert torch.equal(logps(plain), expected)
+    assert torch.equal(logps(model.eval()), before) and (before - expected).abs().max() > 0.05
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * 7 * 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bf16", ["false", "true"])
+def test_every_stage_trains_only_the_adapter_and_writes_a_merged_model(hub, world, run, monkeypatch, layout, bf16):
+    """Guards: frozen weights that move; a KL that is not 0 at first, or stays 0; a `final` without the adapter, or one
+    that only peft can load; a checkpoint with all weights; a resumed run that ends elsewhere.
+    """
+    monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
+    settings = dict(
+        **LORA, **TRAINING, bf16=bf16, save_every=1, keep_checkpoints=9, steps=3, gradient_checkpointing=True
+    )
+    settings |= dict(lora_dropout=0.1, min_pixels=784, max_pixels=3136)
+    start = hub / layout
+    for stage in ("sft", "tgrpo"):
+        more = {"max_new_tokens": 8} if stage == "tgrpo" else {}
+        out = run(stage, stage, model=start, **settings, **more)
+        # resumed after the first step, a run ends the same
+        shutil.copytree(out, out.with_name(f"{stage} again"))
+        again = out.with_name(f"{stage} again")
+        for path in ("final", "checkpoint-2"):
+            shutil.rmtree(again / path)
+        run(stage, f"{stage} again", model=start, **settings, **more)
+        assert without_times(again) == without_times(out)
+        for path in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            assert (again / "final" / path).read_bytes() == (out / "final" / path).read_bytes()
+
+        check_checkpoint(out / "checkpoint-1")
+        check_final(out / "final", start, world, torch.bfloat16 if bf16 == "true" else torch.float32)
+        start = out / "final"
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert rows[0]["policy/kl"] == 0 < rows[1]["policy/kl"]
+
+    # the checkpoint before the last step as a model
+    export.export(out / "checkpoint-2", out / "exported")
+    assert other_files(out / "exported") == other_files(hub / layout)
+    moved = difference(weights(out / "exported"), weights(out / "final"))
+    assert 0 < moved < 0.1
+    run("evaluate", "eval", model=out / "checkpoint-2", max_new_tokens=4, batch_size=8)
+
+
+def check_checkpoint(folder):
+    """A checkpoint of a LoRA run: the adapter, in peft's format, and its optimizer."""
+    files = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.bin"} <= files
+    assert not [name for name in files if name.startswith(("model", "pytorch_model"))]
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32} and len(adapter) == 2 * 7 * 2
+    n_trained = sum(tensor.numel() for tensor in adapter.values())
+    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    assert sum(moments["exp_avg"].numel() for moments in state.values()) == n_trained
+
+
+def check_final(final, start, world, dtype):
+    """`final` is `start` plus the adapter beside it, as peft itself computes it."""
+    before = weights(start)
+    after = weights(final)
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {dtype}
+    for name in before:
+        is_adapted = ".layers." in name and "visual" not in name and name.endswith("_proj.weight")
+        assert torch.equal(before[name].to(dtype), after[name]) != is_adapted, name
+    assert other_files(final) == sorted(
+        [*other_files(start), *(["adapter"] if "adapter" not in other_files(start) else [])]
+    )
+    if dtype == torch.float32:
+        base = AutoModelForImageTextToText.from_pretrained(start, dtype=dtype)
+        with_adapter = PeftModel.from_pretrained(base, final / "adapter").eval()
+        with_adapter = policy.Policy.of(with_adapter.base_model.model)
+        merged = policy.load_policy(TrainConfig(model=str(final)))
+        expected = clip_logps(with_adapter, final, world)
+        assert torch.allclose(clip_logps(merged, final, world), expected, atol=1e-4)
+        with policy.adapter_off(with_adapter):
+            assert (clip_logps(with_adapter, final, world) - expected).abs().max() > 1e-2
+
+
+def test_an_adapter_of_others_is_merged_at_load_and_is_the_reference(hub, world, run, monkeypatch, tmp_path):
+    """Guards: T-GRPO from an adapter whose reference is the model below it; a merged model that stays frozen."""
+    monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
+    base = hub / "tied"
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    from peft import LoraConfig, get_peft_model
+
+    # as TRL and LLaMA-Factory write them, with another alpha and fewer layers
+    theirs = get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    random_adapter(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    cfg = TrainConfig(model=str(tmp_path / "theirs"))
+    merged = policy.load_policy(cfg)
+    assert all(p.requires_grad for p in merged.parameters()) and not policy.has_adapter(merged)
+    expected = clip_logps(policy.Policy.of(theirs.base_model.model.eval()), base, world)
+    assert torch.allclose(clip_logps(merged, base, world), expected, atol=1e-5)
+    plain = policy.load_policy(TrainConfig(model=str(base)))
+    assert (clip_logps(plain, base, world) - expected).abs().max() > 1e-2
+
+    common_settings = dict(model=tmp_path / "theirs", max_new_tokens=8, **TRAINING)
+    full = run("tgrpo", "full", **common_settings)
+    lora = run("tgrpo", "lora", save_every=1, **LORA, **common_settings)
+    for out in (full, lora):
+        rows = read_jsonl(out / "metrics.jsonl")
+        # float32 rounding: log-probs of the same model in two row lengths
+        assert rows[0]["policy/kl"] == 0 < rows[1]["policy/kl"]
+    # an adapter of an adapter
+    again = policy.load_policy(TrainConfig(model=str(lora / "checkpoint-1")))
+    assert difference(policy_weights(again), policy_weights(merged)) > 0
+    export.export(lora / "checkpoint-1", tmp_path / "exported")
+    assert difference(weights(tmp_path / "exported"), weights(lora / "final")) > 0
+
+
+def policy_weights(model):
+    return dict(model.state_dict())
+
+
+def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
+    """Guards: an adapter of another model that is ignored with a warning; a traceback for a folder without its base."""
+    base = hub / "tied"
+
+    def message(folder):
+        with pytest.raises(UserError) as error:
+            cfg = TrainConfig(model=str(folder))
+            common.check_model(cfg, "tgrpo")
+            policy.load_policy(cfg)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+        return str(error.value)
+
+    def adapter(name, base=base, rank=4, rename=None, **config):
+        model = policy.add_adapter(
+            policy.load_policy(TrainConfig(model=str(hub / "tied"))), TrainConfig(lora_rank=rank)
+        )
+        folder = tmp_path / name
+        policy.save_adapter(model, folder)
+        described = json.loads((folder / "adapter_config.json").read_text())
+        described |= {"base_model_name_or_path": base and str(base), **config}
+        (folder / "adapter_config.json").write_text(json.dumps(described))
+        return folder
+
+    assert "no checkpoint at" in message(adapter("gone", tmp_path / "nowhere"))
+    assert "expected the model it was trained on, got None" in message(adapter("none", None))
+    assert "expected the model" in message(adapter("itself", tmp_path / "itself"))
+    assert "cannot be loaded" in message(adapter("other rank", r=8))
+    assert "these weights are not the model's: missing" in message(
+        adapter(
+            "more layers",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv"],
+        )
+    )
+    assert "these weights are not the model's: unexpected" in message(adapter("fewer", target_modules=["q_proj"]))
+    (tmp_path / "gone/adapter_config.json").write_text("[]")
+    assert "not the config of an adapter" in message(tmp_path / "gone")
+    shutil.copy(base / "config.json", tmp_path / "fewer")
+    assert "holds a model and an adapter" in message(tmp_path / "fewer")
+
+
+def test_lora_settings_that_cannot_work_are_one_clear_line(tmp_path, monkeypatch):
+    """Guards: adapters that FSDP would shard; an accelerate config that turns it on."""
+    path = tmp_path / "some.yaml"
+    path.write_text("fsdp: full_shard\nsft:\n  lora_rank: 8")
+    with pytest.raises(UserError) as error:
+        load_config(sft.SFTConfig, "sft", ["--config", str(path)])
+    assert "lora_rank: 8: LoRA needs the whole model on each GPU; set fsdp: none" in str(error.value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="the accelerate config requests FSDP, but with LoRA each GPU"):
+        common.make_accelerator(TrainConfig(lora_rank=8))
+
+
+def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
+    """Guards: an adapter at random beside the old optimizer; a full checkpoint that is ignored without a word."""
+    settings = dict(steps=2, save_every=1)
+    for name, first, second, line in (
+        ("full", {}, LORA, "a checkpoint of whole weights cannot be resumed in a run of adapter weights"),
+        ("lora", LORA, {}, "a checkpoint of adapter weights cannot be resumed in a run of whole weights"),
+        ("rank", LORA, {"lora_rank": 8}, "lora_rank was 4, is 8"),
+    ):
+        out = run("sft", name, **settings, **first)
+        shutil.rmtree(out / "final")
+        with pytest.raises(UserError, match=line):
+            run("sft", name, **settings, **second)
+    # a checkpoint of a version without LoRA resumes
+    out = run("sft", "old", **settings)
+    shutil.rmtree(out / "final")
+    for file in (out / "run.json", out / "checkpoint-1/run.json"):
+        described = json.loads(file.read_text())
+        for name in ("lora_rank", "lora_alpha", "lora_dropout"):
+            del described["settings"][name]
+        file.write_text(json.dumps(described))
+    state = json.loads((out / "checkpoint-1/state.json").read_text())
+    state["files"] = common.contents(out / "checkpoint-1")
+    (out / "checkpoint-1/state.json").write_text(json.dumps(state))
+    assert (run("sft", "old", **settings) / "final").is_dir()
+
+
+def test_rollouts_and_credits_see_no_dropout(world, run, monkeypatch):
+    """Guards: completions and credits of a model with random neurons switched off."""
+    modes = []
+
+    for name in ("rollout", "completion_logps"):
+        function = getattr(tgrpo, name)
+
+        def watched(model, *args, function=function, name=name, **kwargs):
+            handle = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout)).register_forward_hook(
+                lambda module, *_: modes.append((name, torch.is_grad_enabled(), module.training))
+            )
+            try:
+                return function(model, *args, **kwargs)
+            finally:
+                handle.remove()
+
+        monkeypatch.setattr(tgrpo, name, watched)
+    run("tgrpo", temporal_rule="credit", lora_dropout=0.5, **LORA, max_new_tokens=4, steps=1)
+    assert ("rollout", False, False) in modes and ("completion_logps", False, False) in modes
+    assert ("completion_logps", True, True) in modes
+    assert not [mode for mode in modes if not mode[1] and mode[2]]
+
+
+def test_two_data_parallel_processes_train_like_one(world, tmp_path):
+    """Guards: adapters that start differently on each rank; gradients that are not averaged; two ranks that write."""
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    for command in (
+        [sys.executable, "tests/two_ranks.py", world, one, "none", "lora"],
+        [*TORCHRUN, "tests/two_ranks.py", world, two, "none", "lora"],
+    ):
+        status, said = launch(command)
+        assert status == 0, said[-4000:]
+    for stage in ("sft", "tgrpo"):
+        files = [folder / stage / "final/adapter/adapter_model.safetensors" for folder in (one, two)]
+        assert difference(load_file(files[0]), load_file(files[1])) < 5e-5
+        for a, b in zip(without_times(one / stage), without_times(two / stage), strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
+        assert difference(weights(one / stage / "final"), weights(two / stage / "final")) < 5e-5
+    # the stopped and resumed run of two processes
+    assert without_times(two / "again") == without_times(two / "tgrpo")
