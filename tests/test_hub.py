@@ -108,7 +108,7 @@ def test_final_copies_only_files_of_the_model(hub, tmp_path):
     for name in (
         "trainer_state.json",
         "pytorch_model.bin.index.json",
-        "adapter_config.json",
+        "adapter_model.bin",
         "requirements.txt",
         "modeling.py",
     ):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_data import write_video
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -16,6 +17,13 @@ from settings import load_config
 from tools import plan_memory
 
 
+class Tracker(MemTracker):
+    """MemTracker for models with frozen weights: its hooks on gradients, which only sort bytes, need trained ones."""
+
+    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+
 def plan_config(**settings):
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", "configs/toy.yaml"])
     for name, value in (settings | {"beta": 0.0}).items():
@@ -25,7 +33,10 @@ def plan_config(**settings):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("G, T", [(8, 40), (2, 150)])
-def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, checkpointing, G, T):
+@pytest.mark.parametrize(
+    "settings", [{}, {"freeze_vision": True}, {"lora_rank": 16}, {"lora_rank": 16, "bf16": True}], ids=str
+)
+def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, checkpointing, G, T, settings):
     """Guards: a plan that omits memory of a real step, so that a run fails after an hour in a queue."""
     write_video(tmp_path / "clip.mp4", 8)
     cfg = plan_config(
@@ -35,13 +46,16 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
         num_generations=G,
         max_new_tokens=T,
         shuffled_generations=0,
+        lr=1e-3,
+        **settings,
     )
     record = next(
         r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction"
     ) | {"path": "clip.mp4"}
     prompts = [data.Samples([record], policy.load_processor(cfg), cfg)[0].ordered] * cfg.micro_batch_size
-    model = policy.load_policy(cfg).train()
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = common.make_accelerator(cfg)
+    model, optimizer = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
 
     def step():
@@ -52,13 +66,14 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
 
     # the first step creates the optimizer's state
     step()
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer)
+    tracker = Tracker()
+    tracker.track_external(model, optimizer.optimizer)
     with tracker:
         step()
     (measured,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
     P = prompts[0]["input_ids"].shape[1]
     _, planned = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), 1, prompt_tokens=P, patches=64)
+    print(f"XX {settings} {checkpointing} {G} {planned / measured:.3f}")
     assert planned == pytest.approx(measured, rel=0.15)
 
 

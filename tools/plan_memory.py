@@ -32,8 +32,10 @@ VISION_LAYER_WIDTHS = 13
 BF16_NORM_WIDTHS = 2
 # Saved per token of any layer, in tensors as wide as its feed-forward part.
 FEED_FORWARD_WIDTHS = 4
-# With LoRA: adapted matrices per layer, each of which saves a tensor as wide as the rank.
+# With LoRA a text layer saves a tensor as wide as the rank for each of its adapted matrices, ...
 ADAPTED_MATRICES = 7
+# ... and its norms, which are frozen, do not save their outputs.
+FROZEN_NORM_WIDTHS = 2
 # With LoRA and bfloat16: copies of a layer's input for adapters that read the same one.
 BF16_ADAPTER_WIDTHS = 3
 # Held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state.
@@ -186,10 +188,12 @@ def training_bytes(cfg, text, vision, step):
     """Bytes of activations and logits during the forward and backward pass of one micro-batch."""
     width = text.hidden_size
     norm_widths = BF16_NORM_WIDTHS if cfg.bf16 else 0
-    copy_widths = BF16_ADAPTER_WIDTHS if cfg.bf16 and cfg.lora_rank else 0
     packed_tokens = step.prompt_tokens + cfg.num_generations * cfg.max_new_tokens
-    per_text_token = (TEXT_LAYER_WIDTHS + norm_widths + copy_widths) * width
-    per_text_token += FEED_FORWARD_WIDTHS * text.intermediate_size + ADAPTED_MATRICES * cfg.lora_rank
+    text_widths = TEXT_LAYER_WIDTHS + norm_widths
+    if cfg.lora_rank:
+        text_widths += (BF16_ADAPTER_WIDTHS if cfg.bf16 else 0) - FROZEN_NORM_WIDTHS
+    per_text_token = text_widths * width + FEED_FORWARD_WIDTHS * text.intermediate_size
+    per_text_token += ADAPTED_MATRICES * cfg.lora_rank
     # With a mask, keys and values are repeated for all heads, and the mask becomes a bias per pair of tokens.
     attention = 2 * packed_tokens * width + packed_tokens**2
     text_layer = packed_tokens * per_text_token + attention
@@ -241,7 +245,7 @@ def print_plan(cfg, gpus, card_gb):
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in parts.items()]
     rows.append(["peak", f"{peak / 1e9:.1f}"])
-    print(settings.table([f"one of {gpus} GPUs, fsdp {cfg.fsdp}", "GB (1e9 bytes)"], rows))
+    print(settings.table([f"{gpus} GPUs, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
     print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
     verdict = "fits" if peak / 1e9 < 0.9 * card_gb else "does not fit"
     print(f"It {verdict} in {card_gb:g} GB with a tenth to spare.")
