@@ -2,6 +2,7 @@
 
     python bench/gpu.py                      # the 7B shape: a GPU of 80 GB, 40 GB of host memory, a few minutes
     python bench/gpu.py --shape 3b
+    python bench/gpu.py --lora_rank 16       # an adapter on this GPU alone
     python bench/gpu.py --shape tiny         # seconds, also on a CPU: does the script run?
 
     1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
@@ -188,8 +189,8 @@ def count_waits(device, function):
 
 def make_models(config, cfg, accelerator):
     """(policy, optimizer, reference, rollout model), sharded as in tgrpo.py."""
-    model, optimizer = common.prepare(accelerator, random_model(config, cfg, torch.float32).train(), cfg)
-    policy.load_policy = lambda cfg, dtype, accelerator: random_model(config, cfg, dtype)
+    policy.load_policy = lambda cfg, dtype=torch.float32, accelerator=None: random_model(config, cfg, dtype)
+    model, optimizer = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     model = accelerator.unwrap_model(model)
     reference = policy.load_reference(accelerator, cfg, model)
     return model, optimizer, reference, policy.rollout_copy(accelerator, model, cfg)
@@ -217,7 +218,7 @@ def measure_update(accelerator, models, prompt, completions, cfg, tokenizer, rep
 
     def forward_and_backward():
         packed = policy.pack(model, [prompt], [completions], tokenizer.pad_token_id)
-        with torch.no_grad():
+        with torch.no_grad(), policy.adapter_off(reference):
             ref_logps_GT, _ = policy.completion_logps(reference, packed, 1.0, banned)
         logps_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
         loss_G, _, _ = tgrpo.grpo_loss(
@@ -255,7 +256,10 @@ def main():
     parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, of which this is one; default: 8")
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train an adapter; then each GPU is on its own")
     args = parser.parse_args()
+    if args.lora_rank:
+        args.gpus = 1
     if args.shape == "tiny":
         n_prompt = 40
         n_completion = 8
@@ -265,7 +269,8 @@ def main():
         n_completion = 256
         grid = (8, 16, 30)
     cfg = tgrpo.TGRPOConfig(
-        fsdp="full_shard",
+        fsdp="none" if args.lora_rank else "full_shard",
+        lora_rank=args.lora_rank,
         bf16=True,
         gradient_checkpointing=True,
         batch_size=args.gpus,
@@ -274,7 +279,8 @@ def main():
     config = shape(args.shape)
     tokenizer = types.SimpleNamespace(eos_token_id=151645, pad_token_id=151643)
 
-    fake_ranks(args.gpus)
+    if args.gpus > 1:
+        fake_ranks(args.gpus)
     accelerator = common.make_accelerator(cfg)
     device = accelerator.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -2,6 +2,7 @@
 
     python bench/speed.py [--rounds 4] [--sizes 464x64 1112x128]
     python bench/speed.py --data             # time to read 16 frames, ours and decord, and to prepare a sample
+    python bench/speed.py --lora             # LoRA of rank 16 against all weights
     python bench/speed.py --optimizer        # CPU time of AdamW over the 729 sharded tensors of 7B
 
 One process, one model, one image prompt, G = 8 completions of exactly C tokens, the same reward, β = 0.04, float32. The
@@ -42,7 +43,7 @@ import frames
 import policy
 import toy
 from rewards import format_reward
-from settings import SharedConfig
+from settings import SharedConfig, TrainConfig
 from tgrpo import group_advantages, grpo_loss
 
 G = 8
@@ -123,7 +124,7 @@ def our_step(model, reference, optimizer, prompts, counts, processor, C):
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, completions))
     packed = policy.pack(model, prompts[:1], [completions], 0)
-    with torch.no_grad():
+    with torch.no_grad(), policy.adapter_off(reference):
         ref, _ = policy.completion_logps(reference, packed)
     clock.lap("reference")
     logps, _ = policy.completion_logps(model, packed)
@@ -377,6 +378,29 @@ def bench_optimizer(rounds, n_tensors=729):
     print(f"AdamW over {n_tensors} sharded tensors: {times}; ratio {ratio:.1f}")
 
 
+def bench_lora(sizes, rounds):
+    """Print the seconds of a step that trains a LoRA adapter over those of a step that trains all weights, by phase."""
+    for size in sizes:
+        n_completion = int(size.split("x")[1])
+        laps = {"LoRA": [], "all weights": []}
+        with tempfile.TemporaryDirectory() as folder:
+            processor, _, _, prompt, model, reference, optimizer = set_up(Path(folder), size)
+            cfg = TrainConfig(model=folder, lora_rank=16)
+            adapted = policy.add_adapter(policy.load_policy(cfg).eval(), cfg)
+            adapter_optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-6)
+            for _ in range(rounds + 1):
+                for name, models in (
+                    ("LoRA", (adapted, adapted, adapter_optimizer)),
+                    ("all weights", (model, reference, optimizer)),
+                ):
+                    step = our_step(*models, [prompt, prompt], [G, S], processor, n_completion)
+                    laps[name].append(step | {"whole step": sum(step.values())})
+        print(f"\n{size}, LoRA / all weights, median (range) of {rounds} rounds")
+        for phase in laps["LoRA"][0]:
+            ratios = [a[phase] / b[phase] for a, b in zip(laps["LoRA"][1:], laps["all weights"][1:])]
+            print(f"  {phase:<10} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def time_steps(size, rounds, with_trl):
     """{contestant: [{phase: seconds} per round]}, the warm-up round included. The contestants take turns."""
     n_completion = int(size.split("x")[1])
@@ -471,10 +495,13 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--memory", choices=["ours", "naive", "TRL"], help=argparse.SUPPRESS)
     parser.add_argument("--data", action="store_true", help="time the decoding and preparing of clips instead")
+    parser.add_argument("--lora", action="store_true", help="time a LoRA adapter against all weights instead")
     parser.add_argument("--optimizer", action="store_true", help="time AdamW over sharded tensors instead")
     args = parser.parse_args()
     if args.optimizer:
         bench_optimizer(10 * args.rounds)
+    elif args.lora:
+        bench_lora(args.sizes, args.rounds)
     elif args.data:
         bench_data()
     elif args.memory:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import naive
+import pytest
 import torch
 from transformers import CompileConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
@@ -113,9 +114,10 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
     assert len(graphs) == 3
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu():
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_gpu_benchmark_runs_on_a_cpu(lora_rank):
     """Guards: a GPU script that has never run before someone has a GPU, and fails there."""
-    command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1"]
+    command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1", "--lora_rank", str(lora_rank)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     # memory fragments as shapes change at every step; cuDNN attention would plan each new shape anew
