@@ -185,9 +185,9 @@ def check_model(cfg, stage, made_by=None):
     is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
     if is_hub_name and not is_local:
         return
-    base = adapter_base(cfg.model)
-    if base is not None:
-        check_model(SharedConfig(model=base), f"{cfg.model} is an adapter; its base for {stage}")
+    base, *adapters = adapter_chain(cfg.model)
+    if adapters:
+        check_model(SharedConfig(model=base), f"{stage}.model: {cfg.model} is an adapter; its base")
         return
     config = Path(cfg.model) / "config.json"
     if not config.is_file():
@@ -203,29 +203,24 @@ def check_model(cfg, stage, made_by=None):
         )
 
 
-def adapter_base(model):
-    """The model that a LoRA adapter belongs to if `model` is a folder with one, in peft's format; else None.
+def adapter_chain(model, above=()):
+    """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
 
-    Raises UserError if the folder also holds a model: transformers would load both, one on top of the other.
+    Raises UserError for an adapter without a base, and for a folder that holds a model and an adapter: transformers
+    would load both.
     """
     config = Path(model) / "adapter_config.json"
     if not config.is_file():
-        return None
+        return [model]
     if config.with_name("config.json").is_file():
         raise UserError(f"{model} holds a model and an adapter; move {config.name} and its weights to another folder")
     try:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{config}: not the config of an adapter: {error!r}") from None
-    if not isinstance(base, str) or base == str(model):
+    if not isinstance(base, str) or config in above:
         raise UserError(f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}")
-    return base
-
-
-def base_model(model):
-    """The plain checkpoint under `model`, which is that checkpoint itself or an adapter of it."""
-    base = adapter_base(model)
-    return model if base is None else base_model(base)
+    return [*adapter_chain(base, (*above, config)), model]
 
 
 def check_hub(model):

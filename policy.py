@@ -6,7 +6,7 @@
     rollout(model, prompts, counts, ...)           sample n completions for each prompt
     pack, completion_logps                         log-probs of given completions, differentiable
     save_model, starting_files                     a checkpoint laid out like the one that training started from
-    save_adapter, load_adapter, merge_adapters     LoRA adapters, in peft's own files
+    save_adapter, load_adapter, merge_adapter      LoRA adapters, in peft's own files
 
 `prompts` are the inputs that data.encode makes. There a picture becomes a clip of one moment, so all media are videos.
 
@@ -48,7 +48,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 import common
 import data
-from common import adapter_base, base_model, compute_dtype, is_sharded, replace_folder, room_on_disk
+from common import adapter_chain, compute_dtype, is_sharded, replace_folder, room_on_disk
 from settings import UserError
 
 # values of mm_token_type_ids
@@ -64,10 +64,10 @@ LOGITS_CHUNK = 512
 
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
-    model = base_model(cfg.model)
-    common.check_hub(model)
+    base = adapter_chain(cfg.model)[0]
+    common.check_hub(base)
     try:
-        processor = AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(base)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         if "Unrecognized image processor" in reason:
@@ -176,23 +176,25 @@ def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
 
     Raises UserError if the checkpoint's tensors are not the model's.
     """
+    base, *adapters = adapter_chain(cfg.model)
     if accelerator and is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
-            model = empty_model(Qwen2_5_VLConfig.from_pretrained(base_model(cfg.model)), dtype)
+            model = empty_model(Qwen2_5_VLConfig.from_pretrained(base), dtype)
         # init_empty_weights has untied them
         model.tie_weights()
-        model.generation_config = generation_config(base_model(cfg.model), model.config)
+        model.generation_config = generation_config(base, model.config)
     else:
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            base_model(cfg.model),
+            base,
             dtype=dtype,
             attn_implementation="sdpa",
             device_map=None if device is None else {"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        refuse_other_tensors(base_model(cfg.model), report)
-        model = merge_adapters(model, cfg.model)
+        refuse_other_tensors(base, report)
+        for adapter in adapters:
+            model = merge_adapter(model, adapter)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return Policy.of(model)
@@ -533,7 +535,7 @@ def starting_files(model):
     `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so what loads the
     starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
-    model = base_model(model)
+    model = adapter_chain(model)[0]
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
     found = set()
     for pattern in STARTING_FILES:
@@ -555,22 +557,18 @@ def save_model(accelerator, model, files, folder, dtype=None):
     """
     # gathers the shards; the full state dict is on rank 0
     state = accelerator.get_state_dict(model)
-    unwrapped = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
-        adapter = unwrapped if has_adapter(unwrapped) else None
-        write_model(merged_state(unwrapped, state), unwrapped.config, files, folder, dtype, adapter)
+        write_model(state, accelerator.unwrap_model(model), files, folder, dtype)
     accelerator.wait_for_everyone()
 
 
-def write_model(state, config, files, folder, dtype=None, adapter=None):
-    """The files of save_model from a full state dict; `dtype` None keeps the weights' own.
-
-    `adapter`: a model whose LoRA adapter is written too, into a folder adapter/ of its own. Beside the weights
-    transformers would find it and add it to them again.
-    """
+def write_model(state, model, files, folder, dtype=None):
+    """The files of save_model from a full state dict of `model`; `dtype` None keeps the weights' own."""
+    if adapted_layers(model):
+        state = merged_state(state, model)
     # the base class, empty: it knows the names of the weights in files
     with torch.device("meta"):
-        shell = Qwen2_5_VLForConditionalGeneration(config)
+        shell = Qwen2_5_VLForConditionalGeneration(model.config)
     # the tied head is the embedding; in gathered shards they no longer share memory
     for name in shell.all_tied_weights_keys:
         state.pop(name, None)
@@ -590,8 +588,9 @@ def write_model(state, config, files, folder, dtype=None, adapter=None):
             config_json.setdefault("torch_dtype", None)
         text = json.dumps(with_dtype(config_json, dtype), indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        if adapter is not None:
-            save_adapter(adapter, temporary / "adapter")
+        if adapted_layers(model):
+            # not beside the weights, where transformers would find it and add it to them again
+            save_adapter(model, temporary / "adapter")
         replace_folder(temporary, Path(folder))
 
 
@@ -604,8 +603,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def has_adapter(model):
-    return hasattr(model, "peft_config")
+def adapted_layers(model):
+    """The linear layers that have an adapter."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def add_adapter(model, cfg):
@@ -627,30 +627,21 @@ def add_adapter(model, cfg):
 @contextmanager
 def adapter_off(model):
     """Within it a `model` with an adapter computes without it, as the checkpoint it started from. Others: no change."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
+    for layer in adapted_layers(model):
         layer.enable_adapters(False)
     yield
-    for layer in layers:
+    for layer in adapted_layers(model):
         layer.enable_adapters(True)
 
 
-def merged_state(model, state):
-    """`state`, the state dict of `model`, as that of a plain model without adapter: W + (alpha / rank) B A for each W.
+def merged_state(state, model):
+    """`state`, the state dict of `model`, as that of a plain model. From here on the adapter is part of the weights.
 
-    The sum is computed in float32 and rounded once, to the dtype of W.
+    In place, because a second copy may not fit beside the model. The sum is rounded once, to the dtype of W.
     """
-    merged = {}
-    for name, tensor in state.items():
-        if ".lora_" not in name:
-            merged[name.replace(".base_layer.", ".")] = tensor
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            weight = merged[f"{name}.weight"]
-            total = weight.float() + layer.get_delta_weight("default").detach()
-            # on the CPU: a second copy may not fit beside the model
-            merged[f"{name}.weight"] = total.to(weight.dtype).cpu()
-    return merged
+    for layer in adapted_layers(model):
+        layer.merge()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
 def save_adapter(model, folder):
@@ -671,21 +662,14 @@ def load_adapter(model, folder):
         tensor.copy_(saved[f"{PEFT_PREFIX}{name}"])
 
 
-def merge_adapters(model, folder):
-    """`model`, the plain checkpoint under `folder`, with the adapter in `folder` added to its weights, if there is one.
-
-    The adapter is in peft's format, and its base may be an adapter again. Raises UserError if it is not one of `model`.
-    """
-    base = adapter_base(folder)
-    if base is None:
-        return model
-    model = merge_adapters(model, base)
+def merge_adapter(model, folder):
+    """`model` with the adapter in `folder`, in peft's format, added to its weights. UserError if it does not fit."""
     try:
         wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
         report = wrapped.load_adapter(folder, "default")._asdict()
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: this adapter cannot be loaded into {base}: {reason:.200}") from error
+        raise UserError(f"{folder}: this adapter does not fit its base model: {reason:.200}") from error
     refuse_other_tensors(folder, report)
     # peft has frozen the model
     return wrapped.merge_and_unload().requires_grad_(True)

@@ -20,6 +20,7 @@ import data
 import policy
 import sft
 import tgrpo
+from experiments import lora as experiment
 from settings import TrainConfig, UserError, load_config, read_jsonl
 from tools import export
 
@@ -213,7 +214,7 @@ def test_an_adapter_of_others_is_merged_at_load_and_is_the_reference(hub, world,
     theirs.save_pretrained(tmp_path / "theirs")
     cfg = TrainConfig(model=str(tmp_path / "theirs"))
     merged = policy.load_policy(cfg)
-    assert all(p.requires_grad for p in merged.parameters()) and not policy.has_adapter(merged)
+    assert all(p.requires_grad for p in merged.parameters()) and not policy.adapted_layers(merged)
     expected = clip_logps(policy.Policy.of(theirs.base_model.model.eval()), base, world)
     assert torch.allclose(clip_logps(merged, base, world), expected, atol=1e-5)
     plain = policy.load_policy(TrainConfig(model=str(base)))
@@ -261,7 +262,7 @@ def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
     assert "no checkpoint at" in message(adapter("gone", tmp_path / "nowhere"))
     assert "expected the model it was trained on, got None" in message(adapter("none", None))
     assert "expected the model" in message(adapter("itself", tmp_path / "itself"))
-    assert "cannot be loaded" in message(adapter("other rank", r=8))
+    assert "does not fit its base model" in message(adapter("other rank", r=8))
     assert "these weights are not the model's: missing" in message(
         adapter(
             "more layers",
@@ -357,3 +358,36 @@ def test_two_data_parallel_processes_train_like_one(world, tmp_path):
         assert difference(weights(one / stage / "final"), weights(two / stage / "final")) < 5e-5
     # the stopped and resumed run of two processes
     assert without_times(two / "again") == without_times(two / "tgrpo")
+
+
+def test_lora_and_full_training_start_from_one_pretrained_model(tmp_path, monkeypatch, capsys):
+    """Guards: arms that differ in more than LoRA and its learning rate, or that start from different models."""
+    commands = {}
+
+    def fake_launch(arguments, result):
+        options = dict(zip(arguments[1:-1:2], arguments[2::2]))
+        if arguments[0] != "evaluate.py":
+            stage = {"sft.py": sft.SFTConfig, "tgrpo.py": tgrpo.TGRPOConfig}[arguments[0]]
+            load_config(stage, arguments[0][:-3], arguments[1:])
+            commands[str(result.parent.relative_to(tmp_path / "seed3"))] = options
+
+    monkeypatch.setattr(experiment, "launch", fake_launch)
+    monkeypatch.setattr(experiment, "make_world", lambda folder, *_, **__: folder.mkdir(parents=True))
+    monkeypatch.setattr(experiment, "make_model", lambda folder, *_: folder.mkdir())
+    monkeypatch.setattr(experiment, "measure", lambda path: dict.fromkeys(experiment.COLUMNS, (0.25, 0.1)))
+    (tmp_path / "seed3/world").mkdir(parents=True)
+    (tmp_path / "seed3/world/world.json").write_text('{"seed": 3}')
+    (tmp_path / "seed3/world/sft.json").write_text("[]")
+    monkeypatch.setattr("sys.argv", ["lora", "--out", str(tmp_path), "--seeds", "3"])
+    experiment.main()
+    assert list(commands) == ["pretrained", "full/sft", "full/tgrpo", "lora/sft", "lora/tgrpo"]
+    for arm in ("full", "lora"):
+        assert commands[f"{arm}/sft"]["--model"] == str(tmp_path / "seed3/pretrained/final")
+        assert commands[f"{arm}/tgrpo"]["--model"] == str(tmp_path / f"seed3/{arm}/sft/final")
+    for stage in ("sft", "tgrpo"):
+        full = commands[f"full/{stage}"]
+        lora = commands[f"lora/{stage}"]
+        changed = {name for name in lora if lora[name] != full.get(name)}
+        assert changed <= {"--lora_rank", "--lr", "--model", "--output_dir"} and lora["--lora_rank"] == "16"
+    printed = capsys.readouterr().out
+    assert "| T-GRPO, LoRA        | 25.0 (25 to 25) |" in printed

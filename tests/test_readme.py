@@ -30,6 +30,10 @@ RUN_BY = {
     "pip install -r requirements.txt && python toy.py": "test_every_stage_of_the_toy_runs_as_its_command",
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run",
     "python -m tools.plan_memory --config configs/7b.yaml --gpus 8": "test_what_the_plan_says_of_the_shipped_configs",
+    "python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24": (
+        "test_what_the_plan_says_of_the_shipped_configs"
+    ),
+    "python -m experiments.lora": "test_lora_and_full_training_start_from_one_pretrained_model",
     "python evaluate.py --score predictions.jsonl": "test_scoring_loads_no_torch",
     "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_are_joined",
     "python -m tools.report predictions.jsonl --data_root DIR": "tests/test_report.py",

@@ -7,12 +7,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import torch
 from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
-from common import base_model, check_model, compute_dtype, weights_in
-from policy import load_policy, starting_files, write_model
+from common import adapter_chain, check_model, compute_dtype, weights_in
+from policy import empty_model, load_policy, starting_files, write_model
 from settings import SharedConfig, read_yaml
 
 
@@ -26,12 +27,13 @@ def export(checkpoint, folder):
     cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
     check_model(cfg, f"{checkpoint}, whose run started from: export")
     if weights_in(checkpoint) == "adapter":
-        adapter = SharedConfig(model=str(checkpoint))
-        state = load_policy(adapter, compute_dtype(cfg)).state_dict()
+        model = load_policy(SharedConfig(model=str(checkpoint)), compute_dtype(cfg))
+        state = model.state_dict()
     else:
+        with torch.device("meta"):
+            model = empty_model(Qwen2_5_VLConfig.from_pretrained(adapter_chain(cfg.model)[0]), compute_dtype(cfg))
         state = saved_weights(checkpoint)
-    config = Qwen2_5_VLConfig.from_pretrained(base_model(cfg.model))
-    write_model(state, config, starting_files(cfg.model), folder, compute_dtype(cfg))
+    write_model(state, model, starting_files(cfg.model), folder, compute_dtype(cfg))
 
 
 def saved_weights(checkpoint):
