@@ -318,7 +318,7 @@ def plain_problem(record):
     return PLACEHOLDER.sub("", record["problem"]).strip()
 
 
-def messages(record, cfg):
+def messages(record, cfg, with_media=True):
     """The record as a conversation of one turn: the clip or picture, then the question."""
     question = (cfg.prompt or PROMPT).format(
         problem=plain_problem(record),
@@ -326,19 +326,24 @@ def messages(record, cfg):
         hint=HINTS[record["problem_type"]],
     )
     media_type = "image" if record["data_type"] == "image" else "video"
-    return [{"role": "user", "content": [{"type": media_type}, {"type": "text", "text": question.strip()}]}]
+    content = [{"type": media_type}] if with_media else []
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question.strip()}]}]
 
 
 def encode(processor, record, media, metadata, cfg):
     """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels, patch
-    grid and seconds per temporal patch of its clip.
+    grid and seconds per temporal patch of its clip. With `media` None the prompt is the question alone.
 
     Raises Unusable if the prompt is longer than max_prompt_tokens: truncation would separate pixels from their tokens.
     """
-    text = processor.apply_chat_template(messages(record, cfg), tokenize=False, add_generation_prompt=True)
+    conversation = messages(record, cfg, with_media=media is not None)
+    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     # pixels per frame, despite the names
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
-    if record["data_type"] == "image":
+    if media is None:
+        inputs = processor(text=[text], return_tensors="pt")
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    elif record["data_type"] == "image":
         inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
         inputs = as_clip(inputs, processor)
     else:
@@ -353,7 +358,8 @@ def encode(processor, record, media, metadata, cfg):
     length = inputs["input_ids"].shape[1]
     if length > cfg.max_prompt_tokens:
         raise Unusable(f"{record['path']}: prompt of {length} tokens, max_prompt_tokens is {cfg.max_prompt_tokens}")
-    inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
+    if media is not None:
+        inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
     return inputs
 
 
@@ -389,14 +395,21 @@ def target_ids(processor, record):
 class Sample:
     """One record, encoded for the model; or the record and the `error` that makes it unusable.
 
-    `ordered`, `shuffled` and each of `extra_shuffles` (for temporal credit) are model inputs from encode(). A picture
-    and a clip of one frame have no `shuffled` (None) and no `extra_shuffles`. `target` is the token ids SFT learns.
+    `ordered`, `shuffled` and each of `extra_shuffles` (for temporal credit) are model inputs from encode(), and so are
+    `reversed`, `single` and `blind` (for evaluation). A picture and a clip of one frame have only `ordered` and
+    `blind`. `frame_order` is that of `shuffled`. `target` is the token ids SFT learns.
     """
 
     record: dict
     position: int = -1
     ordered: dict | None = None
     shuffled: dict | None = None
+    # the clip backwards
+    reversed: dict | None = None
+    # its middle frame
+    single: dict | None = None
+    # the question without any frame
+    blind: dict | None = None
     frame_order: list | None = None
     extra_shuffles: list = field(default_factory=list)
     target: torch.Tensor | None = None
@@ -406,7 +419,7 @@ class Sample:
 class Samples(Dataset):
     """Item `position` of the endless training order (of the file, with shuffle=False) as a Sample.
 
-    `orders` names which of "ordered" and "shuffled" are encoded; `n_shuffles` is the number of extra shuffles. The
+    `orders` names the inputs of a Sample that are encoded; `n_shuffles` is the number of extra shuffles. The
     generator that shuffles frames depends on the seed and the position; in evaluation on the seed and the question, so
     that the order of frames does not depend on which other questions are in the set.
     """
@@ -440,6 +453,8 @@ class Samples(Dataset):
         sample = Sample(record, position)
         if "ordered" in self.orders:
             sample.ordered = encode(self.processor, record, media, metadata, self.cfg)
+        if "blind" in self.orders:
+            sample.blind = encode(self.processor, record, None, None, self.cfg)
         if self.targets:
             sample.target = target_ids(self.processor, record)
         # a picture has no order
@@ -449,25 +464,34 @@ class Samples(Dataset):
         if not self.shuffle and "benchmark" in record:
             question = f"{record['benchmark']}/{record['id']}"
         rng = random.Random(f"{self.cfg.seed}/{question}/frames")
-        if "shuffled" in self.orders:
-            sample.frame_order = self.permutation(record, len(media), rng)
-            if sample.frame_order is not None:
-                sample.shuffled = encode(self.processor, record, media[sample.frame_order], metadata, self.cfg)
-        for _ in range(self.n_shuffles):
-            order = self.permutation(record, len(media), rng)
-            if order is not None:
-                sample.extra_shuffles.append(encode(self.processor, record, media[order], metadata, self.cfg))
-        return sample
+        # the question's own picture stays at the end
+        n_frames = len(media)
+        picture = []
+        if record.get("image_path") or record.get("last_frame"):
+            n_frames -= 1
+            picture = [n_frames]
 
-    def permutation(self, record, n_frames, rng):
-        """A shuffled order of a clip's frames, or None. The question's own picture stays at the end."""
-        has_picture = bool(record.get("image_path") or record.get("last_frame"))
-        if not has_picture:
-            return shuffled_order(n_frames, rng, self.cfg.shuffle_unit)
-        order = shuffled_order(n_frames - 1, rng, self.cfg.shuffle_unit)
-        if order is None:
-            return None
-        return [*order, n_frames - 1]
+        def encoded_in(order):
+            return encode(self.processor, record, media[[*order, *picture]], metadata, self.cfg)
+
+        # one frame has no order
+        if n_frames < 2:
+            return sample
+        if "shuffled" in self.orders:
+            order = shuffled_order(n_frames, rng, self.cfg.shuffle_unit)
+            if order is not None:
+                sample.frame_order = [*order, *picture]
+                sample.shuffled = encoded_in(order)
+        if "reversed" in self.orders:
+            sample.reversed = encoded_in(range(n_frames)[::-1])
+        if "single" in self.orders:
+            # twice, to fill a temporal patch
+            sample.single = encoded_in([n_frames // 2] * TEMPORAL_PATCH)
+        for _ in range(self.n_shuffles):
+            order = shuffled_order(n_frames, rng, self.cfg.shuffle_unit)
+            if order is not None:
+                sample.extra_shuffles.append(encoded_in(order))
+        return sample
 
 
 def dummy_sample(processor, cfg):
@@ -554,11 +578,16 @@ def kill_workers():
 
 
 def join_media(inputs):
-    """The pixels, patch grids and seconds per temporal patch of several prompts, concatenated in order."""
+    """The pixels, patch grids and seconds per temporal patch of several prompts, concatenated in order.
+
+    Prompts without media have none; {} if none of them has.
+    """
     names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     joined = {}
     for name in names:
-        joined[name] = torch.cat([prompt[name] for prompt in inputs])
+        parts = [prompt[name] for prompt in inputs if name in prompt]
+        if parts:
+            joined[name] = torch.cat(parts)
     return joined
 
 

@@ -1,12 +1,14 @@
-"""Evaluation: answer benchmarks or a record file with frames in order, shuffled, or both, and score the answers.
+"""Evaluation: answer benchmarks or a record file, with the frames in up to five orders, and score the answers.
 
     accelerate launch evaluate.py --config configs/toy.yaml                          # the config's model and records
     accelerate launch evaluate.py --config configs/7b.yaml --benchmarks vsibench mvbench --root DIR    # see benchmarks/
     python evaluate.py --score predictions.jsonl                                     # score again, without a model
     python evaluate.py --score predictions.jsonl --annotations DIR                   # rows without solutions
 
-`--shuffle_frames` shuffles the frames of videos. `--temporal_gap` answers every question both ways, with the same
-decoding, and reports what the order of the frames is worth. Decoding is greedy by default (temperature 0).
+`--orders ordered shuffled reversed single blind` (any of them; ordered alone is the default) asks each question about
+the frames in order, shuffled, backwards, about the middle frame only, and without any frame, with the same decoding.
+The paired difference from `ordered` shows whether a benchmark needs the order of frames, more than one frame,
+or frames at all. Decoding is greedy by default (temperature 0).
 
 output_dir gets `predictions.jsonl`, one row per question and frame order with its text, scores and settings, and
 `summary.json`: {benchmark: {"score": percent, "n", "answered", "by_task": {…}, …}, "settings": {…}}. The questions are
@@ -28,12 +30,14 @@ from tqdm import tqdm
 import settings
 from benchmarks import (
     NAMES,
+    ORDERS,
     benchmarks_in,
     join_annotations,
     load_benchmark,
     missing_media,
     print_table,
     score_benchmark,
+    scored_benchmarks,
     scored_rows,
 )
 from rewards import accuracy_reward, extract_answer, format_reward
@@ -42,7 +46,7 @@ from settings import UserError, option
 # What the answers depend on. It is written into every row and into the summary.
 ANSWER_SETTINGS = (
     "model max_frames video_reader min_pixels max_pixels max_prompt_tokens prompt shuffle_unit temperature top_p "
-    "max_new_tokens batch_size seed bf16 records benchmarks clip_segments shuffle_frames temporal_gap"
+    "max_new_tokens batch_size seed bf16 records benchmarks clip_segments orders"
 ).split()
 # What makes a question the same one in a resumed run.
 QUESTION_FIELDS = ("benchmark", "id", "problem", "options", "solution", "path")
@@ -63,8 +67,9 @@ class EvalConfig(settings.SharedConfig):
     max_new_tokens: int = option(1024, "longest completion", low=1)
     temperature: float = option(0.0, "sampling temperature; 0: greedy", low=0)
     top_p: float = option(1.0, "nucleus sampling; 1: the whole distribution", low=0, high=1)
-    shuffle_frames: bool = option(False, "show the frames of videos in a random order")
-    temporal_gap: bool = option(False, "answer every question twice, frames in order and shuffled, and report the gap")
+    orders: list = option(
+        ["ordered"], "orders of the frames in which each question is asked; single: the middle frame", choices=ORDERS
+    )
     score: str = option("", "score this predictions file, without a model, and write summary.json beside it")
     annotations: str = option("", "with --score: folder of the benchmarks' files, for rows that have no solution")
 
@@ -74,11 +79,9 @@ class EvalConfig(settings.SharedConfig):
             raise UserError("evaluate.root: missing; set --root to the folder that has the benchmarks' folders")
         if self.annotations and not self.score:
             raise UserError("evaluate.annotations: only goes with --score predictions.jsonl")
-        if self.shuffle_frames and self.temporal_gap:
-            raise UserError(
-                "evaluate.shuffle_frames: temporal_gap shows both orders; for shuffled frames alone add "
-                "--temporal_gap false"
-            )
+        if not self.orders:
+            raise UserError(f"evaluate.orders: empty; choose from {', '.join(ORDERS)}")
+        self.orders = [order for order in ORDERS if order in self.orders]
         # paths of benchmark records are relative to the benchmarks' folder
         self.data_root = self.root or self.data_root
 
@@ -161,8 +164,8 @@ def report_missing(accelerator, records, cfg):
         accelerator.print(f"{n_missing} of {len(records)} questions cannot be asked; these files are missing:")
         accelerator.print("\n".join(sorted(missing)))
     n_pictures = sum(record["data_type"] == "image" for record in records)
-    if cfg.shuffle_frames and n_pictures:
-        accelerator.print(f"{n_pictures} of {len(records)} questions are on pictures: nothing to shuffle, not asked")
+    if n_pictures and not {"ordered", "blind"} & set(cfg.orders):
+        accelerator.print(f"{n_pictures} of {len(records)} questions are on pictures, which have no order: not asked")
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -200,10 +203,10 @@ def answer(cfg):
         merge_files(folder, "predictions.0.jsonl", answered)
     accelerator.wait_for_everyone()
 
-    questions = [index for index in range(len(records)) if index not in answered]
+    questions = [index for index in by_length(records) if index not in answered]
     mine = questions[accelerator.process_index :: accelerator.num_processes]
     batches = [mine[first : first + cfg.batch_size] for first in range(0, len(mine), cfg.batch_size)]
-    samples = data.Samples(records, processor, cfg, frame_orders(cfg), shuffle=False)
+    samples = data.Samples(records, processor, cfg, cfg.orders, shuffle=False)
     bar = tqdm(
         total=len(mine),
         desc="evaluate",
@@ -219,7 +222,7 @@ def answer(cfg):
         bar.update(len(batch))
     bar.close()
 
-    # a question without rows cannot be shuffled: a picture, or a clip of one frame
+    # a question without rows has none of these orders: a picture, or a clip of one frame
     written = gather_object(written)
     rows = None
     if accelerator.is_main_process:
@@ -232,13 +235,18 @@ def answer(cfg):
     return rows
 
 
-def frame_orders(cfg):
-    """The orders of frames in which each question is asked."""
-    if cfg.temporal_gap:
-        return ("ordered", "shuffled")
-    if cfg.shuffle_frames:
-        return ("shuffled",)
-    return ("ordered",)
+def by_length(records):
+    """The numbers of the records, in groups of one kind of media and of questions of about the same length.
+
+    A batch is padded to its longest prompt, and waits for its longest answer.
+    """
+
+    def kind_and_length(index):
+        record = records[index]
+        text = record["problem"] + "".join(record.get("options") or [])
+        return record["benchmark"], record["data_type"], len(text), index
+
+    return sorted(range(len(records)), key=kind_and_length)
 
 
 def answer_batch(model, samples, processor, cfg):
@@ -249,10 +257,10 @@ def answer_batch(model, samples, processor, cfg):
     for sample in samples:
         if sample.error:
             rows[sample.position].append({**prediction_row(sample, cfg), "error": sample.error})
-    for order in frame_orders(cfg):
+    for order in cfg.orders:
         # sampled answers do not depend on what ran before, nor on the order
         common.seed_everything(cfg.seed, samples[0].position)
-        # a picture or a clip of one frame has no shuffled order
+        # a picture or a clip of one frame can be asked in order and blind only
         asked = [sample for sample in samples if getattr(sample, order) is not None]
         for sample, answer_fields in zip(asked, answer_in_order(model, asked, order, processor, cfg)):
             rows[sample.position].append({**prediction_row(sample, cfg), "frames": order, **answer_fields})
@@ -330,7 +338,7 @@ def merge_files(folder, name, answered):
     """Write all rows, in the order of the questions, into one file, and remove the other ones. Returns the rows."""
     rows = []
     for index in sorted(answered):
-        rows += sorted(answered[index], key=frames_of)
+        rows += sorted(answered[index], key=place_of)
     settings.write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
     for file in folder.glob("predictions*.jsonl"):
         if file.name != name:
@@ -346,27 +354,40 @@ def frames_of(row):
     return row.get("frames") or "ordered"
 
 
-def summarise(rows):
-    """Scores of every benchmark (benchmarks.score_benchmark). If rows have both orders, also `shuffled` and `gap`.
+def place_of(row):
+    return ORDERS.index(frames_of(row))
 
+
+def rows_by_order(scored):
+    """{order: its scored rows}, for the orders that were asked. Questions that could not be asked are in the first."""
+    unusable = [row for row in scored if row["status"] == "unusable"]
+    asked = {}
+    for order in ORDERS:
+        rows = [row for row in scored if frames_of(row) == order and row["status"] != "unusable"]
+        if rows:
+            asked[order] = rows
+    first = next(iter(asked), "ordered")
+    return asked | {first: asked.get(first, []) + unusable}
+
+
+def summarise(rows):
+    """Scores of every benchmark (benchmarks.score_benchmark), in the first of ORDERS that was asked.
+
+    `orders` has those in the others: {order: {"score", "se", "n", "by_task", "difference": from the first}}.
     Raises UserError for bad rows, with their numbers in `rows`.
     """
     scored = scored_rows(rows)
     summary = {}
     for name in benchmarks_in(scored):
-        mine = [row for row in scored if row["benchmark"] == name]
-        ordered = [row for row in mine if frames_of(row) == "ordered"]
-        shuffled = [row for row in mine if frames_of(row) == "shuffled"]
-        # the frames were only shown shuffled
-        if all(row["status"] == "unusable" for row in ordered):
-            ordered = mine
-            shuffled = []
-        part = score_benchmark(name, ordered)
-        part["frames"] = max(frames_of(row) for row in ordered)
-        if shuffled:
-            scores = score_benchmark(name, shuffled)
-            part["shuffled"] = {key: scores[key] for key in ("score", "se", "n", "by_task")}
-            part["gap"] = temporal_gap(ordered, shuffled)
+        asked = rows_by_order([row for row in scored if row["benchmark"] == name])
+        first, *others = asked
+        part = score_benchmark(name, asked[first])
+        part["frames"] = first
+        part["orders"] = {}
+        for order in others:
+            scores = score_benchmark(name, asked[order])
+            part["orders"][order] = {key: scores[key] for key in ("score", "se", "n", "by_task")}
+            part["orders"][order]["difference"] = paired_difference(asked[order], asked[first])
         summary[name] = part
     distinct = {json.dumps(row["settings"]): row["settings"] for row in rows if "settings" in row}
     if distinct:
@@ -374,25 +395,26 @@ def summarise(rows):
     return summary
 
 
-def temporal_gap(ordered, shuffled):
-    """Temporal gap of scored rows: p, p̃ and p − p̃ in percent with a 95 % interval; by task below. None without pairs.
+def paired_difference(rows, other_rows):
+    """Mean score of `rows` minus that of `other_rows`, in percent, with a 95 % interval; by task below.
 
-    Plain means over the questions that have both orders. Unscored questions and stills (VideoMMMU's question_only) are
-    left out.
+    Over the questions that both have. Unscored questions and stills (VideoMMMU's question_only) are left out. Rows are
+    scored rows of one benchmark, one per question. None without pairs.
     """
-    scores = question_scores(ordered)
-    shuffled_scores = question_scores(shuffled)
+    scores = question_scores(rows)
+    other_scores = question_scores(other_rows)
     pairs = []
-    for row_id, (row, p) in scores.items():
-        if row_id in shuffled_scores:
-            pair = {"task": str(row.get("task")), "clip": str(row.get("path") or row_id), "p": p}
-            pairs.append(pair | {"p_shuffled": shuffled_scores[row_id][1]})
+    for row_id, (row, score) in scores.items():
+        if row_id in other_scores:
+            difference = score - other_scores[row_id][1]
+            clip = str(row.get("path") or row_id)
+            pairs.append({"task": str(row.get("task")), "clip": clip, "difference": difference})
     if not pairs:
         return None
     by_task = {}
     for task in sorted({pair["task"] for pair in pairs}):
-        by_task[task] = gap_of([pair for pair in pairs if pair["task"] == task])
-    return {**gap_of(pairs), "by_task": by_task}
+        by_task[task] = mean_of_pairs([pair for pair in pairs if pair["task"] == task])
+    return {**mean_of_pairs(pairs), "by_task": by_task}
 
 
 def question_scores(rows):
@@ -404,15 +426,8 @@ def question_scores(rows):
     return scores
 
 
-def gap_of(pairs):
-    """p, p̃ and their gap over some questions."""
-    n = len(pairs)
-    differences = [pair["p"] - pair["p_shuffled"] for pair in pairs]
-    return {
-        "p": sum(pair["p"] for pair in pairs) / n,
-        "p_shuffled": sum(pair["p_shuffled"] for pair in pairs) / n,
-        **clustered_mean(differences, [pair["clip"] for pair in pairs]),
-    }
+def mean_of_pairs(pairs):
+    return clustered_mean([pair["difference"] for pair in pairs], [pair["clip"] for pair in pairs])
 
 
 def clustered_mean(differences, clips):
@@ -422,7 +437,7 @@ def clustered_mean(differences, clips):
     (fewer than 30) the interval is too narrow. `low` and `high` are None for a single clip.
 
     >>> clustered_mean([1, 0, 1, 0], ["a", "a", "b", "b"])                 # both clips agree
-    {'gap': 0.5, 'low': 0.5, 'high': 0.5, 'n': 4, 'clips': 2}
+    {'mean': 0.5, 'low': 0.5, 'high': 0.5, 'n': 4, 'clips': 2}
     """
     n = len(differences)
     mean = sum(differences) / n
@@ -435,26 +450,56 @@ def clustered_mean(differences, clips):
         variance = n_clips / (n_clips - 1) * sum(deviation**2 for deviation in deviations.values()) / n**2
         low = mean - Z * math.sqrt(variance)
         high = mean + Z * math.sqrt(variance)
-    return {"gap": mean, "low": low, "high": high, "n": n, "clips": n_clips}
+    return {"mean": mean, "low": low, "high": high, "n": n, "clips": n_clips}
 
 
-def print_gaps(summary):
-    """Print which benchmarks and tasks need the order of the frames."""
+def print_orders(summary):
+    """Print, by benchmark and task, the score in each order and what it differs from the first with a 95 % interval."""
+    parts = {name: part for name, part in scored_benchmarks(summary).items() if part["orders"]}
+    others = [order for order in ORDERS if any(order in part["orders"] for part in parts.values())]
     rows = []
-    for name, part in summary.items():
-        gap = part.get("gap") if isinstance(part, dict) else None
-        if gap:
-            rows.append(gap_row(name, gap))
-            rows += [gap_row(f"  {task}", line) for task, line in gap["by_task"].items()]
+    for name, part in parts.items():
+        rows.append(order_row(name, part, others))
+        for task in part["by_task"]:
+            rows.append(order_row(f"  {task}", part, others, task))
     if rows:
+        first = next(iter(parts.values()))["frames"]
         print()
-        print(settings.table(["videos, percent", "n", "in order", "shuffled", "gap", "95 % interval"], rows))
+        print(settings.table(["percent", first, *others], rows))
+        print(f"in brackets: paired difference from {first}, and its 95 % interval (clustered by video)")
 
 
-def gap_row(label, line):
-    """One row of the table of gaps."""
-    interval = "–" if line["low"] is None else f"{line['low']:+.1f} to {line['high']:+.1f}"
-    return [label, line["n"], f"{line['p']:.1f}", f"{line['p_shuffled']:.1f}", f"{line['gap']:+.1f}", interval]
+def order_row(label, part, others, task=None):
+    """One row of the table of orders: of a benchmark, or of one of its tasks."""
+
+    def of(scores):
+        return scores if task is None else scores["by_task"].get(task, {})
+
+    cells = [percent(of(part).get("score"))]
+    for order in others:
+        scores = part["orders"].get(order)
+        cells.append("" if scores is None else order_cell(of(scores), of(scores["difference"] or {"by_task": {}})))
+    return [label, *cells]
+
+
+def order_cell(scores, difference):
+    """ "48.4 (-48.8, -52.1 to -45.5)" """
+    text = percent(scores.get("score"))
+    if "mean" in difference:
+        text += f" ({interval_text(difference)})"
+    return text
+
+
+def interval_text(difference):
+    """A mean difference with its interval, as text."""
+    text = f"{difference['mean']:+.1f}"
+    if difference["low"] is not None:
+        text += f", {difference['low']:+.1f} to {difference['high']:+.1f}"
+    return text
+
+
+def percent(value):
+    return "–" if value is None else f"{value:.1f}"
 
 
 def main():
@@ -476,7 +521,7 @@ def main():
     summary = summarise(rows)
     settings.write_atomic(folder / "summary.json", json.dumps(summary, indent=2))
     print_table(summary)
-    print_gaps(summary)
+    print_orders(summary)
     print(f"every answer: {cfg.score or folder / 'predictions.jsonl'}\nall numbers:  {folder / 'summary.json'}")
 
 

@@ -33,6 +33,11 @@ MOVED = {
     "--report": "python -m tools.report PREDICTIONS",
     "--credit_control": "python -m experiments.controls --control shuffled --config FILE",
 }
+# Settings that have become others: what to write now.
+RENAMED = {
+    "shuffle_frames": "--orders shuffled (in YAML: orders: [shuffled])",
+    "temporal_gap": "--orders ordered shuffled (in YAML: orders: [ordered, shuffled])",
+}
 
 
 class UserError(SystemExit):
@@ -190,6 +195,9 @@ class SettingsParser(argparse.ArgumentParser):
         for flag, command in MOVED.items():
             if flag in message:
                 raise UserError(f"{flag} is now a command of its own: {command}")
+        for name, now in RENAMED.items():
+            if f"--{name}" in message:
+                raise UserError(f"--{name} is now {now}")
         # argparse writes "argument --lr: expected a number, got 'fast'"
         raise UserError(message.replace("argument --", self.source))
 
@@ -276,6 +284,8 @@ def yaml_settings(path, stage, known):
 
 def check_name(where, name, known):
     """Raise UserError if `name` is not among the known settings."""
+    if name in RENAMED and name not in known:
+        raise UserError(f"{where} is now {RENAMED[name]}")
     if name not in known:
         similar = difflib.get_close_matches(str(name), known, 1)
         hint = f"; did you mean {similar[0]}?" if similar else ""

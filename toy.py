@@ -45,6 +45,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from benchmarks.shared import ORDERS
 from common import replace_folder
 from settings import UserError, mean_and_se, print_utf8, read_jsonl, table, write_atomic
 from tools.plot import draw_curve, save_figure
@@ -491,9 +492,11 @@ def launch(arguments, result, log=None):
 
 
 HEADINGS = {
-    "ordered": "frames in order",
-    "shuffled": "frames shuffled",
-    "gap": "gap",
+    "ordered": "in order",
+    "shuffled": "shuffled",
+    "reversed": "reversed",
+    "single": "one frame",
+    "blind": "no frame",
     "conflict": "misleading background",
     "flash": "flashes",
     "image": "pictures",
@@ -504,19 +507,22 @@ MODELS = {"sft": "SFT model", "tgrpo": "T-GRPO"}
 def measure(predictions):
     """{name: (accuracy, standard error)} of one model, from 0 to 1; names as in HEADINGS.
 
-    The first four are of the temporal questions, of which `conflict` has those with a misleading background.
+    Orders that were not asked are left out. The others are of the temporal questions, and so is `conflict`, which has
+    the clips with a misleading background.
     """
     rows = read_jsonl(predictions)
+    temporal = [row for row in rows if row["data_source"] in TEMPORAL]
+    samples = {}
+    for order in ORDERS:
+        asked = [row["accuracy"] for row in temporal if row["frames"] == order]
+        if asked:
+            samples[order] = asked
     ordered = [row for row in rows if row["frames"] == "ordered"]
-    temporal = [row for row in ordered if row["data_source"] in TEMPORAL]
-    samples = {
-        "ordered": [row["accuracy"] for row in temporal],
-        "shuffled": [row["accuracy"] for row in rows if row["frames"] == "shuffled" and row["data_source"] in TEMPORAL],
-        "conflict": [row["accuracy"] for row in temporal if row["cue"] == "misleads"],
-        "flash": [row["accuracy"] for row in ordered if row["data_source"] == "toy-flash"],
-        "image": [row["accuracy"] for row in ordered if row["data_source"] == "toy-image"],
-    }
-    samples["gap"] = [p - p_shuffled for p, p_shuffled in zip(samples["ordered"], samples["shuffled"], strict=True)]
+    samples["conflict"] = [
+        row["accuracy"] for row in ordered if row["data_source"] in TEMPORAL and row["cue"] == "misleads"
+    ]
+    for name in ("flash", "image"):
+        samples[name] = [row["accuracy"] for row in ordered if row["data_source"] == f"toy-{name}"]
     return {name: mean_and_se(values) for name, values in samples.items()}
 
 
@@ -539,7 +545,7 @@ def plot(out, results):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1.3, 1.3))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1.3, 1.8))
     draw_curve(left, read_jsonl(out / "sft/metrics.jsonl"), "loss", "loss", "tab:gray")
     left.set(title="1. SFT", xlabel="step", ylabel="loss, nats per token", yscale="log")
 
@@ -549,15 +555,16 @@ def plot(out, results):
     middle.set(title="2. T-GRPO, training videos", xlabel="step", ylabel="share of correct completions", ylim=(0, 1))
     middle.legend(loc="lower right", frameon=False)
 
-    names = ["ordered", "shuffled", "conflict"]
+    names = [*ORDERS, "conflict"]
+    places = np.arange(len(names))
     for shift, model, colour in ((-0.2, "sft", "tab:gray"), (0.2, "tgrpo", "tab:blue")):
         means, errors = zip(*(results[model][name] for name in names))
-        bars = right.bar(np.arange(3) + shift, means, 0.38, yerr=errors, label=MODELS[model], color=colour, capsize=3)
+        bars = right.bar(places + shift, means, 0.38, yerr=errors, label=MODELS[model], color=colour, capsize=3)
         right.bar_label(bars, [f"{100 * mean:.0f}" for mean in means], padding=2)
     right.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    right.text(2.6, 0.5, "chance", ha="left", va="center", fontsize=8)
+    right.text(len(names) - 0.4, 0.5, "chance", ha="left", va="center", fontsize=8)
     labels = [HEADINGS[name].replace(" ", "\n", 1) for name in names]
-    right.set(title="3. test clips", xticks=range(3), xticklabels=labels, ylabel="accuracy")
+    right.set(title="3. test clips", xticks=places, xticklabels=labels, ylabel="accuracy")
     right.set(ylim=(0, 1.3), yticks=np.arange(0, 1.1, 0.2))
     right.legend(loc="upper center", ncols=2, frameon=False)
     for axis in (left, middle, right):
@@ -617,10 +624,10 @@ def main():
     results = {model: measure(out / f"eval/{model}/predictions.jsonl") for model in MODELS}
     summary = {"seed": args.seed}
     for model in MODELS:
-        summary[model] = {name: results[model][name][0] for name in ("ordered", "shuffled", "gap", "conflict")}
+        summary[model] = {name: results[model][name][0] for name in (*ORDERS, "conflict")}
     write_atomic(out / "summary.json", json.dumps(summary, indent=2))
     plot(out, results)
-    print("\nTest accuracy in percent ± standard error. Chance is 50 in the first two columns.\n")
+    print("\nTest accuracy in percent ± standard error. Chance is 50 in the first five columns.\n")
     print(results_table(results))
     print(f"\nlearning curves: {out / 'learning_curves.png'}")
     print(f"summary:         {out / 'summary.json'}")

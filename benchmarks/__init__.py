@@ -1,4 +1,4 @@
-"""Six video benchmarks, one file each: their authors' files become records (see data.py), and answers become scores.
+"""Eleven video benchmarks, one file each: their authors' files become records (see data.py), and answers become scores.
 
 A benchmark's module has FILES (alternatives: of the first that finds a file, all patterns are read) and `records`, a
 generator that turns a row of these files into records. If its authors score differently from the rewards, it also has
@@ -6,8 +6,8 @@ generator that turns a row of these files into records. If its authors score dif
 
 Annotation files and media are in root/<name>/ or root/. JSON files are read before parquet files, which need pyarrow
 (pip install pyarrow). If none is found, Video-R1's own eval_<name>.json is read. Ids are the authors' if they are
-unique, else <track>/<id> (VideoMMMU), <task>/<row from 0> (MVBench) and <format>/<video_id>/<dim>/<number from 0>
-(TempCompass).
+unique, else <track>/<id> (VideoMMMU), <task>/<row from 0> (MVBench, TVBench), <task>/<id> (TOMATO), <video>/<id>
+(Video-Holmes) and <format>/<video_id>/<dim>/<number from 0> (TempCompass).
 
 The prompt differs from the authors' harnesses. Answers are scored by their rules, except: the answer is the text of the
 answer block, or all of a text without tags; a letter is read by rewards.parse_letter ("A or B" names none); and an
@@ -18,13 +18,27 @@ questions as independent; they are too small if several questions share a video.
 import json
 import math
 import os
+import re
 from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-from benchmarks import mmvu, mvbench, tempcompass, video_r1, videomme, videommmu, vsibench
-from benchmarks.shared import answer_of, choice_field, mean_score, mean_score_by, text_field
-from rewards import ACCURACY, number_or_nan, parse_letter, parse_solution
+from benchmarks import (
+    mmvu,
+    mvbench,
+    tempcompass,
+    timeblind,
+    tomato,
+    tvbench,
+    video_r1,
+    videoholmes,
+    videomme,
+    videommmu,
+    vsibench,
+    vsibench_debiased,
+)
+from benchmarks.shared import ORDERS, answer_of, choice_field, mean_score, mean_score_by, text_field
+from rewards import ACCURACY, extract_answer, number_or_nan, parse_letter, parse_solution
 from settings import UserError, read_rows, table
 
 MODULES = {
@@ -34,6 +48,12 @@ MODULES = {
     "tempcompass": tempcompass,
     "mmvu": mmvu,
     "videomme": videomme,
+    # made for time
+    "tvbench": tvbench,
+    "tomato": tomato,
+    "timeblind": timeblind,
+    "vsibench_debiased": vsibench_debiased,
+    "videoholmes": videoholmes,
 }
 NAMES = tuple(MODULES)
 # groups that are scored beside the tasks: TempCompass's, then Video-MME's
@@ -41,7 +61,8 @@ GROUPS = ("dim", "duration", "domain", "sub_category")
 # fields of a prediction row that must be texts
 TEXT_FIELDS = ("benchmark", "prediction", "solution", "problem_type", "problem", "task", "path", "error", *GROUPS)
 
-# Accuracy in percent, as published in the Video-R1 paper; three scores are those of 16, 32 and 64 frames.
+# Accuracy in percent, as published in the Video-R1 paper; three scores are those of 16, 32 and 64 frames. The score on
+# Video-Holmes is from that benchmark's paper.
 PUBLISHED = {
     "GPT-4o": {"vsibench": (34.0,), "videommmu": (61.2,), "mmvu": (75.4,), "videomme": (71.9,)},
     "Qwen2.5-VL-7B (CoT prompt)": {
@@ -59,6 +80,7 @@ PUBLISHED = {
         "mvbench": (62.7, 63.9, 64.8),
         "tempcompass": (72.6, 73.2, 73.2),
         "videomme": (57.4, 59.3, 61.4),
+        "videoholmes": (36.5,),
     },
 }
 
@@ -128,7 +150,8 @@ def find_files(name, root):
     alternatives = [(patterns, MODULES[name]) for patterns in MODULES[name].FILES]
     alternatives.append(([f"eval_{name}.json"], video_r1))
     for patterns, module in alternatives:
-        for base in (Path(root, name), Path(root)):
+        folder = getattr(module, "FOLDER", name)
+        for base in dict.fromkeys((Path(root, name), Path(root, folder), Path(root))):
             files = []
             for pattern in patterns:
                 files += sorted(base.glob(pattern))
@@ -198,6 +221,21 @@ def score_answer(row):
     return result
 
 
+def is_strict(row):
+    """Whether the answer is written as asked: between answer tags, and a letter or a number alone if it should be one.
+
+    Harnesses that compare strings, as Video-R1's does, read only such answers.
+    """
+    answer = extract_answer(row["prediction"] or "")
+    if answer is None:
+        return False
+    if row["problem_type"] == "multiple choice":
+        return re.fullmatch("[A-Z]", answer) is not None
+    if row["problem_type"] in ("numerical", "regression"):
+        return re.fullmatch(r"-?\d+(\.\d+)?", answer) is not None
+    return True
+
+
 def score_by_type(row, answer, truth):
     """The rule of most benchmarks: the accuracy reward of the problem type."""
     problem_type = row["problem_type"]
@@ -223,7 +261,8 @@ def scored_rows(rows):
             if key in first_seen:
                 raise ValueError(f"{key[0]} {key[1]!r} is used twice, first in row {first_seen[key]}")
             first_seen[key] = number
-            scored.append({**row, "status": status, "result": score_answer(row) if status == "scored" else None})
+            result = score_answer(row) if status == "scored" else None
+            scored.append({**row, "status": status, "result": result})
         except ValueError as error:
             problems.append(f"  row {number}: {error}")
     if problems:
@@ -244,7 +283,7 @@ def status_of(row):
     text_field(row, "benchmark")
     text_field(row, "id")
     if row.get("frames") is not None:
-        choice_field(row, "frames", ("ordered", "shuffled"))
+        choice_field(row, "frames", ORDERS)
     if row.get("error") and "prediction" not in row:
         return "unusable"
     is_unscored = hook(row["benchmark"], "is_unscored", None)
@@ -268,7 +307,7 @@ def status_of(row):
 
 
 def benchmarks_in(rows):
-    """Names of the rows' benchmarks: the six in their order, then others by name."""
+    """Names of the rows' benchmarks: ours in their order, then others by name."""
     found = {row["benchmark"] for row in rows}
     return [name for name in NAMES if name in found] + sorted(found - set(NAMES))
 
@@ -276,8 +315,9 @@ def benchmarks_in(rows):
 def score_benchmark(name, rows):
     """{"score": percent, "se", "n", "answered", "unparsed", "by_task", …} of scored rows, one per question.
 
-    `unparsed` is the share of answers that could not be read. Not counted in n, but listed: `unscored` (they need a
-    judge model) and `unusable` (rows with an `error`).
+    Shares of the answers: `unparsed` could not be read, `lenient` were read although they are not written as asked (see
+    is_strict), `truncated` were cut off at max_new_tokens (None if the rows do not say). Not counted in n, but listed:
+    `unscored` (they need a judge model) and `unusable` (rows with an `error`, as for missing media).
     """
     scored = [row for row in rows if row["status"] == "scored"]
     by_task = mean_score_by(scored, "task")
@@ -292,7 +332,9 @@ def score_benchmark(name, rows):
     if note:
         result["note"] = note
     result["answered"] = sum(answer_of(row["prediction"]) != "" for row in scored)
-    result["unparsed"] = sum(not row["result"][1] for row in scored) / len(scored) if scored else None
+    result["unparsed"] = share(not row["result"][1] for row in scored)
+    result["lenient"] = share(row["result"][1] and not is_strict(row) for row in scored)
+    result["truncated"] = share(row["truncated"] for row in scored if "truncated" in row)
     result["by_task"] = by_task
     for group in GROUPS:
         if any(row.get(group) for row in scored):
@@ -305,19 +347,42 @@ def score_benchmark(name, rows):
 # ------------------------------------------------------------------------------------------------------ table and join
 
 
+def scored_benchmarks(summary):
+    """{benchmark: its scores}: the summary without its settings."""
+    return {name: part for name, part in summary.items() if isinstance(part, dict) and "by_task" in part}
+
+
+def share(values):
+    """Share of the values that are true; None if there are none."""
+    values = list(values)
+    return sum(map(bool, values)) / len(values) if values else None
+
+
+# what a reader of a score has to know about its answers: {key of score_benchmark: heading}
+ANSWER_COLUMNS = {"unparsed": "unread", "lenient": "read leniently", "truncated": "cut off"}
+
+
 def print_table(summary):
-    """Print our scores with their standard errors, by task below, beside the published ones."""
-    header = ["percent", "n", "score", "unread", *(f"{model} (published)" for model in PUBLISHED)]
+    """Print our scores with their standard errors, by task below, beside the published ones; then how answers ended."""
+    header = ["percent", "n", "score", *(f"{model} (published)" for model in PUBLISHED)]
     rows = []
+    answers = []
     notes = []
-    for name, part in summary.items():
-        if isinstance(part, dict) and "by_task" in part:
-            unread = "-" if part["unparsed"] is None else f"{part['unparsed']:.1%}"
-            published = ["/".join(map(str, scores.get(name, ()))) for scores in PUBLISHED.values()]
-            rows.append([name, part["n"], with_error(part["score"], part["se"]), unread, *published])
-            rows += group_rows(part)
-            notes += [f"{name}: {note}" for note in notes_of(part)]
+    for name, part in scored_benchmarks(summary).items():
+        published = ["/".join(map(str, scores.get(name, ()))) for scores in PUBLISHED.values()]
+        rows.append([name, part["n"], with_error(part["score"], part["se"]), *published])
+        rows += group_rows(part)
+        answers.append([name, part["n"], *answer_cells(part)])
+        notes += [f"{name}: {note}" for note in notes_of(part)]
     print("\n".join([table(header, rows), "published scores: at 16/32/64 frames if there are three", *notes]))
+    print()
+    print(table(["answers", "n", *ANSWER_COLUMNS.values(), "media missing or bad"], answers))
+
+
+def answer_cells(part):
+    """The shares of ANSWER_COLUMNS, and how many questions could not be asked, as texts."""
+    cells = ["-" if part.get(key) is None else f"{part[key]:.1%}" for key in ANSWER_COLUMNS]
+    return [*cells, str(len(part["unusable"]))]
 
 
 def with_error(score, se):
@@ -333,7 +398,7 @@ def group_rows(part):
         for label, line in part.get(key, {}).items():
             if key != "by_task":
                 label = f"{key[3:].replace('_', '-')} {label}"
-            rows.append([f"  {label}", line["n"], with_error(line["score"], line["se"]), "", *[""] * len(PUBLISHED)])
+            rows.append([f"  {label}", line["n"], with_error(line["score"], line["se"]), *[""] * len(PUBLISHED)])
     return rows
 
 
@@ -343,6 +408,9 @@ def notes_of(part):
     if "score_video_r1" in part:
         video_r1 = with_error(part["score_video_r1"], part["se_video_r1"])
         notes.append(f"mean of {part['tasks']} of 8 tasks; Video-R1's mean of letters and numbers: {video_r1}")
+    if "instances" in part:
+        accuracy = with_error(part["accuracy"], part["se_accuracy"])
+        notes.append(f"share of {part['instances']} instances with all four right; single answers: {accuracy}")
     if "delta_knowledge" in part:
         notes.append(f"knowledge gain: {with_error(part['delta_knowledge'], part['se_delta_knowledge'])}")
     if "note" in part:

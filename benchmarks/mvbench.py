@@ -33,10 +33,18 @@ for folder, tasks in FOLDERS.items():
 
 def records(row, number, file, base):
     task = file.stem
-    video = text_field(row, "video")
     folder = FOLDER_OF.get(task)
     if folder is None:
         raise ValueError(f"no task of MVBench is called {task!r}")
+    record = task_record(row, number, task, folder)
+    if task == "episodic_reasoning":
+        record["data_type"] = "frame"
+    yield record
+
+
+def task_record(row, number, task, folder):
+    """The record of a row, whose video is in video/`folder`."""
+    video = text_field(row, "video")
     options = [str(candidate) for candidate in row.get("candidates") or ()]
     answer = text_field(row, "answer")
     if answer not in options:
@@ -47,9 +55,7 @@ def records(row, number, file, base):
     for key in ("start", "end"):
         if row.get(key) is not None:
             record[key] = float(row[key])
-    if task == "episodic_reasoning":
-        record["data_type"] = "frame"
-    yield record
+    return record
 
 
 def extra_scores(rows, by_task):

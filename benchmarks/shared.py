@@ -5,6 +5,9 @@ import math
 from rewards import extract_answer, lettered, number_or_nan, tags_in
 from settings import mean_and_se
 
+# the orders of frames in which evaluate.py asks a question
+ORDERS = ("ordered", "shuffled", "reversed", "single", "blind")
+
 
 def text_field(row, name):
     """The field as text. Raises ValueError if it is missing or empty."""

@@ -11,9 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments.two_rationales import skill_teacher
+from experiments.two_rationales import BOTH_ORDERS, skill_teacher
 from settings import print_utf8, table
-from toy import ROOT, Rules, check_seed, flawed_teacher, launch, make_model, make_world, measure, stage
+from toy import HEADINGS, ROOT, Rules, check_seed, flawed_teacher, launch, make_model, make_world, measure, stage
 
 RULES = Rules(
     neutral=0.3,
@@ -32,12 +32,7 @@ MODELS = {
     "full/tgrpo": "T-GRPO, all weights",
     "lora/tgrpo": "T-GRPO, LoRA",
 }
-COLUMNS = {
-    "ordered": "frames in order",
-    "shuffled": "frames shuffled",
-    "gap": "gap",
-    "conflict": "misleading background",
-}
+COLUMNS = {name: HEADINGS[name] for name in ("ordered", "shuffled", "conflict")}
 
 
 def run_seed(out, seed):
@@ -50,7 +45,7 @@ def run_seed(out, seed):
 
     def train(script, model, records, name, *settings):
         launch(stage(script, out, seed, model, records, name, "--save_every", 0, *settings), out / name / "final")
-        evaluation = stage("evaluate.py", out, seed, f"{name}/final", "test.json", f"eval/{name}")
+        evaluation = stage("evaluate.py", out, seed, f"{name}/final", "test.json", f"eval/{name}", *BOTH_ORDERS)
         launch(evaluation, out / f"eval/{name}/summary.json")
 
     train("sft.py", "base", "pretrain.json", "pretrained")

@@ -20,8 +20,9 @@ from toy import CUED, ROOT, TEMPORAL, Rules, check_seed, launch, make_model, mak
 # the first part of SFT runs until the model reaches this accuracy on motion, but at most so many times
 SKILL = 0.9
 MAX_SKILL_PARTS = 3
-# settings of evaluate.py for sampled answers
-SAMPLED = ("--temperature", 1, "--temporal_gap", "false")
+# settings of evaluate.py, for greedy and for sampled answers
+BOTH_ORDERS = ("--orders", "ordered", "shuffled")
+SAMPLED = ("--temperature", 1, "--orders", "ordered")
 # the columns of the results, as `scores` returns them
 MEASURES = {
     "ordered": "frames in order",
@@ -63,7 +64,7 @@ RULES = Rules(
 # --------------------------------------------------------------------------------------------- the stages of one seed
 
 
-def evaluate(out, seed, model, name, settings=(), log=None):
+def evaluate(out, seed, model, name, settings=BOTH_ORDERS, log=None):
     """Answers of the model `out`/`model` to the test questions, in `out`/eval/`name`."""
     arguments = stage("evaluate.py", out, seed, model, "test.json", f"eval/{name}", *settings)
     launch(arguments, out / f"eval/{name}/summary.json", log)
@@ -81,7 +82,7 @@ def train_sft(out, seed, log=None):
         name = f"skill{part}"
         launch(stage("sft.py", out, seed, model, "skill.json", name), out / name / "final", log)
         model = f"{name}/final"
-        evaluate(out, seed, model, name, ("--temporal_gap", "false"), log)
+        evaluate(out, seed, model, name, ("--orders", "ordered"), log)
         if skill(out) >= SKILL:
             break
     arguments = stage("sft.py", out, seed, model, "sft.json", "sft", "--steps", 120, "--lr", 1e-3)

@@ -1,7 +1,12 @@
-"""Writes an HTML page about an evaluation: the scores, then a gallery of questions with the frames the model saw.
+"""Writes an HTML page about one or more evaluations: scores, and a gallery of questions with the frames the model saw.
 
     python -m tools.report runs/toy/eval/tgrpo/predictions.jsonl --data_root runs/toy/world
+    python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl --data_root DIR      # side by side
     python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in evaluate.py
+
+Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order (`ordered` if
+it has that). Differences are from the first of them, paired by question, with a 95 % interval clustered by video; a
+filter shows the questions whose answers changed.
 
 The page is a single file that loads nothing else. Its template is report.html, which tools/rollouts.py uses too. Jinja
 escapes every value, so HTML written by a model or a data set is shown as text and never runs. A gallery holds at most
@@ -14,6 +19,7 @@ import io
 import json
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,7 +28,18 @@ from tqdm import tqdm
 
 import evaluate
 import settings
-from benchmarks import GROUPS, PUBLISHED, join_annotations, notes_of, scored_rows, with_error
+from benchmarks import (
+    ANSWER_COLUMNS,
+    GROUPS,
+    PUBLISHED,
+    answer_cells,
+    benchmarks_in,
+    join_annotations,
+    notes_of,
+    score_benchmark,
+    scored_rows,
+    with_error,
+)
 from data import DATA_TYPES, Unusable, load_media
 from rewards import CORRECT, lettered
 
@@ -34,6 +51,8 @@ MAX_CHARACTERS = 20_000
 MAX_FRAMES = 16
 # in pixels; report.html has the same number
 FRAME_HEIGHT = 72
+# How the page names an order of frames.
+ORDER_NAMES = {"ordered": "in order", "single": "middle frame", "blind": "no frame"}
 # Fields of a prediction that a card prints.
 REWARDS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "truncated")
 
@@ -41,35 +60,60 @@ REWARDS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "tru
 # ------------------------------------------------------------------------------------------------------- page
 
 
-def write_report(path, rows, summary, cfg):
-    """Write the page about `rows` of predictions.jsonl and their summary (evaluate.summarise) to `path`.
+def write_report(path, runs, cfg):
+    """Write the page about `runs`, {label: rows of a predictions.jsonl}, to `path`.
 
     Media are read from cfg.data_root; a question without readable media shows the reason instead of frames.
     """
+    columns = columns_of({label: scored_rows(rows) for label, rows in runs.items()})
     by_question = {}
-    for row in scored_rows(rows):
-        by_question.setdefault((row["benchmark"], str(row["id"])), []).append(row)
-    questions = [question_card(rows) for rows in evenly_spaced(list(by_question.values()), MAX_QUESTIONS)]
-    models = sorted({str(settings_of(row).get("model") or "unnamed model") for row in rows})
-    title = f"{', '.join(models)}: {', '.join(scored_benchmarks(summary))}"
+    for label, rows in columns.items():
+        for row in rows:
+            by_question.setdefault((row["benchmark"], str(row["id"])), {})[label] = row
+    questions = [question_card(rows) for rows in by_question.values()]
+    shown = evenly_spaced(questions, MAX_QUESTIONS)
+    models = sorted({str(settings_of(row).get("model") or "unnamed model") for rows in runs.values() for row in rows})
+    benchmarks = benchmarks_in(list(chain.from_iterable(columns.values())))
+    title = f"{', '.join(models)}: {', '.join(benchmarks)}"
     words = {"group": "benchmark", "kind": "task", "item": "question"}
-    write_page(path, title, words, questions, len(by_question), cfg, summary.get("settings", {}), score_rows(summary))
+    made_with = {label: distinct_settings(rows) for label, rows in runs.items()}
+    tables = [score_table(columns, benchmarks), answer_table(columns, benchmarks)]
+    write_page(path, title, words, shown, len(questions), cfg, made_with, tables)
 
 
-def write_page(path, title, words, questions, total, cfg, made_with, scores=()):
+def columns_of(runs):
+    """{label: scored rows} of what the page compares: the orders of one run, or several runs in their first order."""
+    columns = {}
+    for label, rows in runs.items():
+        asked = evaluate.rows_by_order(rows)
+        if len(runs) == 1:
+            return {ORDER_NAMES.get(order, order): asked[order] for order in asked}
+        first = next(iter(asked))
+        columns[label if first == "ordered" else f"{label}, {ORDER_NAMES.get(first, first)}"] = asked[first]
+    return columns
+
+
+def distinct_settings(rows):
+    """The settings of a run's rows, each once."""
+    return list({json.dumps(settings_of(row), sort_keys=True): settings_of(row) for row in rows}.values())
+
+
+def write_page(path, title, words, questions, total, cfg, made_with, tables=()):
     """Render report.html.
 
     words: what the page calls a question (`item`), its `group` and its `kind`. total: the number of questions before
-    any were left out. made_with: settings to print. scores: see score_rows.
+    any were left out. made_with: settings to print. tables: see score_table.
     """
+    changes = sorted({change for question in questions for change in question["changes"]})
     for question in tqdm(questions, desc="frames", unit=words["item"]):
         question.update(film_strip(question["record"], cfg))
     title = f"{title}, {time.strftime('%Y-%m-%d')}"
     made_with = json.dumps(made_with, indent=1)
-    page = render(title=title, words=words, questions=questions, total=total, settings=made_with, scores=scores)
+    fixed = {"title": title, "words": words, "total": total, "settings": made_with, "tables": tables}
+    page = render(questions=questions, changes=changes, **fixed)
     while len(page) > MAX_BYTES and len(questions) > 1:
         questions = questions[::2]
-        page = render(title=title, words=words, questions=questions, total=total, settings=made_with, scores=scores)
+        page = render(questions=questions, changes=changes, **fixed)
     settings.write_atomic(path, page.decode())
 
 
@@ -96,36 +140,46 @@ def settings_of(row):
 
 
 def question_card(rows):
-    """What the gallery shows of one question, given its scored rows (one per frame order)."""
-    rows = sorted(rows, key=lambda row: row.get("frames") or "ordered")
-    answered = [row for row in rows if row["status"] != "unusable"]
-    answers = [prediction_card(row) for row in answered]
-    scores = {answer["frames"]: answer["score"] for answer in answers}
-    errors = [row["error"] for row in rows if row["status"] == "unusable"]
+    """What the gallery shows of one question, given its scored row in each column, {label: row}."""
+    first = next(iter(rows.values()))
+    answers = [prediction_card(label, row) for label, row in rows.items() if row["status"] != "unusable"]
+    errors = [row["error"] for row in rows.values() if row["status"] == "unusable"]
+    # the row of a shuffled clip has the order of its frames, too
+    records = [row for row in rows.values() if row.get("frame_order")]
     return {
-        "group": rows[0]["benchmark"],
-        "kind": rows[0].get("task") or "",
-        "id": str(rows[0]["id"]),
-        "problem": shorten(rows[0].get("problem") or ""),
-        "options": [shorten(option) for option in lettered(rows[0].get("options") or [])],
-        "solution": shorten(rows[0].get("solution") or ""),
+        "group": first["benchmark"],
+        "kind": first.get("task") or "",
+        "id": str(first["id"]),
+        "problem": shorten(first.get("problem") or ""),
+        "options": [shorten(option) for option in lettered(first.get("options") or [])],
+        "solution": shorten(first.get("solution") or ""),
         "error": errors[0] if errors else "",
         "answers": answers,
-        # The filter uses the first answer: the one with frames in order, if there is one.
         "result": answers[0]["verdict"] if answers else "not answered",
-        "order": order_effect(scores.get("ordered"), scores.get("shuffled")),
-        # The last row names the media: if frames were shuffled, it also has their order.
-        "record": rows[-1],
+        "changes": changes_of(answers),
+        "record": records[0] if records else first,
     }
 
 
-def prediction_card(row):
+def changes_of(answers):
+    """For each answer after the first, whether its score is higher (gained), lower (lost) or the same."""
+    changes = []
+    for answer in answers[1:]:
+        before = answers[0]["score"]
+        after = answer["score"]
+        if before is not None and after is not None:
+            change = "same" if before == after else "gained" if after > before else "lost"
+            changes.append(f"{answer['label']}: {change}")
+    return changes
+
+
+def prediction_card(label, row):
     score, readable = row["result"] or (None, None)
     rewards = {name: row[name] for name in REWARDS if isinstance(row.get(name), int | float)}
-    return answer_card(row.get("frames") or "ordered", row.get("prediction") or "", score, readable, rewards)
+    return answer_card(label, row.get("prediction") or "", score, readable, rewards)
 
 
-def answer_card(frames, text, score, readable, rewards):
+def answer_card(label, text, score, readable, rewards):
     """What the gallery shows of one completion. score: in 0..1, or None if the benchmark has no rule for it."""
     reasoning, end, answer = shorten(text).rpartition("</think>")
     verdict = "wrong" if readable else "unread"
@@ -134,22 +188,13 @@ def answer_card(frames, text, score, readable, rewards):
     elif score > CORRECT:
         verdict = "right"
     return {
-        "frames": frames,
+        "label": label,
         "reasoning": reasoning + end,
         "text": answer.strip(),
         "score": score,
         "verdict": verdict,
         "rewards": {name: round(float(value), 3) for name, value in rewards.items()},
     }
-
-
-def order_effect(ordered, shuffled):
-    """How the frame order changed a score; "" if one of the two scores is missing."""
-    if ordered is None or shuffled is None:
-        return ""
-    if ordered == shuffled:
-        return "no difference"
-    return "helped" if ordered > shuffled else "hurt"
 
 
 def shorten(text):
@@ -199,65 +244,90 @@ def film_strip(record, cfg):
 # ----------------------------------------------------------------------------------------------------- scores
 
 
-def scored_benchmarks(summary):
-    """{benchmark: its scores}: the summary without its settings."""
-    return {name: part for name, part in summary.items() if isinstance(part, dict) and "by_task" in part}
+def score_table(columns, benchmarks):
+    """{"headings", "rows", "note"}: the score of each column by benchmark and task, and its difference from the first.
 
-
-def score_rows(summary):
-    """Rows of the score table: {"style", "label", "cells"}."""
+    A row is {"style", "label", "cells"}.
+    """
     rows = []
-    for name, part in scored_benchmarks(summary).items():
-        shuffled = part.get("shuffled") or {}
-        gap = part.get("gap") or {}
-        rows.append(score_row("benchmark", name, part, shuffled, gap))
+    for name in benchmarks:
+        column_rows = [[row for row in rows_of if row["benchmark"] == name] for rows_of in columns.values()]
+        parts = [score_benchmark(name, rows_of) for rows_of in column_rows]
+        differences = [evaluate.paired_difference(rows_of, column_rows[0]) for rows_of in column_rows[1:]]
+        rows.append(score_row("benchmark", name, parts, differences))
         for model, published in PUBLISHED.items():
             if name in published:
                 score = " / ".join(str(value) for value in published[name])
-                rows.append({"style": "published", "label": f"{model} (published)", "cells": ["", score, "", "", ""]})
-        for task, line in part["by_task"].items():
-            task_shuffled = shuffled.get("by_task", {}).get(task, {})
-            task_gap = gap.get("by_task", {}).get(task, {})
-            rows.append(score_row("task", task, line, task_shuffled, task_gap))
-        for group in GROUPS:
-            for label, line in part.get(f"by_{group}", {}).items():
-                rows.append(score_row("task", f"{group.replace('_', '-')} {label}", line))
-        rows += [{"style": "note", "label": note, "cells": []} for note in notes_of(part)]
-    return rows
+                cells = ["", score, *[""] * len(differences)]
+                rows.append({"style": "published", "label": f"{model} (published)", "cells": cells})
+        for key in ("by_task", *(f"by_{group}" for group in GROUPS)):
+            for label in sorted(set().union(*(part.get(key, {}) for part in parts))):
+                of_label = [part.get(key, {}).get(label) for part in parts]
+                by_task = [(difference or {}).get(key, {}).get(label) for difference in differences]
+                if key != "by_task":
+                    label = f"{key[3:].replace('_', '-')} {label}"
+                rows.append(score_row("task", label, of_label, by_task))
+        rows += [{"style": "note", "label": note, "cells": []} for note in notes_of(parts[0])]
+    return {
+        "headings": ["questions", *(f"{label}, %" for label in columns)],
+        "rows": rows,
+        "note": "Second lines: the paired difference from the first column and its 95 % interval, clustered by video. "
+        "Scores marked “published” are not ours; three numbers are for 16, 32 and 64 frames.",
+    }
 
 
-def score_row(style, label, line, shuffled=None, gap=None):
-    cells = [
-        line["n"],
-        with_error(line["score"], line["se"]),
-        f"{line['unparsed']:.1%}" if line.get("unparsed") is not None else "",
-        number(shuffled["score"]) if shuffled else "",
-        f"{gap['gap']:+.1f} [{number(gap['low'], '+')}, {number(gap['high'], '+')}]" if gap else "",
-    ]
+def score_row(style, label, parts, differences):
+    """A row of score_table. A column that has no such part is empty."""
+    cells = [parts[0]["n"] if parts[0] else ""]
+    for part, difference in zip(parts, [None, *differences]):
+        cell = with_error(part["score"], part["se"]) if part else ""
+        if difference:
+            cell += f"\n{evaluate.interval_text(difference)}"
+        cells.append(cell)
     return {"style": style, "label": label, "cells": cells}
 
 
-def number(value, sign=""):
-    return "–" if value is None else f"{value:{sign}.1f}"
+def answer_table(columns, benchmarks):
+    """{"headings", "rows", "note"}: how the answers of each column ended, by benchmark."""
+    rows = []
+    for name in benchmarks:
+        for label, rows_of in columns.items():
+            part = score_benchmark(name, [row for row in rows_of if row["benchmark"] == name])
+            rows.append({"style": "task", "label": f"{name}, {label}", "cells": [part["n"], *answer_cells(part)]})
+    return {
+        "headings": ["answers", *ANSWER_COLUMNS.values(), "media missing or bad"],
+        "rows": rows,
+        "note": "Read leniently: the answer is not written as asked, and a harness that compares strings counts it as "
+        "wrong. Cut off: at max_new_tokens.",
+    }
 
 
 def main(argv=None):
     settings.print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", help="predictions.jsonl of an evaluation")
+    parser.add_argument("predictions", nargs="+", help="predictions.jsonl of an evaluation, or of several to compare")
     parser.add_argument("--data_root", default=".", help="folder of the media; default: the current folder")
     parser.add_argument(
         "--annotations", default="", help="folder of the benchmarks' files, for rows without a solution"
     )
-    parser.add_argument("--out", help="page to write; default: report.html beside the predictions")
+    parser.add_argument("--out", help="page to write; default: report.html beside the last predictions")
     args = parser.parse_args(argv)
-    rows = settings.read_rows(args.predictions)
-    if args.annotations:
-        rows = join_annotations(rows, args.annotations)
-    out = args.out or Path(args.predictions).with_name("report.html")
-    cfg = settings.SharedConfig(data_root=args.data_root)
-    write_report(out, rows, evaluate.summarise(rows), cfg)
+    runs = {}
+    for label, path in run_labels(args.predictions).items():
+        runs[label] = settings.read_rows(path)
+        if args.annotations:
+            runs[label] = join_annotations(runs[label], args.annotations)
+    out = args.out or Path(args.predictions[-1]).with_name("report.html")
+    write_report(out, runs, settings.SharedConfig(data_root=args.data_root))
     print(f"page: {out}")
+
+
+def run_labels(paths):
+    """{label: path}: the name of each file's folder or, if two have the same name, the whole path."""
+    names = [Path(path).resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return dict(zip(names, paths))
 
 
 if __name__ == "__main__":

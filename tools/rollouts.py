@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rewards import CORRECT, accuracy_reward, extract_answer, lettered
 from settings import SharedConfig, UserError, print_utf8, read_jsonl, read_rows, read_yaml
-from tools.report import MAX_QUESTIONS, answer_card, evenly_spaced, order_effect, write_page
+from tools.report import MAX_QUESTIONS, ORDER_NAMES, answer_card, evenly_spaced, write_page
 
 # Every row of rollouts.jsonl has these fields.
 NEEDED = ("step", "problem_id", "path", "frames", "text")
@@ -76,19 +76,34 @@ def completion_card(row, record):
     if score is None:
         score = accuracy_reward(row["text"], record["solution"], record["problem_type"])
     rewards = {name: value for name, value in row.items() if name not in NOT_A_REWARD}
-    return answer_card(row["frames"], row["text"], score, extract_answer(row["text"]) is not None, rewards)
+    return answer_card(
+        ORDER_NAMES.get(row["frames"], row["frames"]),
+        row["text"],
+        score,
+        extract_answer(row["text"]) is not None,
+        rewards,
+    )
 
 
 def share_correct(completions, frames):
     """Share of correct completions among those with this frame order; None if there are none."""
-    correct = [completion["score"] > CORRECT for completion in completions if completion["frames"] == frames]
+    correct = [completion["score"] > CORRECT for completion in completions if completion["label"] == frames]
     return sum(correct) / len(correct) if correct else None
+
+
+def order_effect(p, p_shuffled):
+    """[how the order of frames changed the share of correct completions]; [] if one of the two is missing."""
+    if p is None or p_shuffled is None:
+        return []
+    if p == p_shuffled:
+        return ["order: no difference"]
+    return ["order: helped" if p > p_shuffled else "order: hurt"]
 
 
 def prompt_card(rows, record):
     """What the gallery shows of a prompt and its completions."""
     completions = [completion_card(row, record) for row in rows]
-    p = share_correct(completions, "ordered")
+    p = share_correct(completions, "in order")
     p_shuffled = share_correct(completions, "shuffled")
     results = {None: "none in order", 0: "none correct", 1: "all correct"}
     orders = [row["frame_order"] for row in rows if row.get("frame_order")]
@@ -102,7 +117,7 @@ def prompt_card(rows, record):
         "error": "",
         "answers": completions,
         "result": results.get(p, "some correct"),
-        "order": order_effect(p, p_shuffled),
+        "changes": order_effect(p, p_shuffled),
         "record": record | {"frame_order": orders[0] if orders else None},
     }
 

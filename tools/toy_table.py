@@ -11,11 +11,14 @@ from pathlib import Path
 from settings import UserError, print_utf8, table
 
 MODELS = {"sft": "SFT model", "tgrpo": "T-GRPO"}
+# columns of toy.HEADINGS
 COLUMNS = {
-    "ordered": "frames in order",
-    "shuffled": "frames shuffled",
-    "gap": "gap",
-    "conflict": "clips with a misleading background",
+    "ordered": "in order",
+    "shuffled": "shuffled",
+    "reversed": "reversed",
+    "single": "one frame",
+    "blind": "no frame",
+    "conflict": "misleading background",
 }
 
 
