@@ -103,6 +103,66 @@ MVBENCH = {
     ],
 }
 
+TVBENCH = {
+    "moving_direction": [
+        {"video": "m1.mp4", "question": "Which way does it move?", "candidates": ["Down", "Up"], "answer": "Up"}
+    ],
+    "action_localization": [
+        {
+            "video": "l1.mp4",
+            "question": "When?",
+            "candidates": ["early", "late"],
+            "answer": "late",
+            "start": 1,
+            "end": 9,
+        }
+    ],
+}
+
+TOMATO = {
+    "shape&trend": {
+        "40": {
+            "question": "What is drawn?",
+            "options": ["A circle.", "A square.", "A line."],
+            "answer": 1,
+            "key": "0215-06",
+            "demonstration_type": "human",
+            "motion_type": "shape&trend",
+            "variation": {"composite": 0},
+        }
+    }
+}
+
+TIMEBLIND = [
+    {
+        "index": index,
+        "video_path": f"TimeBlind/videos/vid_0_{index % 2}.mp4",
+        "question": question,
+        "answer": answer,
+        "type": kind,
+    }
+    for index, (kind, question, answer) in enumerate(
+        [
+            ("yes_no", "Does he sit first?", "Yes"),
+            ("yes_no", "Does he sit first?", "No"),
+            ("multiple_choice", "What is first? A: sit. B: run.", "B"),
+            ("multiple_choice", "What is first? A: sit. B: run.", "A"),
+        ]
+    )
+]
+
+HOLMES = [
+    {
+        "video ID": "dGS48",
+        "Question ID": "3",
+        "Question Type": "SR",
+        "Question": "Who is he?",
+        "Options": {"A": "a brother", "B": "a thief", "C": "nobody"},
+        "Answer": "B",
+        "Explanation": "x",
+    }
+]
+
 TEMPCOMPASS = {
     "multi-choice": {
         "11": {

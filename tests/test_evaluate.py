@@ -1,10 +1,11 @@
-"""evaluate.py as a user runs it: six benchmarks with rendered media, killed runs, two processes, saved answers, bad
+"""evaluate.py as a user runs it: all benchmarks with rendered media, killed runs, two processes, saved answers, bad
 files.
 """
 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,23 +15,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_benchmarks import MMVU, MVBENCH, TEMPCOMPASS, VIDEOMME, VIDEOMMMU, VSI, row, write
+from test_benchmarks import (
+    HOLMES,
+    MMVU,
+    MVBENCH,
+    TEMPCOMPASS,
+    TIMEBLIND,
+    TOMATO,
+    TVBENCH,
+    VIDEOMME,
+    VIDEOMMMU,
+    VSI,
+    row,
+    write,
+)
 from test_data import numbers, write_video
 from test_sharded import QUIET, ROOT
 
+import benchmarks
 import data
 import evaluate
 import policy
-from benchmarks import NAMES, load_benchmark
-from evaluate import EvalConfig, clustered_mean, summarise
+from benchmarks import NAMES, ORDERS, load_benchmark
+from evaluate import EvalConfig, by_length, clustered_mean, summarise
 from settings import SharedConfig, UserError, read_jsonl
 
+# in the annotation files of make_six
+N_QUESTIONS = 30
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
 
 
 def make_six(root):
-    """The annotation files of all six benchmarks, and the videos that they name (see test_data.write_video)."""
+    """The annotation files of all benchmarks, and the videos that they name (see test_data.write_video)."""
     write(root / "vsibench/test.jsonl", VSI)
+    write(root / "vsibench/test_debiased.jsonl", VSI)
+    for task, rows in TVBENCH.items():
+        write(root / f"tvbench/json/{task}.json", rows)
+    for task, table in TOMATO.items():
+        write(root / f"tomato/data/{task}.json", table)
+    write(root / "timeblind/data.jsonl", TIMEBLIND)
+    write(root / "videoholmes/test_Video-Holmes.json", HOLMES)
     for task, rows in MVBENCH.items():
         write(root / f"mvbench/json/{task}.json", rows)
     for form, table in TEMPCOMPASS.items():
@@ -109,8 +133,8 @@ def test_six_benchmarks_in_one_command(whole, six):
     rows = read_jsonl(out / "predictions.jsonl")
     summary = json.loads((out / "summary.json").read_text())
     records = [r for name in NAMES for r in load_benchmark(name, six)]
-    assert len(records) == 20
-    for order in ("ordered", "shuffled"):
+    assert len(records) == N_QUESTIONS
+    for order in ORDERS:
         assert [r["id"] for r in rows if r["frames"] == order] == [r["id"] for r in records]
     assert {
         "benchmark",
@@ -140,19 +164,27 @@ def test_six_benchmarks_in_one_command(whole, six):
         "tempcompass": 5,
         "mmvu": 1,
         "videomme": 2,
+        "tvbench": 2,
+        "tomato": 1,
+        "timeblind": 4,
+        "vsibench_debiased": 2,
+        "videoholmes": 1,
     }
     assert (
         summary["mmvu"]["unscored"] == ["validation_1"]
         and "delta_knowledge" in summary["videommmu"]
         and summary["mvbench"]["clipped"] == 2
+        and summary["tvbench"]["clipped"] == 1
+        and summary["timeblind"]["instances"] == 1
     )
     for name in NAMES:
-        assert {"score", "se", "n", "answered", "unparsed", "by_task", "shuffled", "gap"} <= summary[
-            name
-        ].keys() and f"\n| {name} " in said
+        assert {"score", "se", "n", "answered", "unparsed", "lenient", "truncated", "by_task"} <= summary[name].keys()
+        assert list(summary[name]["orders"]) == list(ORDERS[1:])
+        # in the tables of scores, of answers and of orders
+        assert said.count(f"\n| {name} ") == 3
     assert "(published" in said and "95 % interval" in said
     assert (
-        "20/20 [" in progress.replace(".0/", "/").replace(".0 ", " ")
+        f"{N_QUESTIONS}/{N_QUESTIONS} [" in progress.replace(".0/", "/").replace(".0 ", " ")
         and "question/s" in progress
         and "<" in progress.split("question/s")[0]
     )
@@ -188,7 +220,7 @@ def test_two_processes_and_a_killed_run_give_the_same_files(world, six, whole, t
         os.kill(pid, signal.SIGKILL)
     run.wait()
     before = answered()
-    assert 0 < before < 40 and not (killed / "summary.json").exists()
+    assert 0 < before < 5 * N_QUESTIONS and not (killed / "summary.json").exists()
     # a line that the kill cut off
     with open(next(killed.glob("predictions.?.jsonl")), "a") as file:
         file.write('{"benchmark": "vsi')
@@ -196,7 +228,7 @@ def test_two_processes_and_a_killed_run_give_the_same_files(world, six, whole, t
     _, progress = finish(command(world, six, killed))
     assert files(killed) == files(whole[0])
     # it only answers what was missing
-    assert "20/20 [" not in progress.replace(".0/", "/").replace(".0 ", " ")
+    assert f"{N_QUESTIONS}/{N_QUESTIONS} [" not in progress.replace(".0/", "/").replace(".0 ", " ")
 
 
 def test_missing_media_are_listed_counted_and_asked_in_a_later_run(world, tmp_path, run, capsys):
@@ -212,6 +244,7 @@ def test_missing_media_are_listed_counted_and_asked_in_a_later_run(world, tmp_pa
     assert (
         "1 of 2 questions cannot be asked; these files are missing:\nvideomme/data/yt1.mp4\n" in said
         and "1 unusable, not in n" in said
+        and re.search(r"\| videomme +\| +1 \|.*\| +1 \|\n", said)
     )
     assert (summary["videomme"]["n"], summary["videomme"]["unusable"]) == (1, ["001-1"])
     (tmp_path / "yt1.mp4").rename(root / "videomme/data/yt1.mp4")
@@ -291,8 +324,8 @@ def both_orders(benchmark, marks, **extra):
     ]
 
 
-def test_temporal_gap_computed_by_hand():
-    """Guards: p and p̃ over different questions; open answers and stills that are counted in the gap."""
+def test_difference_between_orders_computed_by_hand():
+    """Guards: accuracies of different questions that are subtracted; open answers and stills that are counted."""
     rows = both_orders(
         "mvbench", {("order", "a"): (1, 0), ("order", "b"): (1, 0), ("colour", "c"): (1, 1), ("colour", "d"): (0, 0)}
     )
@@ -301,28 +334,22 @@ def test_temporal_gap_computed_by_hand():
         # shown in order only: not in the pair
     ]
     part = summarise(rows)["mvbench"]
-    assert (part["score"], part["n"], part["shuffled"]["score"], part["frames"]) == (60, 5, 25, "ordered")
-    gap = part["gap"]
-    assert (gap["p"], gap["p_shuffled"], gap["gap"], gap["n"], gap["clips"]) == (75, 25, 50, 4, 4)
+    shuffled = part["orders"]["shuffled"]
+    assert (part["score"], part["n"], shuffled["score"], part["frames"]) == (60, 5, 25, "ordered")
+    difference = shuffled["difference"]
+    assert (difference["mean"], difference["n"], difference["clips"]) == (-50, 4, 4)
     # each clip deviates by ± 50 from the mean: the standard error is sqrt(4 / 3 · 4 · 50² / 4²)
-    assert gap["low"] == pytest.approx(50 - 1.96 * 28.8675, abs=1e-3)
-    assert gap["high"] == pytest.approx(50 + 1.96 * 28.8675, abs=1e-3)
-    assert gap["by_task"]["order"] == {
-        "p": 100,
-        "p_shuffled": 0,
-        "gap": 100,
-        "low": 100,
-        "high": 100,
-        "n": 2,
-        "clips": 2,
-    }
-    assert gap["by_task"]["colour"]["gap"] == 0
+    assert difference["low"] == pytest.approx(-50 - 1.96 * 28.8675, abs=1e-3)
+    assert difference["high"] == pytest.approx(-50 + 1.96 * 28.8675, abs=1e-3)
+    assert difference["by_task"]["order"] == {"mean": -100, "low": -100, "high": -100, "n": 2, "clips": 2}
+    assert difference["by_task"]["colour"]["mean"] == 0
     open_ended = [
         row("mmvu", "heat", "heat", "free-form", "Physics", "o", frames=order) for order in ("ordered", "shuffled")
     ]
     stills = both_orders("videommmu", {("question_only", "q"): (1, 0)})
     summary = summarise(open_ended + stills)
-    assert summary["mmvu"]["gap"] is None and summary["videommmu"]["gap"] is None
+    for name in ("mmvu", "videommmu"):
+        assert summary[name]["orders"]["shuffled"]["difference"] is None
 
 
 def test_the_interval_of_the_gap_is_paired_and_clustered_by_clip():
@@ -334,7 +361,7 @@ def test_the_interval_of_the_gap_is_paired_and_clustered_by_clip():
     # four questions on a clip that all have the same answer are worth one
     fours = clustered_mean(np.repeat(differences, 4), np.repeat(np.arange(400), 4))
     assert fours["high"] - fours["low"] == pytest.approx(alone["high"] - alone["low"], rel=1e-6)
-    assert alone["low"] < alone["gap"] < alone["high"]
+    assert alone["low"] < alone["mean"] < alone["high"]
     # of independent samples, and of clips drawn again (bootstrap)
     rng = np.random.default_rng(1)
     drawn = [differences[rng.integers(400, size=400)].mean() for _ in range(2000)]
@@ -346,9 +373,63 @@ def test_scores_of_shuffled_frames_are_labelled(tmp_path):
     """Guards: a score of shuffled frames without a label, or one that is lost beside another benchmark."""
     rows = both_orders("mvbench", {("t", "a"): (1, 0)}) + [row("mine", "B", "B", frames="shuffled")]
     summary = summarise(rows)
-    assert summary["mine"]["frames"] == "shuffled" and summary["mine"]["score"] == 100 and "gap" not in summary["mine"]
-    with pytest.raises(UserError, match="temporal_gap shows both"):
-        EvalConfig(shuffle_frames=True, temporal_gap=True)
+    assert summary["mine"]["frames"] == "shuffled" and summary["mine"]["score"] == 100 and not summary["mine"]["orders"]
+
+
+@pytest.mark.parametrize(
+    "name, now", [("shuffle_frames", "--orders shuffled"), ("temporal_gap", "--orders ordered sh")]
+)
+def test_settings_of_older_versions_say_what_to_write_now(tmp_path, monkeypatch, name, now):
+    """Guards: "no such setting" for a config that worked last week."""
+    (tmp_path / "old.yaml").write_text(f"evaluate:\n  {name}: true\n")
+    for arguments in (["--config", tmp_path / "old.yaml"], [f"--{name}"], [f"--{name}", "true"], [f"--{name}=true"]):
+        with pytest.raises(UserError, match=f"{name} is now {now}") as error:
+            score(monkeypatch, *arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_orders_are_asked_once_and_in_one_order():
+    """Guards: a column that appears twice; rows whose first order depends on how a user wrote the list."""
+    assert EvalConfig(orders=["blind", "ordered", "blind"]).orders == ["ordered", "blind"]
+    with pytest.raises(UserError, match="orders: empty; choose from ordered, shuffled, reversed, single, blind"):
+        EvalConfig(orders=[])
+
+
+def test_answers_are_counted_as_cut_off_and_as_read_leniently(capsys):
+    """Guards: a score that hides that half of the answers were cut off, or that other harnesses could not read them."""
+    texts = {
+        "strict": "<think>x</think><answer>B</answer>",
+        "bracket": "<answer>(B)</answer>",
+        "bare": "B",
+        "unread": "<answer>A or B</answer>",
+    }
+    rows = [row("mvbench", text, "B", row_id=name, truncated=name == "bare") for name, text in texts.items()]
+    rows.append(row("mvbench", None, "B", row_id="gone", error="no file"))
+    del rows[-1]["prediction"]
+    part = summarise(rows)["mvbench"]
+    assert (part["score"], part["lenient"], part["unparsed"], part["truncated"]) == (75, 0.5, 0.25, 0.25)
+    evaluate.print_table({"mvbench": part})
+    assert re.search(r"\| mvbench +\| +4 \| +25.0% +\| +50.0% \| +25.0% \| +1 \|", capsys.readouterr().out)
+    numbers = {"4.0": False, "4": False, "<answer>4.5</answer>": True, "<answer>4 m</answer>": False}
+    for text, is_strict in numbers.items():
+        assert benchmarks.is_strict(row("mine", text, "4", "numerical")) == is_strict
+
+
+def test_questions_of_one_length_are_asked_together(run, world, tmp_path):
+    """Guards: a batch padded to one long question; answers that depend on which questions share a batch."""
+    records = json.loads((world / "world/test.json").read_text())
+    for number, record in enumerate(records):
+        if number % 2:
+            record["problem"] += " in this picture or clip" * 20
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    settings = dict(records=tmp_path / "mixed.json", orders="ordered", batch_size=4, max_new_tokens=12)
+    rows = read_jsonl(run("evaluate", "grouped", **settings) / "predictions.jsonl")
+    assert [row["index"] for row in rows] == list(range(len(records)))
+    order = by_length(rows)
+    lengths = [len(rows[i]["problem"]) > 400 for i in order if rows[i]["data_type"] == "video"]
+    assert lengths == sorted(lengths)
+    alone = read_jsonl(run("evaluate", "alone", **settings | {"batch_size": 1}) / "predictions.jsonl")
+    assert [row["prediction"] for row in alone] == [row["prediction"] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------ saved answers
@@ -390,7 +471,11 @@ def test_bare_answers_are_joined_with_the_official_files(six, tmp_path, monkeypa
             *(["--annotations", six] if name == "bare" else []),
         )
     a, b = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("full", "bare"))
-    assert a == {**b, "mmvu": a["mmvu"]} and len(a) == 6 and capsys.readouterr().out.count("published scores:") == 2
+    assert (
+        a == {**b, "mmvu": a["mmvu"]}
+        and len(a) == len(NAMES)
+        and capsys.readouterr().out.count("published scores:") == 2
+    )
     joined = [{**r, "solution": "", "options": None} for r in full]
     write(tmp_path / "nulls/predictions.jsonl", joined)
     score(monkeypatch, "--score", tmp_path / "nulls/predictions.jsonl", "--annotations", six)
@@ -414,7 +499,7 @@ GOOD = row("mvbench", "B", "B", row_id="x")
         ([{**GOOD, "task": {"a": 1}}], "task: expected text"),
         ([{**GOOD, "prediction": {"a": 1}}], "prediction: expected text"),
         ([{**GOOD, "options": 5}], "options: expected a list"),
-        ([{**GOOD, "frames": "sideways"}], "frames: expected one of ordered, shuffled"),
+        ([{**GOOD, "frames": "sideways"}], "frames: expected one of ordered, shuffled, reversed, single, blind"),
         ([{**GOOD, "problem_type": "maths"}], "no problem type 'maths'"),
         ([{**GOOD, "solution": 4}], "solution: expected text"),
         ([{"benchmark": "mvbench", "id": 1, "prediction": "B"}], "join the official files with --annotations"),

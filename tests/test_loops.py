@@ -434,8 +434,8 @@ def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, ca
 
 def test_shuffle_frames_changes_what_the_model_sees(run):
     """Guards: a flag that changes the label of the run but not its frames."""
-    ordered = run("evaluate", "a", temporal_gap="false")
-    shuffled = run("evaluate", "b", temporal_gap="false", shuffle_frames="true")
+    ordered = run("evaluate", "a", orders="ordered")
+    shuffled = run("evaluate", "b", orders="shuffled")
 
     def read(out):
         return read_jsonl(out / "predictions.jsonl")

@@ -64,8 +64,8 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
     # a batch holds all five, so the two steps have sampled for each of them
     assert {row["problem_id"] for row in read_jsonl(tgrpo / "rollouts.jsonl")} == {r["problem_id"] for r in EXAMPLES}
     answers = read_jsonl(evaluation / "predictions.jsonl")
-    # every clip in two orders, the picture in one
-    assert len(answers) == 9 and not any("error" in row for row in answers)
+    # the four clips in three orders, the picture in order and blind
+    assert len(answers) == 14 and not any("error" in row for row in answers)
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
@@ -106,7 +106,7 @@ def test_distilled_answers_train_the_sft_model(run, world, tmp_path, capsys):
         "1 dropped: no thought",
         "1 dropped: answer not accurate enough",
         "2 dropped: not one think block and one answer",
-        "1 dropped: frames were shuffled",
+        "1 dropped: frames were not in order",
         "1 dropped: media unusable",
         "6 of 13 answers kept",
     ):

@@ -92,10 +92,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def page(root, tmp_path):
-    """page(rows) writes the report of these rows and returns its path."""
+    """page(rows), or page({label: rows}), writes the report of one or several runs and returns its path."""
 
     def write(rows):
-        report.write_report(tmp_path / "report.html", rows, summarise(rows), SharedConfig(data_root=str(root)))
+        runs = rows if isinstance(rows, dict) else {"run": rows}
+        report.write_report(tmp_path / "report.html", runs, SharedConfig(data_root=str(root)))
         return tmp_path / "report.html"
 
     return write
@@ -179,24 +180,30 @@ def test_scores_have_errors_and_published_scores_are_marked(page, rendered):
     rows = gap_rows(12)
     page(rows)
     part = summarise(rows)["mvbench"]
-    scores = {line["label"]: line for line in rendered["scores"]}
+    table, answers = rendered["tables"]
+    assert table["headings"] == ["questions", "in order, %", "shuffled, %"]
+    scores = {line["label"]: line for line in table["rows"]}
     assert scores["mvbench"]["cells"][1] == f"{part['score']:.1f} ± {part['se']:.1f}"
-    assert scores["mvbench"]["cells"][4].startswith(f"{part['gap']['gap']:+.1f} [")
+    shuffled = part["orders"]["shuffled"]
+    expected = f"{shuffled['score']:.1f} ± {shuffled['se']:.1f}\n{shuffled['difference']['mean']:+.1f}, "
+    assert scores["mvbench"]["cells"][2].startswith(expected) or shuffled["difference"]["low"] is None
     assert scores["Video-R1-7B (published)"]["style"] == "published"
-    assert [line["label"] for line in rendered["scores"][:4]] == [
+    assert [line["label"] for line in table["rows"][:4]] == [
         "mvbench",
         "Qwen2.5-VL-7B (CoT prompt) (published)",
         "Video-R1-7B (published)",
         "action_sequence",
     ]
     assert "Counting" in scores
+    assert answers["rows"][0]["label"] == "mvbench, in order"
+    assert answers["rows"][0]["cells"] == [4, "0.0%", "0.0%", "0.0%", "0"]
 
 
 def test_interval_over_one_clip_is_a_dash(page, rendered):
     """Guards: "[+100.0, +100.0]" for two questions on one clip, which looks like certainty."""
     rows = [row(i, frames, right=frames == "ordered") for i in (0, 3) for frames in ("ordered", "shuffled")]
     page(rows)
-    assert rendered["scores"][0]["cells"][4] == "+100.0 [–, –]"
+    assert rendered["tables"][0]["rows"][0]["cells"][2] == "0.0 ± 0.0\n-100.0"
 
 
 def test_card_has_the_completions_of_its_question(page, rendered):
@@ -205,13 +212,13 @@ def test_card_has_the_completions_of_its_question(page, rendered):
     page(gap_rows(6) + [open_ended])
     cards = {card["id"]: card for card in rendered["questions"]}
     card = cards["q3"]
-    assert [(answer["frames"], answer["score"]) for answer in card["answers"]] == [("ordered", 1), ("shuffled", 0)]
-    orders = [cards[f"q{i}"]["order"] for i in (3, 0, 1, 5)]
-    assert orders == ["helped", "no difference", "no difference", "hurt"]
+    assert [(answer["label"], answer["score"]) for answer in card["answers"]] == [("in order", 1), ("shuffled", 0)]
+    changes = [cards[f"q{i}"]["changes"] for i in (3, 0, 1, 5)]
+    assert changes == [["shuffled: lost"], ["shuffled: same"], ["shuffled: same"], ["shuffled: gained"]]
     assert card["answers"][0]["rewards"] == {"accuracy": 1, "format": 1, "n_tokens": 23, "truncated": 0}
     assert (card["frames"], card["frames_seen"], card["shuffled"]) == (8, 8, ORDER)
     assert cards["open"]["answers"][0]["verdict"] == "not scored"
-    assert cards["open"]["order"] == ""
+    assert cards["open"]["changes"] == []
 
 
 def test_questions_without_media_show_the_reason(page, rendered):
@@ -304,7 +311,7 @@ def test_filters_and_cards_in_a_browser(page):
         const ids = () => visible().map(card => card.querySelectorAll("header span")[1].textContent);
         const choices = {
           group: ["videomme"], kind: ["disc"], result: ["right", "wrong", "unread", "not answered"],
-          order: ["helped", "hurt", "no difference"],
+          change: ["shuffled: lost", "shuffled: gained", "shuffled: same"],
         };
         for (const [name, values] of Object.entries(choices)) {
           for (const value of values) {
@@ -313,10 +320,10 @@ def test_filters_and_cards_in_a_browser(page):
           }
           choose(name, "");
         }
-        choose("group", "mine"); choose("order", "hurt");
+        choose("group", "mine"); choose("change", "shuffled: gained");
         out.both = ids();
         out.count = document.getElementById("count").textContent;
-        choose("group", ""); choose("order", "");
+        choose("group", ""); choose("change", "");
 
         const card = visible()[3];
         const strips = [...card.querySelectorAll(".strip")];
@@ -340,9 +347,9 @@ def test_filters_and_cards_in_a_browser(page):
     assert result["wrong"] == ids(lambda i: i % 5 == 0)
     assert result["unread"] == ["q61"]
     assert result["not answered"] == ["q65"]
-    assert result["helped"] == ids(lambda i: i % 5 != 0 and i % 3 == 0)
-    assert result["hurt"] == ids(lambda i: i % 5 == 0 and i % 3 != 0)
-    assert result["no difference"] == ids(lambda i: (i % 5 == 0) == (i % 3 == 0))
+    assert result["shuffled: lost"] == ids(lambda i: i % 5 != 0 and i % 3 == 0)
+    assert result["shuffled: gained"] == ids(lambda i: i % 5 == 0 and i % 3 != 0)
+    assert result["shuffled: same"] == ids(lambda i: (i % 5 == 0) == (i % 3 == 0))
     assert result["both"] == ids(lambda i: i % 3 == 2 and i % 5 == 0)
     assert result["count"] == "4 shown"
     assert result["positions"] == [list(range(8)), ORDER]
@@ -366,6 +373,72 @@ def test_page_is_no_wider_than_the_window(page):
         width=500,
     )
     assert page_width <= window_width
+
+
+def two_runs(n):
+    """Two runs of n questions: the first is wrong in every fifth, the second in every third."""
+    before = [row(i, right=i % 5 != 0, settings={"model": "runs/sft/final"}) for i in range(n)]
+    after = [row(i, right=i % 3 != 0, settings={"model": "runs/tgrpo/final"}) for i in range(n)]
+    return {"sft": before, "tgrpo": after + [row(0, "shuffled", right=True)]}
+
+
+def test_two_runs_are_compared_question_by_question(page, rendered):
+    """Guards: an interval as of independent questions; a shuffled answer in the place of an ordered one."""
+    runs = two_runs(30)
+    for i, one in enumerate(runs["sft"] + runs["tgrpo"]):
+        one["path"] = f"media/{one['id']}.mp4"
+    page(runs)
+    table, answers = rendered["tables"]
+    assert table["headings"] == ["questions", "sft, %", "tgrpo, %"]
+    rows = {line["label"]: line["cells"] for line in table["rows"]}
+    # of 10 questions of each benchmark, 2 are wrong before; after, all of mvbench's are wrong
+    assert rows["mvbench"] == [10, "80.0 ± 13.3", "0.0 ± 0.0\n-80.0, -106.1 to -53.9"]
+    assert rows["videomme"] == [10, "80.0 ± 13.3", "100.0 ± 0.0\n+20.0, -6.1 to +46.1"]
+    assert [line["label"] for line in answers["rows"][:2]] == ["mvbench, sft", "mvbench, tgrpo"]
+    changes = {card["id"]: card["changes"] for card in rendered["questions"]}
+    assert (changes["q3"], changes["q5"], changes["q1"]) == (["tgrpo: lost"], ["tgrpo: gained"], ["tgrpo: same"])
+    assert rendered["changes"] == ["tgrpo: gained", "tgrpo: lost", "tgrpo: same"]
+    labels = [answer["label"] for answer in rendered["questions"][0]["answers"]]
+    assert labels == ["sft", "tgrpo"]
+
+
+def test_several_files_are_named_after_their_folders(root, tmp_path, capsys):
+    """Guards: two columns with one name, of which one is lost."""
+    paths = []
+    for name in ("sft", "tgrpo", "other/sft"):
+        (tmp_path / name).mkdir(parents=True)
+        paths.append(tmp_path / name / "predictions.jsonl")
+        paths[-1].write_text("".join(json.dumps(one) + "\n" for one in two_runs(3)["sft"]))
+    assert list(report.run_labels(paths[:2])) == ["sft", "tgrpo"]
+    assert list(report.run_labels(paths)) == [str(path) for path in paths]
+    report.main([*map(str, paths), "--data_root", str(root)])
+    assert f"page: {tmp_path / 'other/sft/report.html'}" in capsys.readouterr().out
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_questions_that_changed_in_a_browser(page, width):
+    """Guards: a filter for changed questions that shows all of them; a page wider than a telephone."""
+    result = in_browser(
+        page(two_runs(30)),
+        """
+        const ids = () => visible().map(card => card.querySelectorAll("header span")[1].textContent);
+        const out = {all: ids().length};
+        for (const change of ["gained", "lost", "same"]) {
+          choose("change", "tgrpo: " + change);
+          out[change] = ids();
+        }
+        out.answers = texts(visible()[0], ".answer > div:first-child").map(text => text.replace(/\\s+/g, " ").trim());
+        out.width = [document.documentElement.scrollWidth, innerWidth];
+        return out;""",
+        width=width,
+    )
+    assert result["all"] == 30
+    assert result["gained"] == ["q5", "q10", "q20", "q25"]
+    assert result["lost"] == [f"q{i}" for i in (3, 6, 9, 12, 18, 21, 24, 27)]
+    assert len(result["same"]) == 18
+    assert result["answers"] == ["sft: wrong", "tgrpo: wrong"]
+    assert result["width"][0] <= result["width"][1]
 
 
 # -------------------------------------------------------------------------------------------------------- rollouts
@@ -404,9 +477,10 @@ def test_page_of_rollouts_needs_only_the_run_folder(rl_run, rendered):
     assert [card["group"] for card in cards] == ["step 0", "step 0", "step 1", "step 1", "step 12", "step 12"]
     assert [card["result"] for card in cards[:3]] == ["none correct", "all correct", "some correct"]
     assert [card["result"] for card in cards[3:]] == ["all correct"] * 3
-    assert [card["order"] for card in cards] == ["hurt", "helped", "hurt", "helped", "helped", "helped"]
+    effects = ["hurt", "helped", "hurt", "helped", "helped", "helped"]
+    assert [card["changes"] for card in cards] == [[f"order: {effect}"] for effect in effects]
     first = cards[0]
-    assert [answer["frames"] for answer in first["answers"]] == ["ordered"] * 3 + ["shuffled"] * 2
+    assert [answer["label"] for answer in first["answers"]] == ["in order"] * 3 + ["shuffled"] * 2
     rewards = {"accuracy": 0.0, "format": 1.0, "length": 0.0, "temporal": 0.15, "advantage": -0.5}
     assert first["answers"][1]["rewards"] == rewards
     assert [answer["score"] for answer in first["answers"]] == [0, 0, 0, 1, 0]

@@ -330,6 +330,9 @@ def test_the_toy_table_counts_the_right_questions(tmp_path):
         row("toy-size", "agrees", "shuffled", 0.0),
         row("toy-size", "neutral", "ordered", 1.0),
         row("toy-size", "neutral", "shuffled", 1.0),
+        row("toy-size", "neutral", "reversed", 0.5),
+        row("toy-flash", "none", "blind", 1.0),
+        row("toy-size", "neutral", "blind", 0.25),
         row("toy-flash", "none", "ordered", 0.0),
         row("toy-image", "none", "ordered", 1.0),
     ]
@@ -338,7 +341,8 @@ def test_the_toy_table_counts_the_right_questions(tmp_path):
     assert means == {
         "ordered": pytest.approx(2 / 3),
         "shuffled": pytest.approx(1 / 3),
-        "gap": pytest.approx(1 / 3),
+        "reversed": 0.5,
+        "blind": 0.25,
         "conflict": 1.0,
         "flash": 0.0,
         "image": 1.0,

@@ -97,13 +97,17 @@ def test_wrong_metrics_file_is_one_clear_line(tmp_path, text, line):
 def test_seeds_table_is_mean_and_range(tmp_path):
     """Guards: a number of the README typed by hand; one seed counted twice; a folder without results."""
     for seed, shift in ((0, 0.0), (1, 0.06)):
-        scores = {"ordered": 0.6 + shift, "shuffled": 0.5, "gap": 0.1 + shift, "conflict": 0.2}
+        scores = {"ordered": 0.6 + shift, "shuffled": 0.5, "reversed": 0.1 + shift, "conflict": 0.2}
+        scores |= {"single": 0.4, "blind": 0.3}
         summary = {"seed": seed, "sft": scores, "tgrpo": scores}
         (tmp_path / f"{seed}").mkdir()
         (tmp_path / f"{seed}/summary.json").write_text(json.dumps(summary))
     lines = toy_table.seeds_table([tmp_path / "0", tmp_path / "1"]).split("\n")
     cells = [cell.strip() for cell in lines[3].split("|")[1:-1]]
-    assert cells == ["T-GRPO", "63.0 (60 to 66)", "50.0 (50 to 50)", "13.0 (10 to 16)", "20.0 (20 to 20)"]
+    assert cells == ["T-GRPO", "63.0 (60 to 66)", "50.0 (50 to 50)", "13.0 (10 to 16)", "40.0 (40 to 40)"] + [
+        "30.0 (30 to 30)",
+        "20.0 (20 to 20)",
+    ]
     assert lines[-1] == "mean and range of seeds 0, 1"
     with pytest.raises(UserError, match="seed 0 twice"):
         toy_table.seeds_table([tmp_path / "0", tmp_path / "0"])

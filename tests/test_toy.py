@@ -15,6 +15,7 @@ import pytest
 import data
 import policy
 import toy
+from benchmarks.shared import ORDERS
 from settings import SharedConfig, UserError, read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -244,7 +245,7 @@ def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd
     assert "misleading background" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) == {"seed", "sft", "tgrpo"}
-    assert set(summary["tgrpo"]) == {"ordered", "shuffled", "gap", "conflict"}
+    assert set(summary["tgrpo"]) == {*ORDERS, "conflict"}
     assert (tmp_path / "learning_curves.png").read_bytes()[1:4] == b"PNG"
     assert len(read_jsonl(tmp_path / "tgrpo/rollouts.jsonl")) > 16
 

@@ -56,8 +56,8 @@ def distill(rows, data_root, min_accuracy=CORRECT):
 
 def why_unsuitable(row, completion):
     """Why a completion cannot be an SFT target, regardless of its answer; None if it can."""
-    if row.get("frames") == "shuffled":
-        return "frames were shuffled"
+    if row.get("frames", "ordered") != "ordered":
+        return "frames were not in order"
     if not format_reward(completion):
         return "not one think block and one answer"
     if not thought_in(completion):
