@@ -360,14 +360,12 @@ def place_of(row):
 
 def rows_by_order(scored):
     """{order: its scored rows}, for the orders that were asked. Questions that could not be asked are in the first."""
-    unusable = [row for row in scored if row["status"] == "unusable"]
-    asked = {}
-    for order in ORDERS:
-        rows = [row for row in scored if frames_of(row) == order and row["status"] != "unusable"]
-        if rows:
-            asked[order] = rows
-    first = next(iter(asked), "ordered")
-    return asked | {first: asked.get(first, []) + unusable}
+    found = {frames_of(row) for row in scored if row["status"] != "unusable"} or {"ordered"}
+    asked = {order: [] for order in ORDERS if order in found}
+    first = next(iter(asked))
+    for row in scored:
+        asked[first if row["status"] == "unusable" else frames_of(row)].append(row)
+    return asked
 
 
 def summarise(rows):
