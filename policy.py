@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -197,6 +197,8 @@ def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
             model = merge_adapter(model, adapter)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # only reentrant checkpointing needs its hooks, by which gradients would run through a frozen vision tower too
+        model.disable_input_require_grads()
     return Policy.of(model)
 
 
@@ -599,8 +601,6 @@ def write_model(state, model, files, folder, dtype=None):
 # The linear layers of the language model. The vision tower has some of the same names, but stays frozen.
 ADAPTED_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 ADAPTER_FILE = "adapter_model.safetensors"
-# peft saves the name of a tensor with this in front
-PEFT_PREFIX = "base_model.model."
 
 
 def adapted_layers(model):
@@ -618,9 +618,11 @@ def add_adapter(model, cfg):
     config = LoraConfig(
         r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=ADAPTED_LAYERS
     )
-    # changes the model in place; the wrapper that it returns is not needed
-    get_peft_model(model, config)
-    model.peft_config["default"].base_model_name_or_path = cfg.model
+    config.base_model_name_or_path = cfg.model
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model
 
 
@@ -644,13 +646,17 @@ def merged_state(state, model):
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
+def adapter_tensors(model):
+    """The tensors of the model's adapter, under the names that peft gives them in a file."""
+    # embeddings are not adapted; by default peft would look on the hub whether they were
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def save_adapter(model, folder):
     """Write the model's adapter into `folder`, as files that peft's PeftModel.from_pretrained loads."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model)
-    save_file(
-        {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}, f"{folder}/{ADAPTER_FILE}"
-    )
+    save_file(adapter_tensors(model), f"{folder}/{ADAPTER_FILE}")
     model.peft_config["default"].save_pretrained(folder)
 
 
@@ -658,8 +664,8 @@ def save_adapter(model, folder):
 def load_adapter(model, folder):
     """Read what save_adapter wrote into the model's adapter. KeyError or RuntimeError if it is another adapter."""
     saved = load_file(f"{folder}/{ADAPTER_FILE}")
-    for name, tensor in get_peft_model_state_dict(model).items():
-        tensor.copy_(saved[f"{PEFT_PREFIX}{name}"])
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(saved[name])
 
 
 def merge_adapter(model, folder):

@@ -44,7 +44,7 @@ def adapted_policy(rank=4, **settings):
     return policy.add_adapter(naive.tiny_policy(), cfg)
 
 
-def clip_logps(model, folder, world):
+def clip_logps(model, folder, world, gradients=torch.no_grad()):
     """Log-probs of the answers of two clips and a picture, by the model that was loaded from `folder`."""
     cfg = TrainConfig(model=str(folder), data_root=str(world / "world"), max_pixels=3136, min_pixels=784)
     processor = policy.load_processor(cfg)
@@ -53,7 +53,7 @@ def clip_logps(model, folder, world):
     samples = data.Samples([*records[:2], picture], processor, cfg, targets=True)
     prompts = [samples[i].ordered for i in range(3)]
     packed = policy.pack(model, prompts, [[samples[i].target] for i in range(3)], 0)
-    with torch.no_grad():
+    with gradients:
         return policy.completion_logps(model, packed)[0]
 
 
@@ -101,6 +101,21 @@ def test_adapter_gradients_of_packed_rows_equal_those_of_whole_rows():
         assert other.keys() == gradients[0].keys()
         for name, gradient in gradients[0].items():
             assert torch.allclose(gradient, other[name], atol=1e-4 * gradient.abs().max() + 1e-6), name
+
+
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"freeze_vision": True}], ids=str)
+def test_nothing_runs_backwards_through_a_frozen_vision_tower(hub, world, settings):
+    """Guards: hooks of gradient checkpointing (or of peft) that make frozen vision blocks keep their activations."""
+    cfg = TrainConfig(model=str(hub / "tied"), gradient_checkpointing=True, **settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = common.make_accelerator(cfg)
+    model, _ = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
+    features = []
+    model.model.visual.register_forward_hook(lambda module, inputs, output: features.append(output))
+    logps = clip_logps(model, hub / "tied", world, torch.enable_grad())
+    assert logps.requires_grad
+    (output,) = features
+    assert not any(tensor.requires_grad for tensor in (output.last_hidden_state, *output.pooler_output))
 
 
 def test_adapter_off_is_the_starting_model_and_ends():
@@ -182,9 +197,15 @@ def check_final(final, start, world, dtype):
     before = weights(start)
     after = weights(final)
     assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {dtype}
+    adapter = load_file(final / "adapter/adapter_model.safetensors")
     for name in before:
-        is_adapted = ".layers." in name and "visual" not in name and name.endswith("_proj.weight")
-        assert torch.equal(before[name].to(dtype), after[name]) != is_adapted, name
+        expected = before[name].to(dtype)
+        if ".layers." in name and "visual" not in name and name.endswith("_proj.weight"):
+            layer = f"base_model.model.{name.removesuffix('.weight').replace('model.layers', 'model.language_model.layers')}"
+            change = adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
+            expected = (expected.float() + change * LORA["lora_alpha"] / LORA["lora_rank"]).to(dtype)
+            assert not torch.equal(expected, before[name].to(dtype))
+        assert torch.equal(after[name], expected), name
     assert other_files(final) == sorted(
         [*other_files(start), *(["adapter"] if "adapter" not in other_files(start) else [])]
     )
