@@ -201,7 +201,7 @@ def check_final(final, start, world, dtype):
     for name in before:
         expected = before[name].to(dtype)
         if ".layers." in name and "visual" not in name and name.endswith("_proj.weight"):
-            layer = f"base_model.model.{name.removesuffix('.weight').replace('model.layers', 'model.language_model.layers')}"
+            layer = name.removesuffix(".weight").replace("model.layers", "base_model.model.model.language_model.layers")
             change = adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
             expected = (expected.float() + change * LORA["lora_alpha"] / LORA["lora_rank"]).to(dtype)
             assert not torch.equal(expected, before[name].to(dtype))
