@@ -47,6 +47,7 @@ from tqdm import tqdm
 from settings import (
     SharedConfig,
     UserError,
+    adapter_chain,
     append_rows,
     file_hash,
     fingerprint,
@@ -201,26 +202,6 @@ def check_model(cfg, stage, made_by=None):
         raise UserError(
             f"{stage}.model: {cfg.model} holds a model of type {model_type}; these scripts train qwen2_5_vl"
         )
-
-
-def adapter_chain(model, above=()):
-    """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
-
-    Raises UserError for an adapter without a base, and for a folder that holds a model and an adapter: transformers
-    would load both.
-    """
-    config = Path(model) / "adapter_config.json"
-    if not config.is_file():
-        return [model]
-    if config.with_name("config.json").is_file():
-        raise UserError(f"{model} holds a model and an adapter; move {config.name} and its weights to another folder")
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config}: not the config of an adapter: {error!r}") from None
-    if not isinstance(base, str) or config in above:
-        raise UserError(f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}")
-    return [*adapter_chain(base, (*above, config)), model]
 
 
 def check_hub(model):
@@ -664,16 +645,14 @@ def check_resumable(accelerator, cfg, checkpoint, now):
             f"steps: {cfg.steps}, but {path} is already after step {done}; set more steps, or start from "
             "scratch with --resume false"
         )
-    before = weights_in(path)
-    now_is = "whole"
     if is_sharded(accelerator):
-        now_is = "sharded"
-    elif cfg.lora_rank:
-        now_is = "adapter"
-    if before != now_is:
+        kind = "sharded weights"
+    else:
+        kind = "an adapter" if cfg.lora_rank else "whole weights"
+    if weights_in(path) != kind:
         raise UserError(
-            f"{path}: a checkpoint of {before} weights cannot be resumed in a run of {now_is} weights: start it as "
-            f"before, or export it as a model to start from: python -m tools.export {path} FOLDER"
+            f"{path}: a checkpoint of {weights_in(path)} cannot be resumed in a run of {kind}: start it as before, or "
+            f"export it as a model to start from: python -m tools.export {path} FOLDER"
         )
     try:
         before = json.loads((path / "run.json").read_text(encoding="utf-8"))
@@ -706,10 +685,10 @@ def check_resumable(accelerator, cfg, checkpoint, now):
 
 
 def weights_in(checkpoint):
-    """Which weights a training checkpoint holds: "whole", "sharded", or "adapter"."""
+    """What a training checkpoint holds: "whole weights", "sharded weights" or "an adapter"."""
     if (checkpoint / "pytorch_model_fsdp_0").is_dir():
-        return "sharded"
-    return "adapter" if (checkpoint / "adapter_config.json").is_file() else "whole"
+        return "sharded weights"
+    return "an adapter" if (checkpoint / "adapter_config.json").is_file() else "whole weights"
 
 
 # ------------------------------------------------------------------------------------ checkpoints

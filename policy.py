@@ -1,7 +1,7 @@
 """Qwen2.5-VL as a policy: load it, sample completions from it, and score completions with it.
 
     load_processor, load_policy, load_reference    transformers' own classes, and a head that returns log-probs
-    load_trainable, adapter_off                    the policy to train, and its frozen weights alone if it is a LoRA
+    load_trainable, adapter_off                    the policy to train; the same policy without its LoRA adapter
     mrope_positions                                time, row and column of each token of a prompt
     rollout(model, prompts, counts, ...)           sample n completions for each prompt
     pack, completion_logps                         log-probs of given completions, differentiable
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -48,8 +48,8 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 import common
 import data
-from common import adapter_chain, compute_dtype, is_sharded, replace_folder, room_on_disk
-from settings import UserError
+from common import compute_dtype, is_sharded, replace_folder, room_on_disk
+from settings import UserError, adapter_chain
 
 # values of mm_token_type_ids
 TEXT = 0
@@ -193,10 +193,14 @@ def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
             ignore_mismatched_sizes=True,
         )
         refuse_other_tensors(base, report)
+        if adapted_layers(model):
+            raise UserError(f"{base} is an adapter on the hub; download it, and set model to its folder")
         for adapter in adapters:
             model = merge_adapter(model, adapter)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # only reentrant checkpointing needs its hooks, by which gradients would run through a frozen vision tower too
+        model.disable_input_require_grads()
     return Policy.of(model)
 
 
@@ -226,12 +230,14 @@ def empty_model(config, dtype):
 
 
 def load_trainable(cfg, accelerator):
-    """The checkpoint as the policy to train: all of its weights, or with `lora_rank` an adapter on frozen weights."""
+    """The checkpoint as the policy to train: all of its weights, or with `lora_rank` an adapter on frozen weights.
+
+    With an adapter, accelerator's checkpoints hold only that.
+    """
     if not cfg.lora_rank:
         return load_policy(cfg, accelerator=accelerator).train()
-    model = add_adapter(load_policy(cfg, compute_dtype(cfg)), cfg)
     checkpoint_adapter_only(accelerator)
-    return model.train()
+    return add_adapter(load_policy(cfg, compute_dtype(cfg), device=accelerator.device), cfg).train()
 
 
 def load_reference(accelerator, cfg, policy):
@@ -564,7 +570,8 @@ def save_model(accelerator, model, files, folder, dtype=None):
 
 def write_model(state, model, files, folder, dtype=None):
     """The files of save_model from a full state dict of `model`; `dtype` None keeps the weights' own."""
-    if adapted_layers(model):
+    has_adapter = bool(adapted_layers(model))
+    if has_adapter:
         state = merged_state(state, model)
     # the base class, empty: it knows the names of the weights in files
     with torch.device("meta"):
@@ -588,7 +595,7 @@ def write_model(state, model, files, folder, dtype=None):
             config_json.setdefault("torch_dtype", None)
         text = json.dumps(with_dtype(config_json, dtype), indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        if adapted_layers(model):
+        if has_adapter:
             # not beside the weights, where transformers would find it and add it to them again
             save_adapter(model, temporary / "adapter")
         replace_folder(temporary, Path(folder))
@@ -599,8 +606,6 @@ def write_model(state, model, files, folder, dtype=None):
 # The linear layers of the language model. The vision tower has some of the same names, but stays frozen.
 ADAPTED_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 ADAPTER_FILE = "adapter_model.safetensors"
-# peft saves the name of a tensor with this in front
-PEFT_PREFIX = "base_model.model."
 
 
 def adapted_layers(model):
@@ -613,44 +618,59 @@ def add_adapter(model, cfg):
 
     B is 0 at first, so the policy starts as the checkpoint. A and B are float32 whatever the dtype of W.
     """
-    # A is random: the same for each process and each start of the run
+    # A is random, and the same each time the run starts
     common.seed_everything(cfg.seed)
     config = LoraConfig(
         r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=ADAPTED_LAYERS
     )
-    # changes the model in place; the wrapper that it returns is not needed
-    get_peft_model(model, config)
-    model.peft_config["default"].base_model_name_or_path = cfg.model
+    # an absolute path, so that the adapter can be loaded from any folder
+    config.base_model_name_or_path = str(Path(cfg.model).resolve()) if Path(cfg.model).exists() else cfg.model
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for layer in adapted_layers(model):
+        # in bfloat16 autocast does it; peft would first cast to float32
+        layer.cast_input_dtype_enabled = False
     return model
 
 
 @contextmanager
 def adapter_off(model):
-    """Within it a `model` with an adapter computes without it, as the checkpoint it started from. Others: no change."""
+    """Within it a model with an adapter computes without it, as the checkpoint it started from.
+
+    A model without an adapter is not changed.
+    """
     for layer in adapted_layers(model):
         layer.enable_adapters(False)
-    yield
-    for layer in adapted_layers(model):
-        layer.enable_adapters(True)
+    try:
+        yield
+    finally:
+        for layer in adapted_layers(model):
+            layer.enable_adapters(True)
 
 
 def merged_state(state, model):
-    """`state`, the state dict of `model`, as that of a plain model. From here on the adapter is part of the weights.
+    """`state`, the state dict of `model`, as that of a plain model. Changes the model: its weights include the adapter.
 
-    In place, because a second copy may not fit beside the model. The sum is rounded once, to the dtype of W.
+    In place, because a second copy may not fit beside the model. Each sum is rounded once, to the dtype of W.
     """
     for layer in adapted_layers(model):
         layer.merge()
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
+def adapter_tensors(model):
+    """The tensors of the model's adapter, under the names that peft gives them in a file."""
+    # embeddings are not adapted; by default peft would look on the hub whether they were
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def save_adapter(model, folder):
     """Write the model's adapter into `folder`, as files that peft's PeftModel.from_pretrained loads."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model)
-    save_file(
-        {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}, f"{folder}/{ADAPTER_FILE}"
-    )
+    save_file(adapter_tensors(model), f"{folder}/{ADAPTER_FILE}")
     model.peft_config["default"].save_pretrained(folder)
 
 
@@ -658,8 +678,8 @@ def save_adapter(model, folder):
 def load_adapter(model, folder):
     """Read what save_adapter wrote into the model's adapter. KeyError or RuntimeError if it is another adapter."""
     saved = load_file(f"{folder}/{ADAPTER_FILE}")
-    for name, tensor in get_peft_model_state_dict(model).items():
-        tensor.copy_(saved[f"{PEFT_PREFIX}{name}"])
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(saved[name])
 
 
 def merge_adapter(model, folder):

@@ -4,6 +4,7 @@ load_config                      defaults, then the YAML file, then --name value
 write_atomic, append_rows        files that are complete even after a crash
 read_jsonl, read_rows            our JSONL files; a user's JSON or JSONL file
 file_hash, fingerprint           identify the content of a file, or the weights of a checkpoint
+adapter_chain                    the checkpoint that a LoRA adapter belongs to
 table, mean_and_se               what the scripts print
 """
 
@@ -96,7 +97,7 @@ class SharedConfig:
     fsdp: str = option(
         "none", "full_shard: shard weights, gradients and optimizer over the GPUs", choices=("none", "full_shard")
     )
-    bf16: bool = option(False, "compute in bfloat16 (master weights stay float32)")
+    bf16: bool = option(False, "compute in bfloat16; trained weights stay float32, frozen ones of LoRA do not")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, about a quarter slower"
     )
@@ -131,10 +132,12 @@ class TrainConfig(SharedConfig):
     adam_beta2: float = option(0.999, "AdamW beta 2", low=0, high=0.999999)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
-    freeze_vision: bool = option(False, "train the language model only")
+    freeze_vision: bool = option(False, "train the language model only (LoRA always does)")
     lora_rank: int = option(0, "train a LoRA adapter of this rank on the language model; 0: train all weights", low=0)
     lora_alpha: int = option(32, "the adapter is scaled by alpha / rank", low=1)
-    lora_dropout: float = option(0.0, "dropout of the adapter's input, while training", low=0, high=0.999999)
+    lora_dropout: float = option(
+        0.0, "dropout of the adapter's input; 0 for T-GRPO, whose ratio it would make noisy", low=0, high=0.999999
+    )
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", low=1)
     resume: bool = option(
@@ -396,10 +399,35 @@ def sampled_hash(path):
     return digest.hexdigest()[:16]
 
 
+def adapter_chain(model):
+    """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
+
+    Raises UserError for an adapter without a base, and for a folder that holds a model and an adapter: transformers
+    would load both.
+    """
+    config = Path(model) / "adapter_config.json"
+    if not config.is_file():
+        return [model]
+    if config.with_name("config.json").is_file():
+        raise UserError(f"{model} holds a model and an adapter; move {config.name} and its weights to another folder")
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config}: not the config of an adapter: {error!r}") from None
+    if not isinstance(base, str):
+        raise UserError(f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}")
+    return [*adapter_chain(base), model]
+
+
 @functools.cache
 def fingerprint(model):
-    """A hash of the weights in a checkpoint folder, because a path may later hold others; "" for a hub name."""
-    files = sorted(Path(model).glob("*.safetensors"))
+    """A hash of the weights in a checkpoint folder, because a path may later hold others; "" for a hub name.
+
+    For an adapter, of the weights below it too.
+    """
+    files = []
+    for folder in adapter_chain(model):
+        files += sorted(Path(folder).glob("*.safetensors"))
     digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
     return digest.hexdigest()[:16] if files else ""
 

@@ -20,6 +20,8 @@ RULES = Rules(
     agreement={"pretrain": 0.5, "sft": 0.8, "rl": 0.8, "test": 0.5},
     teachers={"pretrain": skill_teacher, "sft": flawed_teacher},
 )
+# twice those of the toy's SFT
+PRETRAINING_STEPS = 700
 # of both stages; chosen on seed 100
 ARMS = {
     "full": {"sft": ("--lr", 3e-3), "tgrpo": ()},
@@ -48,7 +50,7 @@ def run_seed(out, seed):
         evaluation = stage("evaluate.py", out, seed, f"{name}/final", "test.json", f"eval/{name}", *BOTH_ORDERS)
         launch(evaluation, out / f"eval/{name}/summary.json")
 
-    train("sft.py", "base", "pretrain.json", "pretrained")
+    train("sft.py", "base", "pretrain.json", "pretrained", "--steps", PRETRAINING_STEPS)
     for arm, settings in ARMS.items():
         train("sft.py", "pretrained/final", "sft.json", f"{arm}/sft", *settings["sft"])
         train("tgrpo.py", f"{arm}/sft/final", "rl.json", f"{arm}/tgrpo", *settings["tgrpo"])

@@ -274,8 +274,15 @@ VIDEOMME = [
 
 @pytest.fixture
 def root(tmp_path):
-    """All six benchmarks' annotation files, in folders of their names."""
+    """All benchmarks' annotation files, in folders of their names."""
     write(tmp_path / "vsibench/test.jsonl", VSI)
+    write(tmp_path / "vsibench/test_debiased.jsonl", VSI[1:])
+    for task, rows in TVBENCH.items():
+        write(tmp_path / f"tvbench/json/{task}.json", rows)
+    for task, table in TOMATO.items():
+        write(tmp_path / f"tomato/data/{task}.json", table)
+    write(tmp_path / "timeblind/data.jsonl", TIMEBLIND)
+    write(tmp_path / "videoholmes/test_Video-Holmes.json", HOLMES)
     for task, rows in MVBENCH.items():
         write(tmp_path / f"mvbench/json/{task}.json", rows)
     for form, table in TEMPCOMPASS.items():
@@ -487,6 +494,77 @@ def test_bad_rows_are_named_all_at_once(root, name, file, change, message):
     with pytest.raises(UserError) as error:
         load_benchmark(name, root)
     assert message in str(error.value) and f"{file}, row 3: expected an object" in str(error.value)
+
+
+def test_records_of_the_benchmarks_made_for_time(root):
+    """Guards: an answer that is one option off; videos of MVBench's folders; a pair that is taken apart."""
+    localization, direction = load_benchmark("tvbench", root)
+    assert (direction["path"], direction["solution"]) == (
+        "tvbench/video/moving_direction/m1.mp4",
+        "<answer>B</answer>",
+    )
+    assert (localization["start"], localization["end"], localization["id"]) == (1.0, 9.0, "action_localization/0")
+    (shape,) = load_benchmark("tomato", root)
+    assert (shape["id"], shape["task"], shape["solution"]) == ("shape&trend/40", "shape&trend", "<answer>B</answer>")
+    assert (shape["path"], shape["options"][1]) == ("tomato/videos/human/0215-06.mp4", "B. A square.")
+    blind = load_benchmark("timeblind", root)
+    assert [record["path"] for record in blind] == [f"timeblind/videos/vid_0_{i % 2}.mp4" for i in range(4)]
+    answers = [record["solution"] for record in blind]
+    assert answers == [f"<answer>{answer}</answer>" for answer in ("yes", "no", "B", "A")]
+    assert {record["instance"] for record in blind} == {0} and blind[0]["problem"].endswith("Answer yes or no.")
+    (film,) = load_benchmark("videoholmes", root)
+    assert (film["id"], film["task"], film["path"]) == ("dGS48/3", "SR", "videoholmes/videos_cropped/dGS48.mp4")
+    assert film["options"] == ["A. a brother", "B. a thief", "C. nobody"]
+    # the files of VSI-Bench and of its debiased part lie in one folder
+    (debiased,) = load_benchmark("vsibench_debiased", root)
+    assert (debiased["path"], debiased["benchmark"]) == ("vsibench/arkitscenes/777.mp4", "vsibench_debiased")
+    assert len(load_benchmark("vsibench", root)) == 2
+
+
+@pytest.mark.parametrize(
+    "name, file, content, message",
+    [
+        ("tvbench", "json/moving_count.json", TVBENCH["moving_direction"], "no task of TVBench is called"),
+        ("tvbench", "json/moving_direction.json", [{**TVBENCH["moving_direction"][0], "answer": "x"}], "not among"),
+        ("tomato", "data/count.json", {"1": {**TOMATO["shape&trend"]["40"], "answer": 3}}, "the number of an option"),
+        ("tomato", "data/count.json", {"1": {**TOMATO["shape&trend"]["40"], "answer": "B"}}, "the number of an option"),
+        ("tomato", "data/count.json", [1], "not in this benchmark's format"),
+        ("timeblind", "data.jsonl", [{**TIMEBLIND[0], "type": "open"}], "type: expected one of yes_no"),
+        ("timeblind", "data.jsonl", [{**TIMEBLIND[0], "answer": "maybe"}], "answer: expected one of yes, no"),
+        ("timeblind", "data.jsonl", [{**TIMEBLIND[0], "index": "first"}], "row 1: "),
+        ("videoholmes", "test_Video-Holmes.json", [{**HOLMES[0], "Answer": "D"}], "Answer: expected one of A, B, C"),
+        ("videoholmes", "test_Video-Holmes.json", [{**HOLMES[0], "Options": ["x"]}], "Options: expected {letter"),
+        ("videoholmes", "test_Video-Holmes.json", [{**HOLMES[0], "Options": {"B": "x"}}], "letters from A on"),
+    ],
+)
+def test_bad_rows_of_the_benchmarks_made_for_time_are_named(tmp_path, name, file, content, message):
+    """Guards: a traceback, or a wrong letter, for a file that is not what the authors published."""
+    write(tmp_path / name / file, content)
+    with pytest.raises(UserError) as error:
+        load_benchmark(name, tmp_path)
+    assert message in str(error.value) and Path(file).name in str(error.value)
+
+
+def timeblind_rows(answers):
+    """Rows of instances: one list of four answers each; the truth is yes, no, no, yes."""
+    rows = []
+    for instance, given in enumerate(answers):
+        for i, (answer, truth) in enumerate(zip(given, ("yes", "no", "no", "yes"))):
+            extra = {"instance": instance, "row_id": str(4 * instance + i)}
+            rows.append(row("timeblind", answer, truth, "free-form", "yes_no", **extra))
+    return rows
+
+
+def test_timeblind_counts_instances_with_four_right_answers():
+    """Guards: the accuracy of single answers, which is 50 % for a model that always says yes."""
+    rows = timeblind_rows([["Yes.", "no", "No, he runs.", "yes"], ["yes"] * 4, ["yes", "no", "no", "yes or no"]])
+    part = benchmark_scores(rows)["timeblind"]
+    assert (part["score"], part["instances"], part["n"]) == (pytest.approx(100 / 3), 3, 12)
+    assert part["accuracy"] == pytest.approx(100 * 9 / 12) and part["unparsed"] == pytest.approx(1 / 12)
+    # an instance whose answers are not complete is wrong
+    assert benchmark_scores(rows[:3])["timeblind"]["score"] == 0
+    letter = row("timeblind", "The answer is B.", "B", "free-form", "multiple_choice", instance=0)
+    assert score_answer(letter) == (1.0, True)
 
 
 def test_files_in_another_format_and_no_files(root, tmp_path):

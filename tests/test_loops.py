@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from naive import without_times
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_data import write_video
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -331,8 +332,6 @@ def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
 
 def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
     """Guards: one 4000-pixel picture that fills a GPU's memory."""
-    from PIL import Image
-
     Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
     sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
     assert sample.shuffled is None
@@ -443,3 +442,74 @@ def test_shuffle_frames_changes_what_the_model_sees(run):
     assert {r["frames"] for r in read(ordered)} == {"ordered"} and {r["frames"] for r in read(shuffled)} == {"shuffled"}
     texts = {r["id"]: r["prediction"] for r in read(ordered)}
     assert any(texts[r["id"]] != r["prediction"] for r in read(shuffled))
+
+
+def brightness(x):
+    """The frame numbers of a clip made by write_video, in the order in which the model sees them."""
+    pixels = x["pixel_values_videos"]
+    grid = x["video_grid_thw"][0].tolist()
+    mean_TF = pixels.view(grid[0], grid[1] * grid[2], 3, 2, 14 * 14).mean((1, 2, 4)).flatten()
+    return mean_TF.argsort().argsort().tolist(), mean_TF
+
+
+def test_each_order_shows_the_frames_that_it_names(world, tmp_path):
+    """Guards: a reversed clip that is the ordered one; a single frame that is the first; a blind prompt with pixels."""
+    write_video(tmp_path / "clip.mp4", 8)
+    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
+    orders = ("ordered", "reversed", "single", "blind")
+    sample = data.Samples([RECORD], policy.load_processor(cfg), cfg, orders)[0]
+    ordered, ordered_brightness = brightness(sample.ordered)
+    assert ordered == list(range(8)) and brightness(sample.reversed)[0] == list(range(8))[::-1]
+    _, single_brightness = brightness(sample.single)
+    assert sample.single["video_grid_thw"].tolist() == [[1, 4, 4]]
+    assert torch.allclose(single_brightness, ordered_brightness[4].expand(2), atol=1e-4)
+    assert sample.shuffled is None and "pixel_values_videos" not in sample.blind
+    vision = {policy.load_processor(cfg).video_token_id, policy.load_processor(cfg).image_token_id}
+    assert not vision & set(sample.blind["input_ids"][0].tolist())
+    # the words are the same
+    kept = sample.ordered["mm_token_type_ids"][0] == policy.TEXT
+    words = [token for token in sample.ordered["input_ids"][0, kept].tolist() if token in sample.blind["input_ids"]]
+    assert words == sample.blind["input_ids"][0].tolist()
+
+
+def test_the_questions_own_picture_is_last_in_every_order(world, tmp_path):
+    """Guards: a question image that is reversed to the start, or that is the single frame."""
+    write_video(tmp_path / "clip.mp4", 7)
+    Image.new("RGB", (56, 56), (255, 255, 255)).save(tmp_path / "question.png")
+    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
+    record = RECORD | {"image_path": "question.png"}
+    orders = ("ordered", "shuffled", "reversed", "single", "blind")
+    sample = data.Samples([record], policy.load_processor(cfg), cfg, orders)[0]
+    for order, last in (("ordered", 7), ("shuffled", 7), ("reversed", 7), ("single", 3)):
+        assert brightness(getattr(sample, order))[0][-1] == last, order
+    assert brightness(sample.reversed)[0] == [6, 5, 4, 3, 2, 1, 0, 7]
+    assert "pixel_values_videos" not in sample.blind
+
+
+@pytest.mark.parametrize("kind", ["picture", "one frame"])
+def test_what_has_no_order_is_asked_in_order_and_blind_only(world, tmp_path, kind):
+    """Guards: a picture that counts as a reversed clip; a question that is asked twice with the same pixels."""
+    if kind == "picture":
+        Image.new("RGB", (56, 56)).save(tmp_path / "clip.mp4", format="png")
+    else:
+        write_video(tmp_path / "clip.mp4", 1)
+    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
+    record = RECORD | {"data_type": "image" if kind == "picture" else "video"}
+    orders = ("ordered", "shuffled", "reversed", "single", "blind")
+    sample = data.Samples([record], policy.load_processor(cfg), cfg, orders)[0]
+    assert [order for order in orders if getattr(sample, order) is not None] == ["ordered", "blind"]
+
+
+def test_prompts_with_and_without_frames_share_a_batch(world, tmp_path):
+    """Guards: pixels of one prompt on the tokens of another, if a prompt between them has none."""
+    write_video(tmp_path / "clip.mp4", 8)
+    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
+    processor = policy.load_processor(cfg)
+    sample = data.Samples([RECORD], processor, cfg, ("ordered", "reversed", "blind"))[0]
+    prompts = [sample.ordered, sample.blind, sample.reversed]
+    model = policy.load_policy(cfg).eval()
+    together = policy.rollout(model, prompts, [1, 1, 1], processor.tokenizer, 0, 12)
+    for prompt, completion in zip(prompts, together):
+        (alone,) = policy.rollout(model, [prompt], [1], processor.tokenizer, 0, 12)
+        assert completion.tolist() == alone.tolist()
+    assert len({tuple(completion.tolist()) for completion in together}) > 1

@@ -12,9 +12,9 @@ from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
-from common import adapter_chain, check_model, compute_dtype, weights_in
+from common import check_model, compute_dtype, weights_in
 from policy import empty_model, load_policy, starting_files, write_model
-from settings import SharedConfig, read_yaml
+from settings import SharedConfig, adapter_chain, read_yaml
 
 
 def export(checkpoint, folder):
@@ -26,7 +26,7 @@ def export(checkpoint, folder):
     (settings,) = read_yaml(checkpoint.parent / "config.yaml").values()
     cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
     check_model(cfg, f"{checkpoint}, whose run started from: export")
-    if weights_in(checkpoint) == "adapter":
+    if weights_in(checkpoint) == "an adapter":
         model = load_policy(SharedConfig(model=str(checkpoint)), compute_dtype(cfg))
         state = model.state_dict()
     else:

@@ -36,8 +36,6 @@ FEED_FORWARD_WIDTHS = 4
 ADAPTED_MATRICES = 7
 # ... and its norms, which are frozen, do not save their outputs.
 FROZEN_NORM_WIDTHS = 2
-# With LoRA and bfloat16: copies of a layer's input for adapters that read the same one.
-BF16_ADAPTER_WIDTHS = 3
 # Held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state.
 OUTER_WIDTHS = 6
 # Float32 copies of one chunk of logits: logits, log-softmax and the gradients of both.
@@ -191,7 +189,7 @@ def training_bytes(cfg, text, vision, step):
     packed_tokens = step.prompt_tokens + cfg.num_generations * cfg.max_new_tokens
     text_widths = TEXT_LAYER_WIDTHS + norm_widths
     if cfg.lora_rank:
-        text_widths += (BF16_ADAPTER_WIDTHS if cfg.bf16 else 0) - FROZEN_NORM_WIDTHS
+        text_widths -= FROZEN_NORM_WIDTHS
     per_text_token = text_widths * width + FEED_FORWARD_WIDTHS * text.intermediate_size
     per_text_token += ADAPTED_MATRICES * cfg.lora_rank
     # With a mask, keys and values are repeated for all heads, and the mask becomes a bias per pair of tokens.
@@ -245,7 +243,7 @@ def print_plan(cfg, gpus, card_gb):
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in parts.items()]
     rows.append(["peak", f"{peak / 1e9:.1f}"])
-    print(settings.table([f"{gpus} GPUs, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
+    print(settings.table([f"GPUs: {gpus}, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
     print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
     verdict = "fits" if peak / 1e9 < 0.9 * card_gb else "does not fit"
     print(f"It {verdict} in {card_gb:g} GB with a tenth to spare.")
