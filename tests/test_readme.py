@@ -37,6 +37,7 @@ RUN_BY = {
     "python evaluate.py --score predictions.jsonl": "test_scoring_loads_no_torch",
     "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_are_joined",
     "python -m tools.report predictions.jsonl --data_root DIR": "tests/test_report.py",
+    "python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl": "test_several_files_are_named",
     "python -m tools.distill predictions.jsonl --out cot.json --data_root DIR": "test_distilled_answers_train",
     "python -m experiments.ablation": "test_ablation_runs_every_arm",
     "python -m experiments.two_rationales": "test_teacher_gives_both_reasons",
