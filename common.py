@@ -674,6 +674,11 @@ def check_resumable(accelerator, cfg, checkpoint, now):
         belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
         changed.append(f"the weights in {cfg.model} have changed{belongs}")
     differences = "; ".join(changed)
+    if settings_before["lora_rank"] != cfg.lora_rank:
+        raise UserError(
+            f"{path}: {differences}; the rank of an adapter cannot change. Start from scratch with --resume false (the "
+            "earlier run is moved aside), or choose another --output_dir"
+        )
     if changed and not cfg.resume_changed:
         raise UserError(
             f"{path} was made by a different run: {differences}. Start from scratch with --resume false "

@@ -17,6 +17,7 @@ Axes: B packed rows, or prompts of a rollout · L tokens of a row · P tokens of
 import functools
 import json
 import math
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -582,7 +583,8 @@ def write_model(state, model, files, folder, dtype=None):
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     dtype = next(iter(state.values())).dtype
-    temporary = Path(f"{folder}.tmp")
+    folder = Path(folder)
+    temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with room_on_disk(folder):
         shell.save_pretrained(temporary, state_dict=state)
@@ -598,7 +600,7 @@ def write_model(state, model, files, folder, dtype=None):
         if has_adapter:
             # not beside the weights, where transformers would find it and add it to them again
             save_adapter(model, temporary / "adapter")
-        replace_folder(temporary, Path(folder))
+        replace_folder(temporary, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------- LoRA
@@ -682,17 +684,27 @@ def load_adapter(model, folder):
         tensor.copy_(saved[name])
 
 
+# How names of tensors begin in adapters that were made with transformers before 4.52, and how they do now.
+OLDER_NAMES = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
+
+
 def merge_adapter(model, folder):
-    """`model` with the adapter in `folder`, in peft's format, added to its weights. UserError if it does not fit."""
+    """`model` with the adapter in `folder`, in peft's format, added to its weights. UserError if that is impossible."""
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise UserError(f"{folder}: adapter_model.safetensors is missing")
     try:
         wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
-        report = wrapped.load_adapter(folder, "default")._asdict()
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: this adapter does not fit its base model: {reason:.200}") from error
-    refuse_other_tensors(folder, report)
-    # peft has frozen the model
-    return wrapped.merge_and_unload().requires_grad_(True)
+        report = wrapped.load_adapter(folder, "default", key_mapping=OLDER_NAMES)._asdict()
+        refuse_other_tensors(folder, report)
+        names = " ".join(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        if model.config.tie_word_embeddings and re.search(r"\b(lm_head|embed_tokens)\b", names):
+            raise ValueError("it changes the embedding or the head, which are one matrix in this model")
+        # peft has frozen the model
+        return wrapped.merge_and_unload().requires_grad_(True)
+    # a damaged or unusual adapter may raise anything
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: this adapter cannot be merged: {reason:.200}") from error
 
 
 def checkpoint_adapter_only(accelerator):

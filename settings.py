@@ -428,6 +428,8 @@ def fingerprint(model):
     files = []
     for folder in adapter_chain(model):
         files += sorted(Path(folder).glob("*.safetensors"))
+        # of an adapter only
+        files += sorted(Path(folder).glob("adapter_config.json")) + sorted(Path(folder).glob("adapter_model.bin"))
     digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
     return digest.hexdigest()[:16] if files else ""
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from naive import mixed_prompts, without_times
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_hub import other_files, weights
 from test_sharded import TORCHRUN, difference, launch
 from transformers import AutoModelForImageTextToText
@@ -21,7 +21,7 @@ import policy
 import sft
 import tgrpo
 from experiments import lora as experiment
-from settings import TrainConfig, UserError, load_config, read_jsonl
+from settings import TrainConfig, UserError, fingerprint, load_config, read_jsonl
 from tools import export
 
 LORA = dict(lora_rank=4, lora_alpha=8)
@@ -244,6 +244,18 @@ def test_an_adapter_of_others_is_merged_at_load_and_is_the_reference(hub, world,
     plain = policy.load_policy(TrainConfig(model=str(base)))
     assert (clip_logps(plain, base, world) - expected).abs().max() > 1e-2
 
+    # names of tensors as in transformers 4.49
+    older = shutil.copytree(tmp_path / "theirs", tmp_path / "older") / "adapter_model.safetensors"
+    tensors = {name.replace("language_model.", ""): tensor for name, tensor in load_file(older).items()}
+    save_file(tensors, older)
+    again = policy.load_policy(TrainConfig(model=str(older.parent)))
+    assert difference(again.state_dict(), merged.state_dict()) == 0
+    # a run notices other weights under the adapter, and another scale
+    before = fingerprint(str(tmp_path / "theirs"))
+    described = tmp_path / "older/adapter_config.json"
+    described.write_text(described.read_text().replace('"lora_alpha": 6', '"lora_alpha": 7'))
+    assert before and fingerprint(str(tmp_path / "older")) != before != fingerprint(str(base))
+
     common_settings = dict(model=tmp_path / "theirs", max_new_tokens=8, **TRAINING)
     full = run("tgrpo", "full", **common_settings)
     lora = run("tgrpo", "lora", save_every=1, **LORA, **common_settings)
@@ -284,7 +296,7 @@ def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
 
     assert "no checkpoint at" in message(adapter("gone", tmp_path / "nowhere"))
     assert "expected the model it was trained on, got None" in message(adapter("none", None))
-    assert "does not fit its base model" in message(adapter("other rank", r=8))
+    assert "cannot be merged: Error(s) in loading" in message(adapter("other rank", r=8))
     assert "these weights are not the model's: missing" in message(
         adapter(
             "more layers",
@@ -292,6 +304,21 @@ def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
         )
     )
     assert "these weights are not the model's: unexpected" in message(adapter("fewer", target_modules=["q_proj"]))
+    for number, config in enumerate(({"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]})):
+        config = LoraConfig(**{"target_modules": ["q_proj"]} | config)
+        with_head = get_peft_model(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), config)
+        with_head.save_pretrained(tmp_path / f"head {number}")
+        assert "one matrix in this model" in message(tmp_path / f"head {number}")
+    for number, change in enumerate(
+        ({"peft_type": "NEW"}, {"target_modules": 5}, {"target_modules": "(("}, {"r": "x"})
+    ):
+        assert "cannot be merged" in message(adapter(f"odd {number}", **change))
+    file = adapter("damaged") / "adapter_model.safetensors"
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1", file.read_bytes()[:-100]):
+        file.write_bytes(content)
+        assert "cannot be merged" in message(file.parent)
+    file.unlink()
+    assert "adapter_model.safetensors is missing" in message(file.parent)
     (tmp_path / "gone/adapter_config.json").write_text("[]")
     assert "not the config of an adapter" in message(tmp_path / "gone")
     shutil.copy(base / "config.json", tmp_path / "fewer")
@@ -321,8 +348,9 @@ def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
     ):
         out = run("sft", name, **settings, **first)
         shutil.rmtree(out / "final")
-        with pytest.raises(UserError, match=line):
-            run("sft", name, **settings, **second)
+        for more in ({}, {"resume_changed": "true"}):
+            with pytest.raises(UserError, match=line):
+                run("sft", name, **settings, **second, **more)
     # a checkpoint of a version without LoRA resumes
     out = run("sft", "old", **settings)
     shutil.rmtree(out / "final")

@@ -1,5 +1,6 @@
 """Runs that are killed, disks that are full, gradients that are not finite: nothing a user made is lost."""
 
+import json
 import os
 import resource
 import signal
@@ -133,3 +134,29 @@ def test_an_exported_checkpoint_has_the_weights_of_its_step(run, tmp_path):
     plain = load_file(tmp_path / "plain/model.safetensors")
     final = weights(out)
     assert plain.keys() == final.keys() and difference(plain, final) > 0
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_an_export_never_replaces_a_folder_nor_writes_half_a_model(run, tmp_path, lora_rank):
+    """Guards: a run folder replaced by the exported model; a folder lost for a slash at the end of its name; a "model"
+    of whatever tensors a damaged checkpoint holds.
+    """
+    out = run("sft", steps=2, save_every=1, lora_rank=lora_rank)
+    for folder in (out, f"{out}/", out / "final"):
+        with pytest.raises(common.UserError, match="exists already"):
+            export.export(out / "checkpoint-1", folder)
+    export.export(out / "checkpoint-1", f"{tmp_path}/plain/")
+    assert (tmp_path / "plain/model.safetensors").is_file()
+    assert [path.name for path in tmp_path.glob("*plain*")] == ["plain"]
+    with pytest.raises(common.UserError, match="no such checkpoint"):
+        export.export(out / "checkpoint-9", tmp_path / "other")
+    name = "adapter_config.json" if lora_rank else "model.safetensors"
+    (out / "checkpoint-1" / name).unlink()
+    with pytest.raises(common.UserError, match=f"damaged: {name} is missing"):
+        export.export(out / "checkpoint-1", tmp_path / "other")
+    # a copy from elsewhere, without its list of files
+    state = out / "checkpoint-1/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "files": {}}))
+    with pytest.raises(common.UserError, match="these weights are not the model's: missing"):
+        export.export(out / "checkpoint-1", tmp_path / "other")
+    assert not (tmp_path / "other").exists() and (out / "final").is_dir()

@@ -12,27 +12,39 @@ from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
-from common import check_model, compute_dtype, weights_in
-from policy import empty_model, load_policy, starting_files, write_model
-from settings import SharedConfig, adapter_chain, read_yaml
+from common import check_model, compute_dtype, damage, weights_in
+from policy import empty_model, load_policy, merge_adapter, refuse_other_tensors, starting_files, write_model
+from settings import SharedConfig, UserError, adapter_chain, read_yaml
 
 
 def export(checkpoint, folder):
     """Write the policy of `checkpoint`, sharded, whole or an adapter, into `folder`.
 
-    Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone.
+    Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone, if the
+    checkpoint is not whole, and if `folder` holds something.
     """
     checkpoint = Path(checkpoint)
+    folder = Path(folder)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: no such checkpoint")
+    wrong = damage(checkpoint)
+    if wrong:
+        raise UserError(f"{checkpoint}: this checkpoint is damaged: {wrong}")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; choose another folder")
     (settings,) = read_yaml(checkpoint.parent / "config.yaml").values()
     cfg = SharedConfig(model=settings["model"], bf16=settings["bf16"])
     check_model(cfg, f"{checkpoint}, whose run started from: export")
     if weights_in(checkpoint) == "an adapter":
-        model = load_policy(SharedConfig(model=str(checkpoint)), compute_dtype(cfg))
+        model = merge_adapter(load_policy(cfg, compute_dtype(cfg)), checkpoint)
         state = model.state_dict()
     else:
         with torch.device("meta"):
             model = empty_model(Qwen2_5_VLConfig.from_pretrained(adapter_chain(cfg.model)[0]), compute_dtype(cfg))
         state = saved_weights(checkpoint)
+    tied = model.all_tied_weights_keys
+    missing = set(model.state_dict()) - set(state) - set(tied)
+    refuse_other_tensors(checkpoint, {"missing_keys": missing, "unexpected_keys": set(state) - set(model.state_dict())})
     write_model(state, model, starting_files(cfg.model), folder, compute_dtype(cfg))
 
 

@@ -10,6 +10,7 @@ were counted with saved-tensor hooks; tests/test_memory.py compares the estimate
 import argparse
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ SHAPES = {
 
 def model_shape(name):
     """Config of the checkpoint `name`, or the published one if the name contains 3B or 7B; else raises UserError."""
+    name = settings.adapter_chain(name)[0]
     if (Path(name) / "config.json").is_file():
         return Qwen2_5_VLConfig.from_pretrained(name)
     size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
@@ -112,12 +114,12 @@ def step_sizes(cfg, config, gpus, prompt_tokens=None, patches=None):
     """Step for one of `gpus` GPUs. prompt_tokens and patches of a prompt: by default the most that cfg allows."""
     with torch.device("meta"):
         model = empty_model(config, torch.float32)
-    parameters = count(model)
-    text_layer = count(model.model.language_model.layers[0])
-    if cfg.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    if cfg.lora_rank:
-        add_adapter(model, cfg)
+        parameters = count(model)
+        text_layer = count(model.model.language_model.layers[0])
+        if cfg.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        if cfg.lora_rank:
+            add_adapter(model, cfg)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     prompts = max(1, cfg.batch_size // gpus)
     patches = patches or cfg.max_frames // 2 * cfg.max_pixels // PATCH_PIXELS
@@ -253,8 +255,8 @@ def print_plan(cfg, gpus, card_gb):
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--card_gb", type=float, default=80)
+    parser.add_argument("--gpus", type=partial(settings.convert, kind=int, low=1), default=8)
+    parser.add_argument("--card_gb", type=partial(settings.convert, kind=float, low=1), default=80)
     arguments, rest = parser.parse_known_args()
     cfg = settings.load_config(TGRPOConfig, "tgrpo", rest, doc=__doc__)
     settings.require(cfg, "tgrpo", "model")
