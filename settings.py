@@ -133,7 +133,9 @@ class TrainConfig(SharedConfig):
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
     freeze_vision: bool = option(False, "train the language model only (LoRA always does)")
-    lora_rank: int = option(0, "train a LoRA adapter of this rank on the language model; 0: train all weights", low=0)
+    lora_rank: int = option(
+        0, "train a LoRA adapter of this rank on the language model; 0: train all weights", low=0, high=4096
+    )
     lora_alpha: int = option(32, "the adapter is scaled by alpha / rank", low=1)
     lora_dropout: float = option(
         0.0, "dropout of the adapter's input; 0 for T-GRPO, whose ratio it would make noisy", low=0, high=0.999999

@@ -1,6 +1,6 @@
 """LoRA beside full training on the toy: does an adapter of rank 16 learn what all weights learn?
 
-    python -m experiments.lora --seeds 0 1 2        # CPU, about 7 minutes per seed; results in runs/lora
+    python -m experiments.lora --seeds 0 1 2        # CPU, 13 minutes per seed on a busy machine; results in runs/lora
 
 An adapter needs a model that already sees: with random weights, as in toy.py, its frozen vision tower shows nothing.
 So each seed first pretrains a model, all weights, on clips whose teacher is always right. From it both ways of training
