@@ -374,6 +374,11 @@ def test_scores_of_shuffled_frames_are_labelled(tmp_path):
     rows = both_orders("mvbench", {("t", "a"): (1, 0)}) + [row("mine", "B", "B", frames="shuffled")]
     summary = summarise(rows)
     assert summary["mine"]["frames"] == "shuffled" and summary["mine"]["score"] == 100 and not summary["mine"]["orders"]
+    # a question whose media are missing was not asked in order either
+    gone = {**row("mine", "", "B", row_id="gone"), "error": "no file"}
+    del gone["prediction"]
+    part = summarise(rows + [gone])["mine"]
+    assert (part["frames"], part["n"], part["unusable"], part["orders"]) == ("shuffled", 1, ["gone"], {})
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def answered(row, thought, answer):
 
 
 def test_distilled_answers_train_the_sft_model(run, world, tmp_path, capsys):
-    """Guards: records that sft.py cannot read; wrong, truncated or duplicate answers among the records."""
+    """Guards: records that sft.py cannot read; wrong, truncated, duplicate or blind answers among the
+    records.
+    """
     out = run("evaluate", records=world / "world/rl.json")
     rows = [row for row in read_jsonl(out / "predictions.jsonl") if row["frames"] == "ordered"]
     truths = [extract_answer(row["solution"]) for row in rows]
@@ -95,6 +97,7 @@ def test_distilled_answers_train_the_sft_model(run, world, tmp_path, capsys):
         {**rows[8], "prediction": f"<answer>{truths[8]}</answer>"},
         {**rows[9], "prediction": "<think>cut off"},
         {**answered(rows[10], "x", truths[10]), "frames": "shuffled"},
+        {**answered(rows[11], "x", truths[11]), "frames": "blind"},
         {"benchmark": "rl", "id": "gone", "error": "cannot be read", "path": "x"},
     ]
     predictions = tmp_path / "predictions.jsonl"
@@ -106,9 +109,9 @@ def test_distilled_answers_train_the_sft_model(run, world, tmp_path, capsys):
         "1 dropped: no thought",
         "1 dropped: answer not accurate enough",
         "2 dropped: not one think block and one answer",
-        "1 dropped: frames were not in order",
+        "2 dropped: frames were not in order",
         "1 dropped: media unusable",
-        "6 of 13 answers kept",
+        "6 of 14 answers kept",
     ):
         assert line in printed, printed
     records = json.loads((tmp_path / "cot.json").read_text())
