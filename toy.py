@@ -562,7 +562,7 @@ def plot(out, results):
         bars = right.bar(places + shift, means, 0.38, yerr=errors, label=MODELS[model], color=colour, capsize=3)
         right.bar_label(bars, [f"{100 * mean:.0f}" for mean in means], padding=2)
     right.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    right.text(len(names) - 0.4, 0.5, "chance", ha="left", va="center", fontsize=8)
+    right.text(len(names) - 0.3, 0.5, "chance", ha="left", va="center", fontsize=8)
     labels = [HEADINGS[name].replace(" ", "\n", 1) for name in names]
     right.set(title="3. test clips", xticks=places, xticklabels=labels, ylabel="accuracy")
     right.set(ylim=(0, 1.3), yticks=np.arange(0, 1.1, 0.2))
