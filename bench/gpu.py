@@ -189,7 +189,7 @@ def count_waits(device, function):
 
 def make_models(config, cfg, accelerator):
     """(policy, optimizer, reference, rollout model), sharded as in tgrpo.py."""
-    policy.load_policy = lambda cfg, dtype=torch.float32, **_: random_model(config, cfg, dtype)
+    policy.load_policy = lambda cfg, dtype=torch.float32, *_, **__: random_model(config, cfg, dtype)
     model, optimizer = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     model = accelerator.unwrap_model(model)
     reference = policy.load_reference(accelerator, cfg, model)
