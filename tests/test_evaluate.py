@@ -98,9 +98,9 @@ def command(world, root, output, *launcher):
             "--output_dir",
             output,
             "--batch_size",
-            2,
+            4,
             "--max_new_tokens",
-            8,
+            4,
             "--num_workers",
             0,
         )

@@ -32,9 +32,17 @@ def plan_config(**settings):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("G, T", [(8, 40), (2, 150)])
 @pytest.mark.parametrize(
-    "settings", [{}, {"freeze_vision": True}, {"lora_rank": 16}, {"lora_rank": 16, "bf16": True}], ids=str
+    "settings, G, T",
+    [
+        ({}, 8, 40),
+        ({}, 2, 150),
+        ({"freeze_vision": True}, 8, 40),
+        ({"lora_rank": 16}, 8, 40),
+        ({"lora_rank": 16}, 2, 150),
+        ({"lora_rank": 16, "bf16": True}, 8, 40),
+    ],
+    ids=str,
 )
 def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, checkpointing, G, T, settings):
     """Guards: a plan that omits memory of a real step, so that a run fails after an hour in a queue."""

@@ -227,13 +227,15 @@ def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd
     """
     stages = toy.stages
     make_world = toy.make_world
-    short = {"sft.py": ["--batch_size", "4", "--micro_batch_size", "4"], "tgrpo.py": ["--batch_size", "2"]}
+    short = {
+        "sft.py": ["--steps", "2", "--batch_size", "4", "--micro_batch_size", "4"],
+        "tgrpo.py": ["--steps", "2", "--batch_size", "2"],
+        "evaluate.py": ["--max_new_tokens", "4"],
+    }
 
     def short_stages(out, seed):
         for arguments, result in stages(out, seed):
-            if arguments[0] in short:
-                arguments += ["--steps", "2", *short[arguments[0]]]
-            yield arguments, result
+            yield arguments + short[arguments[0]], result
 
     monkeypatch.setattr(toy, "stages", short_stages)
     monkeypatch.setattr(toy, "make_world", lambda folder, seed: make_world(folder, seed, 12, 12, 8, 4))
