@@ -12,7 +12,7 @@ from naive import mixed_prompts, without_times
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_hub import other_files, weights
-from test_sharded import TORCHRUN, difference, launch
+from test_sharded import difference, launch
 from transformers import AutoModelForImageTextToText
 
 import common
@@ -28,6 +28,8 @@ LORA = dict(lora_rank=4, lora_alpha=8)
 # large enough steps that an adapter which is not used, saved or merged is noticed
 TRAINING = dict(lr=1e-2, warmup_steps=0, lr_schedule="constant")
 LAYOUTS = ("untied", "tied")
+# not the port of test_sharded.py, which runs at the same time
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29649"]
 
 
 def random_adapter(model, seed=5):
