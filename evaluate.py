@@ -23,6 +23,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -454,7 +455,8 @@ def clustered_mean(differences, clips):
 def print_orders(summary):
     """Print, by benchmark and task, the score in each order and what it differs from the first with a 95 % interval."""
     parts = {name: part for name, part in scored_benchmarks(summary).items() if part["orders"]}
-    others = [order for order in ORDERS if any(order in part["orders"] for part in parts.values())]
+    asked = set(chain.from_iterable(part["orders"] for part in parts.values()))
+    others = [order for order in ORDERS if order in asked]
     rows = []
     for name, part in parts.items():
         rows.append(order_row(name, part, others))

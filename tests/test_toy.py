@@ -235,7 +235,7 @@ def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd
 
     def short_stages(out, seed):
         for arguments, result in stages(out, seed):
-            yield arguments + short[arguments[0]], result
+            yield [*arguments, *short[arguments[0]], "--num_workers", "0"], result
 
     monkeypatch.setattr(toy, "stages", short_stages)
     monkeypatch.setattr(toy, "make_world", lambda folder, seed: make_world(folder, seed, 12, 12, 8, 4))

@@ -72,7 +72,8 @@ def write_report(path, runs, cfg):
             by_question.setdefault((row["benchmark"], str(row["id"])), {})[label] = row
     questions = [question_card(rows) for rows in by_question.values()]
     shown = evenly_spaced(questions, MAX_QUESTIONS)
-    models = sorted({str(settings_of(row).get("model") or "unnamed model") for rows in runs.values() for row in rows})
+    all_rows = chain.from_iterable(runs.values())
+    models = sorted({str(settings_of(row).get("model") or "unnamed model") for row in all_rows})
     benchmarks = benchmarks_in(list(chain.from_iterable(columns.values())))
     title = f"{', '.join(models)}: {', '.join(benchmarks)}"
     words = {"group": "benchmark", "kind": "task", "item": "question"}
@@ -104,7 +105,7 @@ def write_page(path, title, words, questions, total, cfg, made_with, tables=()):
     words: what the page calls a question (`item`), its `group` and its `kind`. total: the number of questions before
     any were left out. made_with: settings to print. tables: see score_table.
     """
-    changes = sorted({change for question in questions for change in question["changes"]})
+    changes = sorted(set(chain.from_iterable(question["changes"] for question in questions)))
     for question in tqdm(questions, desc="frames", unit=words["item"]):
         question.update(film_strip(question["record"], cfg))
     title = f"{title}, {time.strftime('%Y-%m-%d')}"
@@ -167,9 +168,12 @@ def changes_of(answers):
     for answer in answers[1:]:
         before = answers[0]["score"]
         after = answer["score"]
-        if before is not None and after is not None:
-            change = "same" if before == after else "gained" if after > before else "lost"
-            changes.append(f"{answer['label']}: {change}")
+        if before is None or after is None:
+            continue
+        change = "same"
+        if before != after:
+            change = "gained" if after > before else "lost"
+        changes.append(f"{answer['label']}: {change}")
     return changes
 
 
@@ -251,7 +255,7 @@ def score_table(columns, benchmarks):
     """
     rows = []
     for name in benchmarks:
-        column_rows = [[row for row in rows_of if row["benchmark"] == name] for rows_of in columns.values()]
+        column_rows = [rows_about(name, rows_of) for rows_of in columns.values()]
         parts = [score_benchmark(name, rows_of) for rows_of in column_rows]
         differences = [evaluate.paired_difference(rows_of, column_rows[0]) for rows_of in column_rows[1:]]
         rows.append(score_row("benchmark", name, parts, differences))
@@ -276,6 +280,10 @@ def score_table(columns, benchmarks):
     }
 
 
+def rows_about(benchmark, rows):
+    return [row for row in rows if row["benchmark"] == benchmark]
+
+
 def score_row(style, label, parts, differences):
     """A row of score_table. A column that has no such part is empty."""
     cells = [parts[0]["n"] if parts[0] else ""]
@@ -292,7 +300,7 @@ def answer_table(columns, benchmarks):
     rows = []
     for name in benchmarks:
         for label, rows_of in columns.items():
-            part = score_benchmark(name, [row for row in rows_of if row["benchmark"] == name])
+            part = score_benchmark(name, rows_about(name, rows_of))
             rows.append({"style": "task", "label": f"{name}, {label}", "cells": [part["n"], *answer_cells(part)]})
     return {
         "headings": ["answers", *ANSWER_COLUMNS.values(), "media missing or bad"],
