@@ -12,8 +12,9 @@ Each step:
        then over completions. Only the completions of ordered frames are trained
     6. update: backward, clip the gradient, AdamW
 Without the temporal term (`temporal_rule: none`), and always for images, this is GRPO. With `temporal_rule: credit`
-(ours, configs/credit.yaml) each completion has a temporal term of its own: how much likelier the order of the frames
-makes it. Nothing is sampled from shuffled frames then: the same completions are scored with K shuffled orders.
+(after TaRO, arXiv 2606.09248; configs/credit.yaml) each completion has a temporal term of its own: how much likelier
+the order of the frames makes it. Nothing is sampled from shuffled frames then: the same completions are scored with K
+shuffled orders.
 
 Differences from the paper, and why: rollouts sample from the whole distribution (no top-p), so that the log-probs of
 step 5 are those of the distribution sampled from; the temporal term is added to the advantage, because division by the
@@ -101,8 +102,8 @@ def temporal_advantages(rewards_G, bonus_G, target="advantage", std="group"):
     """Advantages (G,) with the temporal term: bonus_G is r_t for the correct completions and 0 for the others.
 
     target="reward" is the published form. If the rewards take two values, dividing by the std then cancels r_t exactly:
-    it only rescales the rewards. target="advantage" (ours, default) adds r_t after the division, where nothing cancels
-    it.
+    it only rescales the rewards (first shown in issue 51 of Video-R1, May 2025). target="advantage" (ours, default)
+    adds r_t after the division, where nothing cancels it.
     """
     if target == "reward":
         return group_advantages(rewards_G + bonus_G, std)
@@ -110,8 +111,9 @@ def temporal_advantages(rewards_G, bonus_G, target="advantage", std="group"):
 
 
 def temporal_credit(logps_G, shuffled_logps_KG):
-    """c_i = log π(o_i | frames in order) − log mean_k π(o_i | shuffle k), in nats (ours).
+    """c_i = log π(o_i | frames in order) − log mean_k π(o_i | shuffle k), in nats.
 
+    TaRO (arXiv 2606.09248) compares the mean over tokens with one shuffle; the mixture of several shuffles is ours.
     Positive for a completion that the order of the frames makes likelier, 0 for one that is as likely in any order,
     negative for one that the order makes less likely. Whole completions are compared, so that a reason which follows
     from the order counts too.
@@ -121,7 +123,10 @@ def temporal_credit(logps_G, shuffled_logps_KG):
 
 
 def credit_bonus(credit_G, correct_G, alpha):
-    """The temporal term of rule credit: α clip(c_i, 0, 1) for the correct completions, 0 for the others (ours)."""
+    """The temporal term of rule credit: α clip(c_i, 0, 1) for the correct completions, 0 for the others.
+
+    Pay by the amount is ours; TaRO pays every correct completion above its group's mean the same.
+    """
     return alpha * credit_G.clamp(0, 1) * correct_G
 
 
@@ -265,6 +270,8 @@ def score(group, cfg, eos):
             bonus_G = temporal_reward(p, p_shuffled, cfg.alpha, cfg.temporal_rule) * correct_G
     if group.credit_G is not None:
         bonus_G = credit_bonus(group.credit_G, correct_G, cfg.alpha)
+        if correct_G.any():
+            metrics["temporal/credit_clamped"] = mean(group.credit_G[correct_G] >= 1)
         for name, members_G in (("correct", correct_G), ("wrong", ~correct_G)):
             if members_G.any():
                 metrics[f"temporal/credit_{name}"] = group.credit_G[members_G].mean().item()

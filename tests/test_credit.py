@@ -120,12 +120,15 @@ WRONG = "<think>x</think><answer>A</answer>"
 
 
 def test_the_credit_bonus_is_between_0_and_alpha_and_0_for_wrong_answers():
-    """Guards: a bonus for a wrong answer; a penalty for a right one; one huge log-ratio that dominates the group."""
+    """Guards: a bonus for a wrong answer; a penalty for a right one; one huge log-ratio that dominates the group; wrong
+    answers, which are never paid, counted as clamped.
+    """
     group, metrics = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
     assert group.rewards["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
     # accuracy + format + credit; credit's own advantage has no std
     rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])
     assert torch.allclose(group.advantages_G, rewards - rewards.mean())
+    assert metrics["temporal/credit_clamped"] == pytest.approx(1 / 3)
     assert metrics["temporal/credit_wrong"] == 9.0 and metrics["temporal/credit_correct"] == pytest.approx(1.25 / 3)
     group, _ = scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5)
     assert group.rewards["temporal"].tolist() == [0.5, 0.0]

@@ -252,11 +252,19 @@ def test_an_adapter_of_others_is_merged_at_load_and_is_the_reference(hub, world,
     save_file(tensors, older)
     again = policy.load_policy(TrainConfig(model=str(older.parent)))
     assert difference(again.state_dict(), merged.state_dict()) == 0
-    # a run notices other weights under the adapter, and another scale
-    before = fingerprint(str(tmp_path / "theirs"))
+    # a run notices another scale, and other weights under the adapter
     described = tmp_path / "older/adapter_config.json"
+    moved = shutil.copytree(base, tmp_path / "base")
+    described.write_text(described.read_text().replace(str(base), str(moved)))
+    seen = [fingerprint(str(older.parent))]
     described.write_text(described.read_text().replace('"lora_alpha": 6', '"lora_alpha": 7'))
-    assert before and fingerprint(str(tmp_path / "older")) != before != fingerprint(str(base))
+    fingerprint.cache_clear()
+    seen.append(fingerprint(str(older.parent)))
+    shard = next(moved.glob("*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    fingerprint.cache_clear()
+    seen.append(fingerprint(str(older.parent)))
+    assert len(set(seen)) == 3
 
     common_settings = dict(model=tmp_path / "theirs", max_new_tokens=8, **TRAINING)
     full = run("tgrpo", "full", **common_settings)
