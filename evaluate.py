@@ -84,7 +84,8 @@ class EvalConfig(settings.SharedConfig):
             raise UserError(f"evaluate.orders: empty; choose from {', '.join(ORDERS)}")
         self.orders = [order for order in ORDERS if order in self.orders]
         # paths of benchmark records are relative to the benchmarks' folder
-        self.data_root = self.root or self.data_root
+        if self.benchmarks:
+            self.data_root = self.root
 
 
 def answer_settings(cfg):

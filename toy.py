@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -239,7 +239,10 @@ class Rules:
     agreement: dict
     # {split: function of (Question, rng) that returns (answer, explain)}; without a teacher a record holds the truth
     teachers: dict
-    sources: tuple = tuple(SOURCES)
+    # {data source: (renderer, how often it is drawn)}
+    sources: dict = field(default_factory=SOURCES.copy)
+    # those of the first test questions
+    temporal: tuple = TEMPORAL
 
 
 RULES = Rules(neutral=0.3, agreement={"sft": 0.8, "rl": 0.8, "test": 0.5}, teachers={"sft": flawed_teacher})
@@ -263,7 +266,7 @@ def write_clip(path, frames):
 def make_record(folder, rules, split, problem_id, source, key):
     """Render one question into `folder` and return its record. The same arguments always give the same record."""
     rng = random.Random(key)
-    render, _ = SOURCES[source]
+    render, _ = rules.sources[source]
     question = render(rng, rules.agreement[split], rules.neutral)
     options = []
     letters = {question.answer: question.answer}
@@ -297,13 +300,13 @@ def make_record(folder, rules, split, problem_id, source, key):
 
 def draw_sources(n, sources, seed):
     """Data sources of the n questions of a training split, drawn by weight."""
-    weights = [SOURCES[source][1] for source in sources]
-    return random.Random(seed).choices(sources, weights, k=n)
+    weights = [weight for _, weight in sources.values()]
+    return random.Random(seed).choices(list(sources), weights, k=n)
 
 
-def draw_test_sources(n_temporal, n_other, seed):
+def draw_test_sources(n_temporal, n_other, seed, temporal=TEMPORAL):
     """Data sources of the test questions in random order, balanced within each kind."""
-    sources = [TEMPORAL[i % 2] for i in range(n_temporal)]
+    sources = [temporal[i % len(temporal)] for i in range(n_temporal)]
     sources += [("toy-flash", "toy-image")[i % 2] for i in range(n_other)]
     return random.Random(seed).sample(sources, len(sources))
 
@@ -321,7 +324,7 @@ def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80
     for split in rules.agreement:
         split_seed = f"{seed}/{split}"
         if split == "test":
-            sources = draw_test_sources(n_temporal, n_other, split_seed)
+            sources = draw_test_sources(n_temporal, n_other, split_seed, rules.temporal)
         else:
             sources = draw_sources(n_rl if split == "rl" else n_sft, rules.sources, split_seed)
         for i, source in enumerate(sources, 1):

@@ -1,11 +1,12 @@
-"""Which completions should get the temporal reward? Seven ways of rewarding, many seeds, a tiny world with a shortcut.
+"""Which completions should get the temporal reward? Twelve ways of rewarding, many seeds, a tiny world with a shortcut.
 
-    python -m experiments.ablation                # 10 seeds, 2 at a time; about 9 minutes per seed and core
-    python -m experiments.ablation --seeds 20     # finished seeds are not run again
+    python -m experiments.ablation                # seeds 0 to 20, 2 processes at a time; see README.md for the time
+    python -m experiments.ablation --world object --seeds 0 1 2 3 4 --arms grpo credit credit_shuffled credit_noise
 
-Each seed has its own world of two rationales (two_rationales.py) and its own SFT model. If the SFT model fails its
-check, the seed is listed and left out; the check uses nothing from RL. Every arm starts from the same SFT model and
-sees the same prompts. Writes ablation.json (all numbers), ablation.md (the tables) and ablation.png into runs/ablation.
+What is finished is not run again. Each seed has its own world (worlds.py) and its own SFT model. If the SFT model fails
+its check, the seed is listed and left out; the check uses nothing from RL. Every arm starts from the same SFT model and
+sees the same prompts. Writes WORLD.json (all numbers), WORLD.md (the tables), WORLD.png and WORLD_farming.png into
+runs/ablation.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.two_rationales import MEASURES, check_sft, is_static, reinforce, scores, train_sft
+from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, train_sft
+from experiments.worlds import WORLDS
 from settings import print_utf8, read_jsonl, table, write_atomic
 from tools.plot import save_figure
 from toy import ROOT
@@ -27,27 +29,36 @@ from toy import ROOT
 
 @dataclass
 class Arm:
-    """One way of rewarding. `settings` are those of tgrpo.py; `control` is one of controls.CONTROLS, or empty."""
+    """One way of rewarding. `settings` are those of tgrpo.py; `variant` is one of variants.VARIANTS, or empty."""
 
     label: str
     settings: tuple
     colour: str
-    control: str = ""
+    variant: str = ""
 
 
 # the rule of configs/credit.yaml
 CREDIT = ("--temporal_rule", "credit", "--temporal_target", "reward", "--advantage_std", "none")
 CREDIT += ("--alpha", 1, "--shuffled_generations", 0)
+TARO = ("--temporal_rule", "credit", "--temporal_target", "reward", "--credit_shuffles", 1)
+TARO += ("--shuffled_generations", 0)
+MARGIN = ("--temporal_target", "reward", "--alpha", 1, "--advantage_std", "none")
 ARMS = {
     "grpo": Arm("GRPO, group std", ("--temporal_rule", "none"), "tab:gray"),
     "grpo_no_std": Arm("GRPO, no std", ("--temporal_rule", "none", "--advantage_std", "none"), "black"),
     "margin_reward": Arm("T-GRPO, in the reward (published)", ("--temporal_target", "reward"), "tab:orange"),
+    "margin_gdpo": Arm("the same, GDPO normalisation", ("--temporal_target", "reward"), "tab:brown", "gdpo"),
     "margin_advantage": Arm("T-GRPO, in the advantage (default)", (), "tab:red"),
+    "margin_no_std": Arm("T-GRPO, α = 1, no std", MARGIN, "tab:pink"),
+    "taro": Arm("TaRO", TARO, "tab:purple", "taro"),
     "credit": Arm("credit", CREDIT, "tab:blue"),
-    "credit_shuffled": Arm("shuffled credit", CREDIT, "tab:cyan", control="shuffled"),
-    "credit_noise": Arm("noise of equal mean and spread", CREDIT, "tab:green", control="noise"),
+    "credit_k1": Arm("credit, K = 1", (*CREDIT, "--credit_shuffles", 1), "deepskyblue"),
+    "credit_relative": Arm("credit, relative to the largest", CREDIT, "navy", "relative"),
+    "credit_shuffled": Arm("shuffled credit", CREDIT, "tab:cyan", "shuffled"),
+    "credit_noise": Arm("noise of equal mean and spread", CREDIT, "tab:green", "noise"),
 }
-COLUMNS = MEASURES | {"seconds": "seconds per step"}
+# metrics that are kept for each step of RL
+STEPS = ("temporal/credit_correct", "temporal/credit_wrong", "temporal/credit_clamped", "completion/length")
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom
 T_QUANTILES = [
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -59,53 +70,64 @@ T_QUANTILES = [
 # --------------------------------------------------------------------------------------------------------- the runs
 
 
-def run_seed(out, seed):
-    """Run all arms of one seed in out/seedN. Returns the results, which are also kept in result.json there."""
-    folder = out / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    result_file = folder / "result.json"
-    if result_file.exists():
-        result = json.loads(result_file.read_text(encoding="utf-8"))
-        if result["faults"] or ARMS.keys() <= result["arms"].keys():
-            return result
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        train_sft(folder, seed, log)
-        measured, faults = check_sft(folder)
-        result = {"seed": seed, "check": measured, "faults": faults}
-        if not faults:
-            result["sft"] = scores(folder, "sft")
-            result["arms"] = {}
-            for name, arm in ARMS.items():
-                reinforce(folder, seed, name, arm.settings, arm.control, log)
-                result["arms"][name] = scores(folder, name) | curves(folder, name)
-    write_atomic(result_file, json.dumps(result))
-    return result
+def run_sft(folder, world, seed):
+    """World and SFT model of one seed. Returns its results, which are also kept in folder/sft.json."""
+    result_file = folder / "sft.json"
+    if not result_file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        train_sft(folder, world, seed, folder / "log.txt")
+        measured, faults = check_sft(folder, world)
+        result = {"seed": seed, "check": measured, "faults": faults, "sft": scores(folder, world, "sft")}
+        write_atomic(result_file, json.dumps(result))
+    return json.loads(result_file.read_text(encoding="utf-8"))
 
 
-def curves(folder, name):
-    """Lists with one value per step of RL: share of background reasons, accuracy, accuracy on misleading backgrounds.
+def run_arm(folder, world, seed, name):
+    """One arm of one seed. Returns its results, which are also kept in folder/NAME.json."""
+    result_file = folder / f"{name}.json"
+    if not result_file.exists():
+        arm = ARMS[name]
+        reinforce(folder, world, seed, name, arm.settings, arm.variant, folder / f"{name}.log")
+        result = scores(folder, world, name) | curves(folder, world, name)
+        write_atomic(result_file, json.dumps(result))
+    return json.loads(result_file.read_text(encoding="utf-8"))
 
-    A step without a misleading background has None. `seconds` is the median time of a step.
+
+def curves(folder, world, name):
+    """What one run of RL logged: {"steps": {name: a list with one value per step}}.
+
+    static: share of the sampled completions that reason with the shortcut. The others are metrics of tgrpo.py.
     """
-    records = json.loads((folder / "world/rl.json").read_text(encoding="utf-8"))
-    misleading = {record["problem_id"] for record in records if record["cue"] == "misleads"}
-    steps = {}
+    texts = {}
     for row in read_jsonl(folder / name / "rollouts.jsonl"):
         if row["frames"] == "ordered":
-            steps.setdefault(row["step"], []).append(row)
-    result = {"static_steps": [], "accuracy_steps": [], "conflict_steps": []}
-    for _, rows in sorted(steps.items()):
-        conflict = [row for row in rows if row["problem_id"] in misleading]
-        result["static_steps"].append(rounded_mean([is_static(row["text"]) for row in rows]))
-        result["accuracy_steps"].append(rounded_mean([row["accuracy"] for row in rows]))
-        result["conflict_steps"].append(rounded_mean([row["accuracy"] for row in conflict]))
+            texts.setdefault(row["step"], []).append(row["text"])
+    steps = {"static": [np.mean([world.is_static(text) for text in texts[step]]) for step in sorted(texts)]}
     metrics = read_jsonl(folder / name / "metrics.jsonl")
-    result["seconds"] = statistics.median(row["time/rollout"] + row["time/update"] for row in metrics)
-    return result
+    for metric in STEPS:
+        if metric in metrics[0]:
+            steps[metric] = [row.get(metric) for row in metrics]
+    rounded = {}
+    for metric, values in steps.items():
+        rounded[metric] = [None if value is None else float(f"{value:.3g}") for value in values]
+    return {"steps": rounded}
 
 
-def rounded_mean(values):
-    return round(float(np.mean(values)), 4) if values else None
+def collect(out, seeds, arms):
+    """Results of the seeds of which everything is finished."""
+    results = []
+    for seed in seeds:
+        folder = out / f"seed{seed}"
+        files = {name: folder / f"{name}.json" for name in ("sft", *arms)}
+        if not files["sft"].exists():
+            continue
+        result = json.loads(files.pop("sft").read_text(encoding="utf-8"))
+        if not result["faults"]:
+            if not all(file.exists() for file in files.values()):
+                continue
+            result["arms"] = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+        results.append(result)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -127,37 +149,35 @@ def mean_interval(values):
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
-def cell(values, column):
-    """Mean and interval as text: in percent, or in seconds."""
+def cell(values):
+    """Mean and interval as text, in percent."""
     mean, half = mean_interval(values)
-    if column == "seconds":
-        return f"{mean:.2f} ± {half:.2f}"
     return f"{100 * mean:.0f} ± {100 * half:.0f}"
 
 
 def results_table(valid):
     """The results of each arm, one row per arm."""
-    sft = [cell([r["sft"][name] for r in valid], name) for name in MEASURES]
-    rows = [["SFT model", *sft, "", ""]]
-    for name, arm in ARMS.items():
-        cells = [cell([r["arms"][name][column] for r in valid], column) for column in COLUMNS]
+    sft = [cell([r["sft"][name] for r in valid]) for name in MEASURES]
+    rows = [["SFT model", *sft, ""]]
+    for name in valid[0]["arms"]:
+        cells = [cell([r["arms"][name][column] for r in valid]) for column in MEASURES]
         escaped = sum(r["arms"][name]["conflict"] > 0.5 for r in valid)
-        rows.append([arm.label, *cells, f"{escaped} of {len(valid)}"])
-    return table(["", *COLUMNS.values(), "escaped"], rows)
+        rows.append([ARMS[name].label, *cells, f"{escaped} of {len(valid)}"])
+    return table(["", *MEASURES.values(), "escaped"], rows)
 
 
 def differences_table(valid):
     """Paired differences per seed: credit minus each other arm."""
     columns = ("ordered", "conflict", "conflict_sampled")
     rows = []
-    for name, arm in ARMS.items():
+    for name in valid[0]["arms"]:
         if name == "credit":
             continue
         cells = []
         for column in columns:
             differences = [r["arms"]["credit"][column] - r["arms"][name][column] for r in valid]
-            cells.append(cell(differences, column))
-        rows.append([arm.label, *cells])
+            cells.append(cell(differences))
+        rows.append([ARMS[name].label, *cells])
     return table(["", *(MEASURES[column] for column in columns)], rows)
 
 
@@ -165,12 +185,12 @@ def tables(results):
     """The results as Markdown: means with intervals, paired differences, and the seeds that were left out."""
     valid = [r for r in results if not r["faults"]]
     paragraphs = [
-        f"{len(valid)} seeds; test clips, percent (seconds in the column 'seconds per step'); mean ± half of its 95 % "
-        "interval over seeds (Student's t). Escaped: seeds with more than half right on misleading backgrounds.",
+        f"{len(valid)} seeds; test clips, percent; mean ± half of its 95 % interval over seeds (Student's t). "
+        "Escaped: seeds with more than half right where the shortcut misleads.",
         results_table(valid),
-        "Paired differences, credit minus the other, in points:",
-        differences_table(valid),
     ]
+    if "credit" in valid[0]["arms"]:
+        paragraphs += ["Paired differences, credit minus the other, in points:", differences_table(valid)]
     for r in results:
         if r["faults"]:
             paragraphs.append(
@@ -179,82 +199,134 @@ def tables(results):
     return "\n\n".join(paragraphs) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------ the picture
+# ----------------------------------------------------------------------------------------------------- the pictures
 
 
-def plot(results, path):
-    """Share of background reasons over the steps of RL; test accuracies and seconds per step, one dot per seed."""
+def start_figure(rows, columns, size, **settings):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **settings)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def mean_curve(valid, arm, metric):
+    """Mean over seeds of a metric at each step of RL; NaN where no seed has it."""
+    values = np.array([r["arms"][arm]["steps"][metric] for r in valid], dtype=float)
+    with np.errstate(all="ignore"):
+        counts = np.isfinite(values).sum(0)
+        return np.nansum(values, 0) / np.where(counts, counts, np.nan)
+
+
+def plot(results, path):
+    """Share of shortcut reasons over the steps of RL, with the legend; test accuracies, one dot per seed."""
     valid = [r for r in results if not r["faults"]]
-    figure, axes = plt.subplots(1, 5, figsize=(15, 5), width_ratios=(1.5, 1, 1, 1, 1), layout="constrained")
-    for name, arm in ARMS.items():
-        shares = np.array([r["arms"][name]["static_steps"] for r in valid])
-        axes[0].plot(shares.T, color=arm.colour, alpha=0.12, linewidth=0.8)
-        axes[0].plot(shares.mean(0), color=arm.colour, linewidth=2.5, label=arm.label)
-    title = "completions that reason with\nthe background (sampled in RL)"
-    axes[0].set(title=title, xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    arms = list(valid[0]["arms"])
+    figure, (axes,) = start_figure(1, 4, (15, 6), width_ratios=(1.8, 1, 1, 1))
+    for name in arms:
+        axes[0].plot(mean_curve(valid, name, "static"), color=ARMS[name].colour, label=ARMS[name].label)
+    axes[0].set(title="completions that reason with the shortcut\n(sampled in RL, mean of seeds)")
+    axes[0].set(xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
+    axes[0].legend(loc="lower left", fontsize=8)
 
     panels = {
         "ordered": "accuracy,\nframes in order",
-        "conflict": "accuracy,\nmisleading background",
+        "conflict": "accuracy,\nmisleading shortcut",
         "gap": "accuracy in order\nminus shuffled",
-        "seconds": "seconds per step",
     }
     for axis, (column, title) in zip(axes[1:], panels.items()):
-        for y, (name, arm) in enumerate(reversed(ARMS.items())):
+        for y, name in enumerate(reversed(arms)):
             values = [r["arms"][name][column] for r in valid]
             heights = y + np.linspace(-0.25, 0.25, len(values))
-            axis.plot(values, heights, "o", color=arm.colour, alpha=0.5, markersize=4)
-            axis.plot(np.mean(values), y, "|", color=arm.colour, markersize=24, markeredgewidth=3)
-        axis.set(title=title, yticks=range(len(ARMS)), yticklabels=[])
-        axis.set_xlim(*((0, None) if column == "seconds" else (-0.07, 1.03)))
-    axes[1].set_yticklabels([arm.label for arm in reversed(ARMS.values())])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{len(valid)} seeds, test clips, greedy. Thin lines and dots: one seed; thick lines and bars: the mean",
-        fontsize=10,
-    )
+            axis.plot(values, heights, "o", color=ARMS[name].colour, alpha=0.5, markersize=4)
+            axis.plot(np.mean(values), y, "|", color=ARMS[name].colour, markersize=20, markeredgewidth=3)
+        axis.set(title=title, yticks=range(len(arms)), yticklabels=[], xlim=(-0.07, 1.03))
+    axes[1].set_yticklabels([ARMS[name].label for name in reversed(arms)])
+    figure.suptitle(f"{len(valid)} seeds, test clips, greedy. Dots: one seed; bars: the mean", fontsize=10)
     save_figure(figure, path)
-    plt.close(figure)
 
 
-def ablate(out, seeds, jobs):
-    """Run what is missing of all seeds, `jobs` at a time. After each seed, write the results so far."""
-    pool = ThreadPoolExecutor(jobs)
-    results = []
-    try:
-        runs = pool.map(lambda seed: run_seed(out, seed), range(seeds))
-        for result in tqdm(runs, total=seeds, desc="ablation", unit="seed"):
-            results.append(result)
-            if any(not r["faults"] for r in results):
-                write_atomic(out / "ablation.json", json.dumps(results))
-                write_atomic(out / "ablation.md", tables(results))
-                plot(results, out / "ablation.png")
-    except (KeyboardInterrupt, SystemExit) as stop:
-        pool.shutdown(cancel_futures=True)
-        message = f"{stop}\nstopped; the same command continues from here. See {out}/seed*/log.txt"
-        raise SystemExit(message) from stop
-    if not any(not r["faults"] for r in results):
-        raise SystemExit(f"no seed passed the check of its SFT model: see {out}/seed*/result.json")
-    print(f"\n{tables(results)}\nplot: {out / 'ablation.png'}")
+def plot_farming(results, path):
+    """Does order-dependent text pay by itself? Credit of correct and of wrong completions, and their length."""
+    valid = [r for r in results if not r["faults"]]
+    arms = list(valid[0]["arms"])
+    panels = {
+        "temporal/credit_correct": "credit of correct completions, nats",
+        "temporal/credit_wrong": "credit of wrong completions, nats",
+        "temporal/credit_clamped": "share of correct ones with 1 nat or more",
+        "completion/length": "length of a completion, tokens",
+    }
+    figure, (axes,) = start_figure(1, 4, (15, 4.5))
+    for axis, (metric, title) in zip(axes, panels.items()):
+        for name in arms:
+            # TaRO's credit is per token
+            if metric in valid[0]["arms"][name]["steps"] and (name != "taro" or metric == "completion/length"):
+                axis.plot(mean_curve(valid, name, metric), color=ARMS[name].colour, label=ARMS[name].label)
+        axis.set(title=title, xlabel="step of RL")
+    axes[3].legend(fontsize=7)
+    figure.suptitle(f"sampled in RL, mean of {len(valid)} seeds", fontsize=10)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def ablate(out, world_name, seeds, arms, jobs):
+    """Run what is missing, `jobs` processes at a time, and write the results of the finished seeds."""
+    world = WORLDS[world_name]
+    folders = {seed: out / world_name / f"seed{seed}" for seed in seeds}
+
+    def sft(seed):
+        return run_sft(folders[seed], world, seed)
+
+    def arm(job):
+        seed, name = job
+        run_arm(folders[seed], world, seed, name)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            checked = list(tqdm(pool.map(sft, seeds), total=len(seeds), desc="SFT", unit="seed"))
+            todo = [(result["seed"], name) for result in checked if not result["faults"] for name in arms]
+            for _ in tqdm(pool.map(arm, todo), total=len(todo), desc="RL", unit="arm"):
+                pass
+        except (KeyboardInterrupt, SystemExit) as stop:
+            pool.shutdown(cancel_futures=True)
+            message = f"{stop}\nstopped; the same command continues from here. See the logs in {out / world_name}"
+            raise SystemExit(message) from stop
+    report(out, world_name, seeds, arms)
+
+
+def report(out, world_name, seeds, arms):
+    """Write the tables, the numbers and the figures of the finished seeds."""
+    results = collect(out / world_name, seeds, arms)
+    if all(r["faults"] for r in results):
+        raise SystemExit(f"no finished seed passed the check of its SFT model: see {out / world_name}/seed*/sft.json")
+    write_atomic(out / f"{world_name}.json", json.dumps(results))
+    write_atomic(out / f"{world_name}.md", tables(results))
+    plot(results, out / f"{world_name}.png")
+    plot_farming(results, out / f"{world_name}_farming.png")
+    print(f"\n{tables(results)}\nplots: {out / world_name}.png, {out / world_name}_farming.png")
 
 
 def main():
     print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation", help="folder for all results")
-    parser.add_argument("--seeds", type=int, default=10, help="how many seeds, starting at 0; default: 10")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="seeds that run at the same time, one core each; default: 2"
-    )
+    parser.add_argument("--world", choices=WORLDS, default="background", help="default: background")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(21)), help="default: 0 to 20")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time; default: 2")
+    parser.add_argument("--report", action="store_true", help="only write the results of what is finished")
     args = parser.parse_args()
-    ablate(args.out.resolve(), args.seeds, args.jobs)
+    out = args.out.resolve()
+    if args.report:
+        report(out, args.world, args.seeds, args.arms)
+    else:
+        ablate(out, args.world, args.seeds, args.arms, args.jobs)
 
 
 if __name__ == "__main__":

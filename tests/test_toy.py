@@ -91,7 +91,7 @@ def test_correct_letters_are_balanced_and_in_random_order(without_pixels, tmp_pa
     monkeypatch.setattr(toy, "write_clip", lambda *_: None)
     (tmp_path / "media").mkdir()
     letters = []
-    for i, source in enumerate(toy.draw_sources(600, tuple(toy.SOURCES), 7)):
+    for i, source in enumerate(toy.draw_sources(600, toy.SOURCES, 7)):
         record = toy.make_record(tmp_path, toy.RULES, "rl", i, source, f"7/{i}")
         if record["options"]:
             letters.append(record["solution"][8])

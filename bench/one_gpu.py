@@ -1,0 +1,87 @@
+"""Runs sft.py, tgrpo.py and evaluate.py on one GPU with configs/3b_one_gpu.yaml, from random weights of the 3B shape.
+
+    python bench/one_gpu.py                  # a GPU of 24 GB, 30 GB of temporary disk space, about 5 minutes
+    python bench/one_gpu.py --shape tiny     # also on a CPU: does the script run?
+
+The checkpoint has the hub's layout, the clips are 10 seconds of 640 x 360 pixels. Prints for each stage the seconds per
+step, the sampled tokens per second and the peak memory. Random weights never end an answer, so every completion has the
+full length.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+
+import torch
+from hub_checkpoint import TINY_TEXT, TINY_VISION, write_hub_checkpoint
+from real_width import QUESTION, SHAPES, write_clip
+
+from settings import read_jsonl
+
+# what the published config.json has beside the widths
+LAYERS = {"num_hidden_layers": 36}
+METRICS = ("time/rollout", "time/update", "rollout/tokens_per_s", "completion/length", "memory/peak_gb")
+
+
+def make_files(folder, shape):
+    """folder/model, folder/records.json with 16 questions, and two clips."""
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(folder / name, 10)
+    records = []
+    for i in range(16):
+        records.append({**QUESTION, "problem_id": i, "data_type": "video", "path": "ab"[i % 2] + ".mp4"})
+    (folder / "records.json").write_text(json.dumps(records))
+    text, vision = (TINY_TEXT, TINY_VISION) if shape == "tiny" else ({**SHAPES[shape], **LAYERS}, {})
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        write_hub_checkpoint(folder / "model", [" ".join(map(str, QUESTION.values()))] * 9, True, text, vision)
+
+
+def run(script, folder, model, **settings):
+    """Run one stage; print the medians of its metrics, without the first step."""
+    name = script.removesuffix(".py")
+    settings = {
+        "model": folder / model,
+        "records": folder / "records.json",
+        "data_root": folder,
+        "output_dir": folder / name,
+        **settings,
+    }
+    command = [sys.executable, script, "--config", "configs/3b_one_gpu.yaml"]
+    for key, value in settings.items():
+        command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    begin = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True)
+    print(f"{script}: {time.perf_counter() - begin:.0f} s in all")
+    metrics = folder / name / "metrics.jsonl"
+    if metrics.exists():
+        for row in read_jsonl(metrics):
+            numbers = {metric: round(row[metric], 2) for metric in METRICS if metric in row}
+            print(f"    step {row['step']}: {numbers}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["3b", "tiny"], default="3b", help="default: 3b")
+    parser.add_argument("--max_new_tokens", type=int, default=768, help="length of every completion; default: 768")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        begin = time.perf_counter()
+        make_files(folder, args.shape)
+        print(f"checkpoint and clips: {time.perf_counter() - begin:.0f} s", flush=True)
+        run("sft.py", folder, "model", steps=3)
+        run("tgrpo.py", folder, "sft/final", steps=3, max_new_tokens=args.max_new_tokens)
+        evaluation = {"orders": ["ordered", "shuffled"], "benchmarks": [], "max_new_tokens": args.max_new_tokens}
+        run("evaluate.py", folder, "tgrpo/final", **evaluation)
+    print("all stages ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Other ways of paying correct completions: two controls of temporal credit, and the rules of related work.
+
+    accelerate launch -m experiments.variants --variant shuffled --config configs/credit.yaml [settings of tgrpo.py]
+
+Each variant replaces functions of tgrpo.py:
+    shuffled    the group's own bonuses, assigned to its correct completions in random order (control)
+    noise       Gaussian noise with the mean and the spread of the group's own bonuses (control)
+    relative    credit as a share of the group's largest, which does not grow with the length of the answers (ours)
+    rank        the rank of the credit among the group's correct completions (ours)
+    taro        TaRO (arXiv 2606.09248): α for correct completions with a credit per token above their group's mean
+    gdpo        GDPO, with the published reward: each reward is normalised alone, then they are added
+Temporal credit itself needs no variant: it is `temporal_rule: credit`. `gdpo` leaves out GDPO's last step, the
+normalisation over the batch, which scales all advantages of a step by one factor.
+"""
+
+import argparse
+import sys
+
+import torch
+
+import tgrpo
+from tgrpo import add_credit, credit_bonus, group_advantages, score
+
+
+def shuffled_bonus(credit_G, correct_G, alpha):
+    bonus_G = credit_bonus(credit_G, correct_G, alpha)
+    of_correct = bonus_G[correct_G]
+    bonus_G[correct_G] = of_correct[torch.randperm(len(of_correct))]
+    return bonus_G
+
+
+def noise_bonus(credit_G, correct_G, alpha):
+    bonus_G = credit_bonus(credit_G, correct_G, alpha)
+    of_correct = bonus_G[correct_G]
+    bonus_G[correct_G] = of_correct.mean() + of_correct.std(correction=0) * torch.randn(len(of_correct))
+    return bonus_G
+
+
+def relative_bonus(credit_G, correct_G, alpha):
+    """α max(0, c_i) / max(1, largest c_j of a correct completion): equal to credit if no credit exceeds 1 nat."""
+    largest = (credit_G * correct_G).max().clamp(min=1)
+    return alpha * (credit_G / largest).clamp(min=0) * correct_G
+
+
+def rank_bonus(credit_G, correct_G, alpha):
+    """α times the share of the other correct completions with a smaller credit; equal ones count as half."""
+    bonus_G = torch.zeros_like(credit_G)
+    of_correct = credit_G[correct_G]
+    if len(of_correct) > 1:
+        difference = of_correct[:, None] - of_correct[None, :]
+        # without the comparison with itself, which is a half
+        wins = (difference.sign() / 2 + 0.5).sum(1) - 0.5
+        bonus_G[correct_G] = alpha * wins / (len(of_correct) - 1)
+    return bonus_G
+
+
+def above_mean_bonus(credit_G, correct_G, alpha):
+    return alpha * (credit_G > credit_G.mean()) * correct_G
+
+
+def add_credit_per_token(model, groups, cfg, pad_id):
+    """Like tgrpo.add_credit, with the mean over the tokens of a completion instead of their sum."""
+    add_credit(model, groups, cfg, pad_id)
+    for group in groups:
+        if group.credit_G is not None:
+            group.credit_G /= torch.tensor([len(completion) for completion in group.completions])
+
+
+def gdpo_score(group, cfg, eos):
+    """Like tgrpo.score; the metrics of the advantages remain those of tgrpo.score."""
+    metrics = score(group, cfg, eos)
+    group.advantages_G = sum(group_advantages(rewards_G) for rewards_G in group.rewards.values())
+    return metrics
+
+
+VARIANTS = {
+    "shuffled": {"credit_bonus": shuffled_bonus},
+    "noise": {"credit_bonus": noise_bonus},
+    "relative": {"credit_bonus": relative_bonus},
+    "rank": {"credit_bonus": rank_bonus},
+    "taro": {"credit_bonus": above_mean_bonus, "add_credit": add_credit_per_token},
+    "gdpo": {"score": gdpo_score},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    args, settings = parser.parse_known_args()
+    # tgrpo.py reads its settings from the command line
+    sys.argv[1:] = settings
+    for name, function in VARIANTS[args.variant].items():
+        setattr(tgrpo, name, function)
+    tgrpo.main()
+
+
+if __name__ == "__main__":
+    main()
