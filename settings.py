@@ -32,7 +32,7 @@ MOVED = {
     "--distill": "python -m tools.distill PREDICTIONS --out FILE",
     "--split": "python -m tools.split RECORDS --share 0.1 --out FOLDER",
     "--report": "python -m tools.report PREDICTIONS",
-    "--credit_control": "python -m experiments.controls --control shuffled --config FILE",
+    "--credit_control": "python -m experiments.variants --variant shuffled --config FILE",
 }
 # Settings that have become others: what to write now.
 RENAMED = {

@@ -47,6 +47,8 @@ FORKS.set_forkserver_preload(["sft", "tgrpo", "evaluate", "experiments.variants"
 def run_script(arguments, log):
     """Run a script of this repository, as `python ARGUMENTS` would, with all output in the file `log`."""
     os.chdir(ROOT)
+    # back to the default: otherwise each data worker would come from a second, unprepared forkserver
+    multiprocessing.set_start_method(None, force=True)
     if log:
         with open(log, "a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)

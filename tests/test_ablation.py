@@ -1,6 +1,7 @@
-"""experiments/: the world of two rationales, the controls of credit, and the ablation of all arms."""
+"""experiments/: the worlds of two rationales, the variants of credit, and the ablation of all arms."""
 
 import json
+import multiprocessing
 import random
 import sys
 from collections import Counter
@@ -12,33 +13,85 @@ import torch
 
 import tgrpo
 import toy
-from experiments import ablation, controls, two_rationales
+from experiments import ablation, two_rationales, variants, worlds
+from settings import UserError
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_teacher_gives_both_reasons_at_the_stated_rates(monkeypatch):
-    """Guards: an SFT model with only one rationale, which leaves RL no choice; a reason that contradicts its answer."""
+@pytest.mark.parametrize("name", worlds.WORLDS)
+def test_teacher_gives_both_reasons_at_the_stated_rates(name, monkeypatch):
+    """Guards: an SFT model with only one rationale, which leaves RL no choice; a reason that contradicts its answer; a
+    shortcut that is not recognised, or one that does not point to the answer it is given for.
+    """
     black = np.zeros((toy.SIZE, toy.SIZE, 3), np.uint8)
     monkeypatch.setattr(toy, "draw", lambda *_, **__: black)
+    monkeypatch.setattr(worlds, "draw", lambda *_, **__: black)
+    world = worlds.WORLDS[name]
+    renderers = [render for render, _ in world.rules.sources.values()]
     counts = Counter()
     for i in range(1000):
         rng = random.Random(i)
-        question = (toy.direction, toy.size)[i % 2](rng, 0.8, two_rationales.RULES.neutral)
-        answer, explain = two_rationales.two_rationales_teacher(question, rng)
+        question = renderers[i % len(renderers)](rng, 0.8, world.rules.neutral)
+        answer, explain = world.rules.teachers["sft"](question, rng)
         text = explain(answer)
-        assert text.endswith(f"{answer}.")
-        if two_rationales.is_static(text):
+        if world.is_static(text):
             counts["static"] += 1
-            assert toy.CUED[answer] in text
+            assert (toy.CUED | worlds.BALLS)[answer] in text
             assert (answer == question.answer) == (question.cue == "agrees")
         else:
             counts["misread"] += answer != question.answer
+        assert f"{answer}." in text or f"{answer} comes first." in text
+        assert answer in (question.answer, question.wrong)
     assert counts["static"] / 1000 == pytest.approx(0.6, abs=0.05)
     assert counts["misread"] / (1000 - counts["static"]) == pytest.approx(0.35, abs=0.07)
 
 
-# ------------------------------------------------------------------------------------------------------- the controls
+def test_stretched_answers_have_the_stated_length():
+    """Guards: answers of ordinary length, with which the test of long answers would prove nothing."""
+    lengths = {}
+    for name in ("background", "stretched5", "stretched20"):
+        total = 0
+        for i in range(200):
+            rng = random.Random(i)
+            question = toy.Question([], "", "left", "right", "it moves {}.".format, "agrees")
+            answer, explain = worlds.WORLDS[name].rules.teachers["sft"](question, rng)
+            total += len(explain(answer))
+        lengths[name] = total
+    assert lengths["stretched5"] / lengths["background"] == pytest.approx(5, rel=0.2)
+    assert lengths["stretched20"] / lengths["background"] == pytest.approx(20, rel=0.1)
+
+
+def test_only_the_order_and_the_ball_tell_which_event_came_first():
+    """Guards: a second world that a single frame answers, a ball in a later frame, a ball of one colour."""
+    rng = random.Random(0)
+    cues = Counter()
+    answers = Counter()
+    for _ in range(200):
+        question = worlds.event_order(rng, agreement=0.8, neutral=0.0)
+        frames = [frame.astype(int) for frame in question.frames]
+        empty = np.array(toy.BACKGROUNDS["neutral"])
+        shown = [t for t, frame in enumerate(frames) if np.abs(frame - empty).max() > 20]
+        # the ball, and two events of two frames each, which do not overlap
+        assert shown[0] == 0 and len(shown) == 5
+        assert np.array_equal(frames[shown[1]], frames[shown[2]]) and np.array_equal(frames[shown[3]], frames[shown[4]])
+        assert not np.array_equal(frames[shown[1]], frames[shown[3]])
+        ball = frames[0][46, 28]
+        pointed_at = "disc" if ball[0] > ball[2] else "square"
+        assert (pointed_at == question.answer) == (question.cue == "agrees")
+        cues[question.cue] += 1
+        answers[question.answer] += 1
+        # a disc covers less of its box than a square: the first event is the answer
+        event = np.abs(frames[shown[1]] - empty).max(2) > 100
+        rows, columns = np.where(event)
+        box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert (event.sum() / box > 0.9) == (question.answer == "square")
+    assert cues["agrees"] / 200 == pytest.approx(0.8, abs=0.08)
+    assert answers["disc"] / 200 == pytest.approx(0.5, abs=0.1)
+    assert worlds.event_order(rng, 0.8, neutral=1.0).cue == "neutral"
+
+
+# ------------------------------------------------------------------------------------------------------- the variants
 
 
 CREDIT_G = torch.tensor([5.0, 0.25, -4.0, 0.5, 9.0])
@@ -50,7 +103,7 @@ def test_shuffled_bonus_goes_to_correct_completions_only():
     torch.manual_seed(0)
     seen = set()
     for _ in range(20):
-        bonus_G = controls.shuffled_bonus(CREDIT_G, CORRECT_G, alpha=0.5)
+        bonus_G = variants.shuffled_bonus(CREDIT_G, CORRECT_G, alpha=0.5)
         assert sorted(bonus_G[:4].tolist()) == [0.0, 0.125, 0.25, 0.5]
         assert bonus_G[4] == 0
         seen.add(tuple(bonus_G.tolist()))
@@ -61,26 +114,83 @@ def test_noise_bonus_has_the_mean_and_spread_of_the_credit():
     """Guards: noise that is larger or smaller than the credit it replaces."""
     torch.manual_seed(0)
     own_G = tgrpo.credit_bonus(CREDIT_G, CORRECT_G, 0.5)[:4]
-    draws = torch.stack([controls.noise_bonus(CREDIT_G, CORRECT_G, alpha=0.5) for _ in range(2000)])
+    draws = torch.stack([variants.noise_bonus(CREDIT_G, CORRECT_G, alpha=0.5) for _ in range(2000)])
     assert (draws[:, 4] == 0).all()
     assert draws[:, :4].mean().item() == pytest.approx(own_G.mean().item(), abs=0.01)
     assert draws[:, :4].std().item() == pytest.approx(own_G.std(correction=0).item(), abs=0.01)
 
 
-def test_control_replaces_the_bonus_of_tgrpo(monkeypatch):
-    """Guards: a control that is named but not applied; settings that do not reach tgrpo.py."""
+def test_relative_credit_is_credit_for_short_answers_and_keeps_its_order_for_long_ones():
+    """Guards: a bonus equal for all long answers, whose credits all exceed 1 nat; wrong answers that are paid
+    or set the scale.
+    """
+    credit_G = torch.tensor([0.9, 0.25, -4.0, 0.5, 9.0])
+    expected_G = tgrpo.credit_bonus(credit_G, CORRECT_G, 0.5)
+    assert torch.equal(variants.relative_bonus(credit_G, CORRECT_G, 0.5), expected_G)
+    long_G = torch.tensor([40.0, 20.0, 30.0, -5.0, 99.0])
+    assert tgrpo.credit_bonus(long_G, CORRECT_G, 1.0)[:3].tolist() == [1, 1, 1]
+    assert variants.relative_bonus(long_G, CORRECT_G, 1.0).tolist() == [1.0, 0.5, 0.75, 0.0, 0.0]
+
+
+def test_rank_bonus_depends_on_the_order_of_the_credits_alone():
+    """Guards: ranks among wrong completions; equal credits that are paid unequally."""
+    ranks = variants.rank_bonus(torch.tensor([3.0, 100.0, -4.0, 3.0, 9.0]), CORRECT_G, 1.0)
+    assert ranks.tolist() == pytest.approx([0.5, 1.0, 0.0, 0.5, 0.0])
+    assert variants.rank_bonus(CREDIT_G, torch.tensor([True, False, False, False, False]), 1.0).sum() == 0
+
+
+def test_taro_pays_correct_completions_above_their_groups_mean_per_token(monkeypatch):
+    """Guards: sums over tokens, with which long completions always win; the mean of the correct ones alone."""
+
+    def add_credit(model, groups, cfg, pad_id):
+        groups[0].credit_G = torch.tensor([4.0, 6.0, 1.0, 8.0])
+
+    monkeypatch.setattr(variants, "add_credit", add_credit)
+    completions = [torch.zeros(n) for n in (2, 12, 1, 1)]
+    groups = [tgrpo.Group(None, completions, []), tgrpo.Group(None, completions, [])]
+    variants.add_credit_per_token(None, groups, None, 0)
+    # per token: 2, 0.5, 1, 8; their mean is 2.875
+    assert groups[0].credit_G.tolist() == [2.0, 0.5, 1.0, 8.0] and groups[1].credit_G is None
+    correct_G = torch.tensor([True, True, False, True])
+    bonus_G = variants.above_mean_bonus(groups[0].credit_G, correct_G, 0.3)
+    assert bonus_G.tolist() == pytest.approx([0, 0, 0, 0.3])
+    # a mean of the three correct ones would be 3.5; of these it is 1.25, and that of the group 2.875
+    low_G = variants.above_mean_bonus(torch.tensor([2.0, 0.5, 8.0, 1.0]), correct_G, 0.3)
+    assert low_G.tolist() == [0, 0, 0, 0]
+
+
+def test_gdpo_normalises_each_reward_alone(monkeypatch):
+    """Guards: the sum that is normalised, in which the published temporal reward cancels."""
+
+    def score(group, cfg, eos):
+        group.rewards = {"accuracy": torch.tensor([1.0, 1, 0, 0]), "temporal": torch.tensor([0.3, 0.3, 0, 0])}
+        group.advantages_G = torch.zeros(4)
+        return {"reward/total": 1.0}
+
+    monkeypatch.setattr(variants, "score", score)
+    group = tgrpo.Group(None, [], [])
+    assert variants.gdpo_score(group, None, []) == {"reward/total": 1.0}
+    alone_G = tgrpo.group_advantages(torch.tensor([1.0, 1, 0, 0]))
+    assert torch.allclose(group.advantages_G, 2 * alone_G, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_variant_replaces_functions_of_tgrpo(variant, monkeypatch):
+    """Guards: a variant that is named but not applied; settings that do not reach tgrpo.py."""
     used = {}
+    replaced = variants.VARIANTS[variant]
 
     def main():
         used["arguments"] = sys.argv[1:]
-        used["bonus"] = tgrpo.credit_bonus
+        used["functions"] = {name: getattr(tgrpo, name) for name in replaced}
 
     monkeypatch.setattr(tgrpo, "main", main)
     # restored after the test
-    monkeypatch.setattr(tgrpo, "credit_bonus", tgrpo.credit_bonus)
-    monkeypatch.setattr(sys, "argv", ["controls.py", "--steps", "2", "--control", "noise", "--alpha", "1"])
-    controls.main()
-    assert used == {"arguments": ["--steps", "2", "--alpha", "1"], "bonus": controls.noise_bonus}
+    for name in replaced:
+        monkeypatch.setattr(tgrpo, name, getattr(tgrpo, name))
+    monkeypatch.setattr(sys, "argv", ["variants.py", "--steps", "2", "--variant", variant, "--alpha", "1"])
+    variants.main()
+    assert used == {"arguments": ["--steps", "2", "--alpha", "1"], "functions": replaced}
 
 
 def test_score_uses_the_replaced_bonus(monkeypatch):
@@ -92,6 +202,25 @@ def test_score_uses_the_replaced_bonus(monkeypatch):
     group = tgrpo.Group(tgrpo.data.Sample(record), completions, texts, credit_G=torch.tensor([1.0, 1.0]))
     tgrpo.score(group, tgrpo.TGRPOConfig(temporal_rule="credit"), [1])
     assert group.rewards["temporal"].tolist() == [0.125, 0.125]
+
+
+# --------------------------------------------------------------------------------------------------------- the stages
+
+
+def test_a_stage_runs_in_a_fork_with_its_output_in_a_log(tmp_path, monkeypatch, capfd):
+    """Guards: a failed stage that counts as finished; a log that says nothing; a finished stage that runs again."""
+    # as the forks of a prepared process, but without preparing one
+    monkeypatch.setattr(two_rationales, "FORKS", multiprocessing.get_context("fork"))
+    log = tmp_path / "log.txt"
+    result = tmp_path / "result"
+    with capfd.disabled():
+        two_rationales.launch(["-m", "tools.toy_table", "--help"], result, log)
+        assert "tools.toy_table --help" in log.read_text() and "usage:" in log.read_text()
+        with pytest.raises(UserError, match="status 1: python sft.py --steps 0"):
+            two_rationales.launch(["sft.py", "--steps", "0"], result, log)
+        assert "steps" in log.read_text().split("--steps 0\n")[1]
+    result.touch()
+    two_rationales.launch(["sft.py", "--steps", "0"], result, log)
 
 
 # ------------------------------------------------------------------------------------------------------- the ablation
@@ -116,7 +245,7 @@ class FakeStages:
             self.train(folder)
 
     def train(self, folder):
-        metrics = {"step": 0, "time/rollout": 1.0, "time/update": 2.0}
+        metrics = {"step": 0, "completion/length": 20.0}
         text = "the background looks warm"
         rollout = {"step": 0, "frames": "ordered", "problem_id": 1, "text": text, "accuracy": 1.0}
         (folder / "final").mkdir()
@@ -138,7 +267,6 @@ class FakeStages:
 
     def make_world(self, folder, seed, **_):
         folder.mkdir(parents=True)
-        (folder / "rl.json").write_text(json.dumps([{"problem_id": 1, "cue": "misleads"}]))
         (folder / "sft.json").write_text("[]")
 
 
@@ -148,52 +276,61 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(two_rationales, "launch", fake.launch)
     monkeypatch.setattr(two_rationales, "make_world", fake.make_world)
     monkeypatch.setattr(two_rationales, "make_model", lambda folder, *_: folder.mkdir())
-    ablation.ablate(tmp_path, seeds=3, jobs=1)
+    ablation.ablate(tmp_path, "background", [0, 1, 2], list(ablation.ARMS), jobs=1)
 
-    seed0 = [arguments for arguments, folder in fake.commands if folder.parent == tmp_path / "seed0"]
+    seed0 = [arguments for arguments, folder in fake.commands if folder.parent == tmp_path / "background/seed0"]
     arms = [arguments for arguments in seed0 if arguments[0] != "sft.py"]
-    names = (
-        "--control",
-        "--temporal_rule",
-        "--temporal_target",
-        "--advantage_std",
-        "--alpha",
-        "--shuffled_generations",
-    )
+    names = ("variant", "temporal_rule", "temporal_target", "advantage_std", "alpha", "shuffled_generations")
+    names += ("credit_shuffles",)
     settings = []
     for arguments in arms:
         options = dict(zip(arguments[:-1], arguments[1:]))
-        settings.append({name.removeprefix("--"): options[name] for name in names if name in options})
-        assert (arguments[:2] == ["-m", "experiments.controls"]) == ("--control" in options)
+        settings.append({name: options[f"--{name}"] for name in names if f"--{name}" in options})
+        assert (arguments[:2] == ["-m", "experiments.variants"]) == ("--variant" in options)
         # every arm starts from the same SFT model
-        assert options["--model"] == str(tmp_path / "seed0/sft/final")
-    credit = {
-        "temporal_rule": "credit",
-        "temporal_target": "reward",
-        "advantage_std": "none",
-        "alpha": "1",
-        "shuffled_generations": "0",
-    }
+        assert options["--model"] == str(tmp_path / "background/seed0/sft/final")
+    no_std = {"advantage_std": "none"}
+    published = {"temporal_target": "reward"}
+    credit = {"temporal_rule": "credit", "alpha": "1", "shuffled_generations": "0"} | published | no_std
+    taro = {"temporal_rule": "credit", "shuffled_generations": "0", "credit_shuffles": "1"} | published
     assert settings == [
         {"temporal_rule": "none"},
-        {"temporal_rule": "none", "advantage_std": "none"},
-        {"temporal_target": "reward"},
+        {"temporal_rule": "none"} | no_std,
+        published,
+        {"variant": "gdpo"} | published,
         {},
+        {"alpha": "1"} | published | no_std,
+        {"variant": "taro"} | taro,
         credit,
-        {"control": "shuffled"} | credit,
-        {"control": "noise"} | credit,
+        {"credit_shuffles": "1"} | credit,
+        {"variant": "relative"} | credit,
+        {"variant": "shuffled"} | credit,
+        {"variant": "noise"} | credit,
     ]
 
     # three attempts at the skill, then the second part
-    seed1 = [arguments for arguments, folder in fake.commands if folder.parent == tmp_path / "seed1"]
+    seed1 = [arguments for arguments, folder in fake.commands if folder.parent == tmp_path / "background/seed1"]
     assert [arguments[0] for arguments in seed1] == ["sft.py"] * 4
     printed = capsys.readouterr().out
     assert "Left out: seed 1" in printed and "2 seeds" in printed
-    assert (tmp_path / "ablation.png").exists()
+    assert (tmp_path / "background.png").exists() and (tmp_path / "background_farming.png").exists()
 
     n_commands = len(fake.commands)
-    ablation.ablate(tmp_path, seeds=3, jobs=1)
+    ablation.ablate(tmp_path, "background", [0, 1, 2], list(ablation.ARMS), jobs=1)
     assert len(fake.commands) == n_commands
+
+
+def test_a_report_has_the_finished_seeds_only(tmp_path, monkeypatch):
+    """Guards: means over seeds of which some arms are missing; a seed that failed its check counted as unfinished."""
+    finished = {"ordered": 1.0}
+    for seed, faults, arms in ((0, [], ["grpo", "credit"]), (1, [], ["grpo"]), (2, ["bad"], [])):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        (folder / "sft.json").write_text(json.dumps({"seed": seed, "faults": faults}))
+        for arm in arms:
+            (folder / f"{arm}.json").write_text(json.dumps(finished))
+    assert [r["seed"] for r in ablation.collect(tmp_path, [0, 1, 2, 3], ["grpo", "credit"])] == [0, 2]
+    assert [r["seed"] for r in ablation.collect(tmp_path, [0, 1, 2, 3], ["grpo"])] == [0, 1, 2]
 
 
 def test_tables_in_the_readme_are_those_of_the_results_file():
