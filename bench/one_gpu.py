@@ -27,7 +27,7 @@ from settings import read_jsonl
 
 # what the published config.json has beside the widths
 LAYERS = {"num_hidden_layers": 36}
-METRICS = ("time/rollout", "time/update", "rollout/tokens_per_s", "completion/length", "memory/peak_gb")
+METRICS = ("time/train", "time/rollout", "time/update", "rollout/tokens_per_s", "completion/length", "memory/peak_gb")
 
 
 def make_files(folder, shape):
@@ -44,7 +44,7 @@ def make_files(folder, shape):
 
 
 def run(script, folder, model, **settings):
-    """Run one stage; print the medians of its metrics, without the first step."""
+    """Run one stage; print its metrics of each step."""
     name = script.removesuffix(".py")
     settings = {
         "model": folder / model,

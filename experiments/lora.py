@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments.two_rationales import BOTH_ORDERS, skill_teacher
+from experiments.two_rationales import BOTH_ORDERS
+from experiments.worlds import skill_teacher
 from settings import print_utf8, table
 from toy import HEADINGS, ROOT, Rules, check_seed, flawed_teacher, launch, make_model, make_world, measure, stage
 

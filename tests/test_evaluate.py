@@ -393,6 +393,13 @@ def test_settings_of_older_versions_say_what_to_write_now(tmp_path, monkeypatch,
         assert "\n" not in str(error.value)
 
 
+def test_root_is_the_folder_of_media_only_for_benchmarks():
+    """Guards: own records whose clips are looked for in the benchmarks' folder, because the config has `root` too."""
+    own = EvalConfig(records="mine.json", data_root="mine", root="benchmarks")
+    assert own.data_root == "mine"
+    assert EvalConfig(benchmarks=["mvbench"], data_root="mine", root="benchmarks").data_root == "benchmarks"
+
+
 def test_orders_are_asked_once_and_in_one_order():
     """Guards: a column that appears twice; rows whose first order depends on how a user wrote the list."""
     assert EvalConfig(orders=["blind", "ordered", "blind"]).orders == ["ordered", "blind"]

@@ -1,5 +1,6 @@
 """What makes a step slow on a GPU and can be counted on a CPU: waits for the device, compilations, kept caches."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,13 @@ from transformers import CompileConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 import common
+import data
+import evaluate
 import policy
+import settings
+import sft
+import tgrpo
+from bench import one_gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,3 +133,18 @@ def test_the_gpu_benchmark_runs_on_a_cpu(lora_rank):
     for key in ("rollout, compile off", "rollout, compile on"):
         assert result[key]["tokens_per_s"] > 0
     assert result["update"]["seconds"] > 0 and result["peak"]["planned_gb"] > 0
+
+
+def test_the_stages_of_the_one_gpu_benchmark_are_valid_commands(monkeypatch, tmp_path):
+    """Guards: a setting or file that changed its name, noticed only by someone who has a GPU."""
+    commands = []
+    monkeypatch.setattr(one_gpu.sys, "argv", ["one_gpu.py", "--shape", "tiny"])
+    monkeypatch.setattr(one_gpu.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(tmp_path))
+    monkeypatch.setattr(one_gpu.subprocess, "run", lambda command, **_: commands.append(command[1:]))
+    one_gpu.main()
+    stages = {"sft.py": sft.SFTConfig, "tgrpo.py": tgrpo.TGRPOConfig, "evaluate.py": evaluate.EvalConfig}
+    assert [command[0] for command in commands] == list(stages)
+    for script, *arguments in commands:
+        cfg = settings.load_config(stages[script], script.removesuffix(".py"), arguments)
+        records, bad_rows = data.load_records(cfg.records, cfg.data_root)
+        assert len(records) == 16 and not bad_rows
