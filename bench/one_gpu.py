@@ -3,9 +3,9 @@
     python bench/one_gpu.py                  # a GPU of 24 GB, 30 GB of temporary disk space, about 5 minutes
     python bench/one_gpu.py --shape tiny     # also on a CPU: does the script run?
 
-The checkpoint has the hub's layout, the clips are 10 seconds of 640 x 360 pixels. Prints for each stage the seconds per
-step, the sampled tokens per second and the peak memory. Random weights never end an answer, so every completion has the
-full length.
+The checkpoint has the hub's layout, the clips are 10 seconds of 640 x 360 pixels. Prints the seconds of each stage and,
+for each step of training, its seconds, peak memory and sampled tokens per second. Random weights of the 3B shape almost
+never end an answer, so nearly every completion has the full length.
 """
 
 import argparse

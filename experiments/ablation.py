@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, train_sft
 from experiments.worlds import WORLDS
-from settings import print_utf8, read_jsonl, table, write_atomic
+from settings import UserError, print_utf8, read_jsonl, table, write_atomic
 from tools.plot import save_figure
 from toy import ROOT
 
@@ -42,15 +42,16 @@ CREDIT = ("--temporal_rule", "credit", "--temporal_target", "reward", "--advanta
 CREDIT += ("--alpha", 1, "--shuffled_generations", 0)
 TARO = ("--temporal_rule", "credit", "--temporal_target", "reward", "--credit_shuffles", 1)
 TARO += ("--shuffled_generations", 0)
+PUBLISHED = ("--temporal_rule", "paper", "--temporal_target", "reward")
 MARGIN = ("--temporal_target", "reward", "--alpha", 1, "--advantage_std", "none")
 ARMS = {
     "grpo": Arm("GRPO, group std", ("--temporal_rule", "none"), "tab:gray"),
     "grpo_no_std": Arm("GRPO, no std", ("--temporal_rule", "none", "--advantage_std", "none"), "black"),
-    "margin_reward": Arm("T-GRPO, in the reward (published)", ("--temporal_target", "reward"), "tab:orange"),
-    "margin_gdpo": Arm("the same, GDPO normalisation", ("--temporal_target", "reward"), "tab:brown", "gdpo"),
+    "published": Arm("T-GRPO as published", PUBLISHED, "tab:orange"),
+    "published_gdpo": Arm("T-GRPO as published, GDPO", PUBLISHED, "tab:brown", "gdpo"),
     "margin_advantage": Arm("T-GRPO, in the advantage (default)", (), "tab:red"),
-    "margin_no_std": Arm("T-GRPO, α = 1, no std", MARGIN, "tab:pink"),
-    "taro": Arm("TaRO", TARO, "tab:purple", "taro"),
+    "margin_no_std": Arm("T-GRPO, in the reward, α = 1, no std", MARGIN, "tab:pink"),
+    "taro": Arm("TaRO's reward", TARO, "tab:purple", "taro"),
     "credit": Arm("credit", CREDIT, "tab:blue"),
     "credit_k1": Arm("credit, K = 1", (*CREDIT, "--credit_shuffles", 1), "deepskyblue"),
     "credit_relative": Arm("credit, relative to the largest", CREDIT, "navy", "relative"),
@@ -88,21 +89,33 @@ def run_arm(folder, world, seed, name):
     if not result_file.exists():
         arm = ARMS[name]
         reinforce(folder, world, seed, name, arm.settings, arm.variant, folder / f"{name}.log")
-        result = scores(folder, world, name) | curves(folder, world, name)
+        result = {"arm": described(arm)} | scores(folder, world, name) | curves(folder, world, name)
         write_atomic(result_file, json.dumps(result))
-    return json.loads(result_file.read_text(encoding="utf-8"))
+    return read_arm(result_file, name)
+
+
+def described(arm):
+    """What a result is kept with, so that one of an earlier definition of the arm is noticed."""
+    return " ".join(map(str, [*arm.settings, *(["--variant", arm.variant] if arm.variant else [])]))
+
+
+def read_arm(file, name):
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if result["arm"] != described(ARMS[name]):
+        raise UserError(f"{file}: of the settings {result['arm']!r}, now they are {described(ARMS[name])!r}: remove it")
+    return result
 
 
 def curves(folder, world, name):
     """What one run of RL logged: {"steps": {name: a list with one value per step}}.
 
-    static: share of the sampled completions that reason with the shortcut. The others are metrics of tgrpo.py.
+    names_shortcut: share of the sampled completions whose reason is the shortcut. The others are metrics of tgrpo.py.
     """
     texts = {}
     for row in read_jsonl(folder / name / "rollouts.jsonl"):
         if row["frames"] == "ordered":
             texts.setdefault(row["step"], []).append(row["text"])
-    steps = {"static": [np.mean([world.is_static(text) for text in texts[step]]) for step in sorted(texts)]}
+    steps = {"names_shortcut": [np.mean([world.names_shortcut(text) for text in texts[n]]) for n in sorted(texts)]}
     metrics = read_jsonl(folder / name / "metrics.jsonl")
     for metric in STEPS:
         if metric in metrics[0]:
@@ -113,11 +126,10 @@ def curves(folder, world, name):
     return {"steps": rounded}
 
 
-def collect(out, seeds, arms):
-    """Results of the seeds of which everything is finished."""
+def collect(out, arms):
+    """Results of all seeds of which these arms are finished, in the order of the seeds."""
     results = []
-    for seed in seeds:
-        folder = out / f"seed{seed}"
+    for folder in sorted(out.glob("seed*"), key=lambda folder: int(folder.name.removeprefix("seed"))):
         files = {name: folder / f"{name}.json" for name in ("sft", *arms)}
         if not files["sft"].exists():
             continue
@@ -125,7 +137,7 @@ def collect(out, seeds, arms):
         if not result["faults"]:
             if not all(file.exists() for file in files.values()):
                 continue
-            result["arms"] = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+            result["arms"] = {name: read_arm(file, name) for name, file in files.items()}
         results.append(result)
     return results
 
@@ -157,13 +169,11 @@ def cell(values):
 
 def results_table(valid):
     """The results of each arm, one row per arm."""
-    sft = [cell([r["sft"][name] for r in valid]) for name in MEASURES]
-    rows = [["SFT model", *sft, ""]]
+    rows = [["SFT model", *(cell([r["sft"][column] for r in valid]) for column in MEASURES)]]
     for name in valid[0]["arms"]:
         cells = [cell([r["arms"][name][column] for r in valid]) for column in MEASURES]
-        escaped = sum(r["arms"][name]["conflict"] > 0.5 for r in valid)
-        rows.append([ARMS[name].label, *cells, f"{escaped} of {len(valid)}"])
-    return table(["", *MEASURES.values(), "escaped"], rows)
+        rows.append([ARMS[name].label, *cells])
+    return table(["", *MEASURES.values()], rows)
 
 
 def differences_table(valid):
@@ -185,8 +195,7 @@ def tables(results):
     """The results as Markdown: means with intervals, paired differences, and the seeds that were left out."""
     valid = [r for r in results if not r["faults"]]
     paragraphs = [
-        f"{len(valid)} seeds; test clips, percent; mean ± half of its 95 % interval over seeds (Student's t). "
-        "Escaped: seeds with more than half right where the shortcut misleads.",
+        f"{len(valid)} seeds; test clips, percent; mean ± half of its 95 % interval over seeds (Student's t).",
         results_table(valid),
     ]
     if "credit" in valid[0]["arms"]:
@@ -223,13 +232,13 @@ def mean_curve(valid, arm, metric):
 
 
 def plot(results, path):
-    """Share of shortcut reasons over the steps of RL, with the legend; test accuracies, one dot per seed."""
+    """How many completions name the shortcut over the steps of RL; test accuracies, one dot per seed."""
     valid = [r for r in results if not r["faults"]]
     arms = list(valid[0]["arms"])
     figure, (axes,) = start_figure(1, 4, (15, 6), width_ratios=(1.8, 1, 1, 1))
     for name in arms:
-        axes[0].plot(mean_curve(valid, name, "static"), color=ARMS[name].colour, label=ARMS[name].label)
-    axes[0].set(title="completions that reason with the shortcut\n(sampled in RL, mean of seeds)")
+        axes[0].plot(mean_curve(valid, name, "names_shortcut"), color=ARMS[name].colour, label=ARMS[name].label)
+    axes[0].set(title="completions that name the shortcut\n(sampled in RL, mean of seeds)")
     axes[0].set(xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
     axes[0].legend(loc="lower left", fontsize=8)
 
@@ -297,12 +306,12 @@ def ablate(out, world_name, seeds, arms, jobs):
             pool.shutdown(cancel_futures=True)
             message = f"{stop}\nstopped; the same command continues from here. See the logs in {out / world_name}"
             raise SystemExit(message) from stop
-    report(out, world_name, seeds, arms)
+    report(out, world_name, arms)
 
 
-def report(out, world_name, seeds, arms):
-    """Write the tables, the numbers and the figures of the finished seeds."""
-    results = collect(out / world_name, seeds, arms)
+def report(out, world_name, arms):
+    """Write the tables, the numbers and the figures of all finished seeds."""
+    results = collect(out / world_name, arms)
     if all(r["faults"] for r in results):
         raise SystemExit(f"no finished seed passed the check of its SFT model: see {out / world_name}/seed*/sft.json")
     write_atomic(out / f"{world_name}.json", json.dumps(results))
@@ -324,7 +333,7 @@ def main():
     args = parser.parse_args()
     out = args.out.resolve()
     if args.report:
-        report(out, args.world, args.seeds, args.arms)
+        report(out, args.world, args.arms)
     else:
         ablate(out, args.world, args.seeds, args.arms, args.jobs)
 

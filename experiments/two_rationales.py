@@ -1,8 +1,8 @@
 """The SFT model of this world knows both a shortcut and the skill. Which of the two does RL reinforce?
 
-    python -m experiments.two_rationales              # one seed, T-GRPO; results in runs/two_rationales
+    python -m experiments.two_rationales              # one seed, T-GRPO; results in runs/two_rationales/background
     python -m experiments.two_rationales --seed 1 --out runs/two1
-    python -m experiments.two_rationales --world object --out runs/object
+    python -m experiments.two_rationales --world object
 
 worlds.py describes the worlds. Before any RL, `check_sft` checks that the SFT model leaves RL a choice.
 """
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 from experiments.worlds import WORLDS
@@ -26,7 +27,7 @@ MAX_SKILL_PARTS = 3
 # settings of evaluate.py, for greedy and for sampled answers
 BOTH_ORDERS = ("--orders", "ordered", "shuffled")
 SAMPLED = ("--temperature", 1, "--orders", "ordered")
-# The check samples this often: a single time, about 110 answers use the skill, and chance decides which seeds pass.
+# The check samples so many times. Of one sample only about 110 answers use the skill: chance would decide what passes.
 CHECKS = 4
 # the columns of the results, as `scores` returns them
 MEASURES = {
@@ -34,11 +35,13 @@ MEASURES = {
     "conflict": "misleading shortcut",
     "gap": "gap",
     "conflict_sampled": "misleading shortcut, sampled",
-    "static": "shortcut reasons",
+    "names_shortcut": "names the shortcut",
 }
 # Stages run in forks of a process that has imported them: importing takes as long as 20 steps of RL.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["sft", "tgrpo", "evaluate", "experiments.variants"])
+# torch's random numbers belong to the process, so only one thread at a time may make a model from a seed
+MAKING = threading.Lock()
 
 
 # --------------------------------------------------------------------------------------------- the stages of one seed
@@ -61,7 +64,7 @@ def run_script(arguments, log):
 
 
 def launch(arguments, result, log=None):
-    """Run a script in a process of its own, unless its `result` exists. Raises UserError if it fails."""
+    """Run a script in a process of its own, unless its `result` exists. Raises UserError if it leaves no result."""
     if result.exists():
         return
     # read by torch when the first of these processes imports it
@@ -73,36 +76,38 @@ def launch(arguments, result, log=None):
     except BaseException:
         process.terminate()
         raise
-    if process.exitcode:
-        raise UserError(f"this command failed with status {process.exitcode}: python {shlex.join(arguments)}")
+    # not by the status: a run that was stopped saves a checkpoint and ends with 0
+    if not result.exists():
+        raise UserError(f"this command left no {result}: python {shlex.join(arguments)}")
 
 
-def answers(world):
-    """Settings for the length of a world's answers: those of configs/toy.yaml, stretched."""
-    return ("--max_new_tokens", 40 * world.stretch)
+def longest_answer(world):
+    """Setting of a world's evaluation and RL: a third more than the longest answer of SFT."""
+    return ("--max_new_tokens", world.length[1] * 4 // 3)
 
 
 def evaluate(out, world, seed, model, name, settings=BOTH_ORDERS, log=None):
     """Answers of the model `out`/`model` to the test questions, in `out`/eval/`name`."""
-    arguments = stage("evaluate.py", out, seed, model, "test.json", f"eval/{name}", *answers(world), *settings)
+    arguments = stage("evaluate.py", out, seed, model, "test.json", f"eval/{name}", *longest_answer(world), *settings)
     launch(arguments, out / f"eval/{name}/summary.json", log)
 
 
 def train_sft(out, world, seed, log=None):
     """World, random model, and both parts of SFT; greedy and sampled answers of the SFT model."""
     folder = out / "world"
-    if not folder.exists():
-        with open(log or os.devnull, "a", encoding="utf-8") as file:
-            make_world(folder, seed, n_other=0, rules=world.rules, log=file if log else None)
-    if not (out / "base").exists():
-        make_model(out / "base", json.loads((folder / "sft.json").read_text(encoding="utf-8")), seed)
+    with MAKING:
+        if not folder.exists():
+            with open(log or os.devnull, "a", encoding="utf-8") as file:
+                make_world(folder, seed, n_other=0, rules=world.rules, log=file if log else None)
+        if not (out / "base").exists():
+            make_model(out / "base", json.loads((folder / "sft.json").read_text(encoding="utf-8")), seed)
     model = "base"
     for part in range(1, MAX_SKILL_PARTS + 1):
         name = f"skill{part}"
         launch(stage("sft.py", out, seed, model, "skill.json", name), out / name / "final", log)
         model = f"{name}/final"
         evaluate(out, world, seed, model, name, ("--orders", "ordered"), log)
-        if skill(out) >= SKILL:
+        if skill(out, name) >= SKILL:
             break
     arguments = stage("sft.py", out, seed, model, "sft.json", "sft", "--steps", 120, "--lr", 1e-3)
     launch(arguments, out / "sft/final", log)
@@ -114,7 +119,7 @@ def train_sft(out, world, seed, log=None):
 def reinforce(out, world, seed, name, settings=(), variant="", log=None):
     """50 steps of RL from the SFT model, in `out`/`name`; greedy and sampled answers. `variant`: see variants.py."""
     limits = ("--steps", 50, "--save_rollouts", "true", "--save_every", 0, "--num_workers", 1)
-    lengths = (*answers(world), "--length_min", 12 * world.stretch, "--length_max", 30 * world.stretch)
+    lengths = (*longest_answer(world), "--length_min", world.length[0], "--length_max", world.length[1])
     arguments = stage("tgrpo.py", out, seed, "sft/final", "rl.json", name, *limits, *lengths, *settings)
     if variant:
         arguments = ["-m", "experiments.variants", "--variant", variant, *arguments[1:]]
@@ -130,40 +135,53 @@ def mean(values):
     return mean_and_se(values)[0]
 
 
-def skill(out):
-    """Greedy accuracy on the test clips after the last run of the first part of SFT."""
-    last = sorted((out / "eval").glob("skill*/predictions.jsonl"))[-1]
-    return mean([row["accuracy"] for row in read_jsonl(last) if row["frames"] == "ordered"])
+def skill(out, name):
+    """Greedy accuracy on the test clips of a model of the first part of SFT."""
+    return mean([row["accuracy"] for row in read_jsonl(out / f"eval/{name}/predictions.jsonl")])
 
 
 def check_sft(out, world):
     """({name: value}, [what is wrong]) of an SFT model. Uses nothing that comes after it.
 
-    It must have the skill before the second part (greedy). After it, sampled, it must give both reasons, and be right
-    more often than by chance where it uses the skill; otherwise RL has no choice to make.
+    It must have the skill before the second part (greedy). After it, sampled, it must give both reasons. With the skill
+    as reason it must be right more often than by chance. With the shortcut as reason it must follow the shortcut, so it
+    must be right more often where that agrees than where it misleads. Otherwise RL has no choice to make.
     """
     sampled = []
     for i in range(CHECKS):
         sampled += read_jsonl(out / f"eval/sft_sampled{i}/predictions.jsonl")
-    skilled = [row["accuracy"] for row in sampled if not world.is_static(row["prediction"])]
+    skill_right = []
+    shortcut_right = {"agrees": [], "misleads": []}
+    for row in sampled:
+        if world.names_shortcut(row["prediction"]):
+            shortcut_right[row["cue"]].append(row["accuracy"])
+        else:
+            skill_right.append(row["accuracy"])
+    last_part = max((out / "eval").glob("skill*"), key=lambda folder: int(folder.name.removeprefix("skill")))
     measured = {
-        "skill": skill(out),
-        "static_share": mean([world.is_static(row["prediction"]) for row in sampled]),
-        "skill_right": mean(skilled) if skilled else 0.0,
+        "skill": skill(out, last_part.name),
+        "shortcut_share": 1 - len(skill_right) / len(sampled),
+        "skill_right": mean(skill_right or [0.0]),
+        "shortcut_followed": mean(shortcut_right["agrees"] or [0.0]) - mean(shortcut_right["misleads"] or [0.0]),
     }
-    bounds = {"skill": (SKILL, 1.0), "static_share": (0.4, 0.8), "skill_right": (0.57, 1.0)}
+    bounds = {
+        "skill": (SKILL, 1.0),
+        "shortcut_share": (0.4, 0.8),
+        "skill_right": (0.57, 1.0),
+        "shortcut_followed": (0.5, 1.0),
+    }
     faults = []
     for name, (low, high) in bounds.items():
         if not low <= measured[name] <= high:
-            faults.append(f"{name} is {measured[name]:.2f}, not {low} to {high}")
+            faults.append(f"{name} is {measured[name]:.3f}, not {low} to {high}")
     return measured, faults
 
 
 def scores(out, world, name):
     """Results of one model on the test clips, from 0 to 1, with the names of MEASURES.
 
-    gap: greedy accuracy with the frames in order minus with the frames shuffled. static: share of the greedy answers
-    that reason with the shortcut.
+    gap: greedy accuracy with the frames in order minus with the frames shuffled. names_shortcut: share of the greedy
+    answers whose reason is the shortcut; `conflict` shows whether they follow it.
     """
     greedy = read_jsonl(out / f"eval/{name}/predictions.jsonl")
     sampled = read_jsonl(out / f"eval/{name}_sampled{0 if name == 'sft' else ''}/predictions.jsonl")
@@ -175,18 +193,18 @@ def scores(out, world, name):
         "conflict": mean([row["accuracy"] for row in ordered if row["cue"] == "misleads"]),
         "gap": accuracy - mean([row["accuracy"] for row in shuffled]),
         "conflict_sampled": mean([row["accuracy"] for row in sampled if row["cue"] == "misleads"]),
-        "static": mean([world.is_static(row["prediction"]) for row in ordered]),
+        "names_shortcut": mean([world.names_shortcut(row["prediction"]) for row in ordered]),
     }
 
 
 def main():
     print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/two_rationales", help="folder for all results")
+    parser.add_argument("--out", type=Path, help="folder for all results; default: runs/two_rationales/WORLD")
     parser.add_argument("--world", choices=WORLDS, default="background", help="default: background")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
     args = parser.parse_args()
-    out = args.out.resolve()
+    out = (args.out or ROOT / "runs/two_rationales" / args.world).resolve()
     world = WORLDS[args.world]
     check_seed(out, args.seed)
     train_sft(out, world, args.seed)

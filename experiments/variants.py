@@ -7,10 +7,13 @@ Each variant replaces functions of tgrpo.py:
     noise       Gaussian noise with the mean and the spread of the group's own bonuses (control)
     relative    credit as a share of the group's largest, which does not grow with the length of the answers (ours)
     rank        the rank of the credit among the group's correct completions (ours)
-    taro        TaRO (arXiv 2606.09248): α for correct completions with a credit per token above their group's mean
-    gdpo        GDPO, with the published reward: each reward is normalised alone, then they are added
-Temporal credit itself needs no variant: it is `temporal_rule: credit`. `gdpo` leaves out GDPO's last step, the
-normalisation over the batch, which scales all advantages of a step by one factor.
+    taro        TaRO's reward (arXiv 2606.09248): α for correct completions with a credit per token above their group's
+                mean. TaRO itself shuffles only the frames near annotated boundaries, here the whole clip is shuffled.
+    gdpo        GDPO: each reward is normalised alone, they are added, and the sum is normalised over the step
+Temporal credit itself needs no variant: it is `temporal_rule: credit`.
+
+The two controls say whether it matters which correct completion of a group gets the bonus. How much a group gets in all
+remains that of credit; with one correct completion they are credit.
 """
 
 import argparse
@@ -18,8 +21,11 @@ import sys
 
 import torch
 
+import common
 import tgrpo
 from tgrpo import add_credit, credit_bonus, group_advantages, score
+
+micro_batches = common.Run.micro_batches
 
 
 def shuffled_bonus(credit_G, correct_G, alpha):
@@ -73,13 +79,26 @@ def gdpo_score(group, cfg, eos):
     return metrics
 
 
+def gdpo_micro_batches(run, groups, dummy):
+    """Like Run.micro_batches, after the advantages of this rank's step were divided by their standard deviation.
+
+    Their mean is 0 already. A second time, for another update, changes nothing: the deviation is 1 then.
+    """
+    if groups:
+        std = torch.cat([group.advantages_G for group in groups]).std()
+        for group in groups:
+            group.advantages_G = group.advantages_G / (std + 1e-4)
+    return micro_batches(run, groups, dummy)
+
+
+# {variant: {(where, name): what takes its place}}
 VARIANTS = {
-    "shuffled": {"credit_bonus": shuffled_bonus},
-    "noise": {"credit_bonus": noise_bonus},
-    "relative": {"credit_bonus": relative_bonus},
-    "rank": {"credit_bonus": rank_bonus},
-    "taro": {"credit_bonus": above_mean_bonus, "add_credit": add_credit_per_token},
-    "gdpo": {"score": gdpo_score},
+    "shuffled": {(tgrpo, "credit_bonus"): shuffled_bonus},
+    "noise": {(tgrpo, "credit_bonus"): noise_bonus},
+    "relative": {(tgrpo, "credit_bonus"): relative_bonus},
+    "rank": {(tgrpo, "credit_bonus"): rank_bonus},
+    "taro": {(tgrpo, "credit_bonus"): above_mean_bonus, (tgrpo, "add_credit"): add_credit_per_token},
+    "gdpo": {(tgrpo, "score"): gdpo_score, (common.Run, "micro_batches"): gdpo_micro_batches},
 }
 
 
@@ -91,8 +110,8 @@ def main():
     args, settings = parser.parse_known_args()
     # tgrpo.py reads its settings from the command line
     sys.argv[1:] = settings
-    for name, function in VARIANTS[args.variant].items():
-        setattr(tgrpo, name, function)
+    for (where, name), function in VARIANTS[args.variant].items():
+        setattr(where, name, function)
     tgrpo.main()
 
 

@@ -1,14 +1,14 @@
 """Worlds for toy.py in which the SFT model knows both a shortcut and the skill, and can reason with either.
 
     background      which way does a shape move? The shortcut is the colour of the background.
-    object          which of two events comes first? The shortcut is the colour of a ball in the first frame.
+    object          which of two events comes first? The shortcut is the colour of a block in the first frame.
     stretched5      the world `background` with answers of about 5 times the length: the reason stands among filler
     stretched20     the same with about 20 times the length
 
-In all of them the shortcut points to the right answer in 80 % of the SFT clips, 90 % of the RL clips and 50 % of the
-test clips. SFT has two parts: first the model learns the skill; then it learns to give either of two reasons, the
-shortcut (60 % of the time) or the skill, which the teacher misreads 35 % of the time. At the start of RL the shortcut
-pays more, in the end the skill would.
+SFT has two parts. In the first the shortcut points to the right answer in 50 % of the clips, and the model learns the
+skill. In the second it does so in 80 %, and the model learns to give either of two reasons: the shortcut (60 % of the
+time) or the skill, which the teacher misreads 35 % of the time. In the RL clips the shortcut is right in 90 %, in the
+test clips in 50 %. So at the start of RL the shortcut pays more; in the end the skill would.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from functools import partial
 from toy import BACKGROUNDS, COLOURS, CUED, FRAMES, SOURCES, TEMPORAL, Question, Rules, draw
 
 AGREEMENT = {"skill": 0.5, "sft": 0.8, "rl": 0.9, "test": 0.5}
-# the ball that points to an answer, in the world `object`
-BALLS = {"disc": "red", "square": "blue"}
-BALL_COLOURS = {"red": (255, 60, 60), "blue": (80, 120, 255)}
+# the block that points to an answer, in the world `object`
+BLOCKS = {"disc": "red", "square": "blue"}
+BLOCK_COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
 FILLER = [
     "let me look at the clip again.",
     "now i think about the question.",
@@ -33,24 +33,25 @@ FILLER = [
 
 
 def event_order(rng, agreement, neutral):
-    """A disc and a square light up, one after the other. The first frame has a ball, or nothing if it is neutral."""
-    answer, wrong = rng.sample(list(BALLS), 2)
+    """A disc and a square light up, one after the other. The first frame has a block, or nothing if neutral."""
+    answer, wrong = rng.sample(list(BLOCKS), 2)
     cue = "neutral"
     if rng.random() >= neutral:
         cue = "agrees" if rng.random() < agreement else "misleads"
     colours = rng.choices(list(COLOURS.values()), k=2)
     places = rng.sample([16, 40], 2)
-    radius = rng.uniform(7, 10)
-    y = rng.uniform(14, 28)
+    radius = rng.uniform(10, 13)
+    y = rng.uniform(15, 26)
     # each event takes two frames, and none is in the first frame
     first = rng.randint(1, FRAMES - 4)
     second = rng.randint(first + 2, FRAMES - 2)
 
     background = BACKGROUNDS["neutral"]
-    frames = [draw(background) for _ in range(FRAMES)]
+    frames = [draw(background).copy() for _ in range(FRAMES)]
     if cue != "neutral":
         pointed_at = answer if cue == "agrees" else wrong
-        frames[0] = draw(background, "disc", BALL_COLOURS[BALLS[pointed_at]], 28, 46, 6)
+        # below the events
+        frames[0][40:] = BLOCK_COLOURS[BLOCKS[pointed_at]]
     for start, shape, colour, x in zip((first, second), (answer, wrong), colours, places):
         for t in (start, start + 1):
             frames[t] = draw(background, shape, colour, x, y, radius)
@@ -80,8 +81,8 @@ def background_reason(answer):
     return f"the background looks {CUED[answer]}, so it {verb}{answer}."
 
 
-def ball_reason(answer):
-    return f"the ball is {BALLS[answer]}, so the {answer} comes first."
+def block_reason(answer):
+    return f"the block is {BLOCKS[answer]}, so the {answer} comes first."
 
 
 def two_rationales_teacher(shortcut_reason, question, rng):
@@ -118,11 +119,11 @@ class World:
 
     rules: Rules
     shortcut: str
-    # the length of the answers, relative to those of toy.py
-    stretch: int = 1
+    # tokens; the answers of SFT are all within these bounds, so that the length reward prefers neither reason
+    length: tuple = (12, 30)
 
-    def is_static(self, text):
-        """Whether a completion reasons with the shortcut."""
+    def names_shortcut(self, text):
+        """Whether the reason in a completion is the shortcut. The answer may still rest on something else."""
         return self.shortcut in text
 
 
@@ -140,7 +141,7 @@ MOTION = {name: SOURCES[name] for name in TEMPORAL}
 EVENTS = {"toy-events": (event_order, 1)}
 WORLDS = {
     "background": World(rules(MOTION, partial(two_rationales_teacher, background_reason)), "background"),
-    "object": World(rules(EVENTS, partial(two_rationales_teacher, ball_reason)), "ball"),
-    "stretched5": World(rules(MOTION, partial(stretched_teacher, 5)), "background", stretch=5),
-    "stretched20": World(rules(MOTION, partial(stretched_teacher, 20)), "background", stretch=20),
+    "object": World(rules(EVENTS, partial(two_rationales_teacher, block_reason)), "block"),
+    "stretched5": World(rules(MOTION, partial(stretched_teacher, 5)), "background", length=(45, 150)),
+    "stretched20": World(rules(MOTION, partial(stretched_teacher, 20)), "background", length=(180, 600)),
 }

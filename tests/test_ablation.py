@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import random
+import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -35,16 +37,16 @@ def test_teacher_gives_both_reasons_at_the_stated_rates(name, monkeypatch):
         question = renderers[i % len(renderers)](rng, 0.8, world.rules.neutral)
         answer, explain = world.rules.teachers["sft"](question, rng)
         text = explain(answer)
-        if world.is_static(text):
-            counts["static"] += 1
-            assert (toy.CUED | worlds.BALLS)[answer] in text
+        if world.names_shortcut(text):
+            counts["shortcut"] += 1
+            assert (toy.CUED | worlds.BLOCKS)[answer] in text
             assert (answer == question.answer) == (question.cue == "agrees")
         else:
             counts["misread"] += answer != question.answer
         assert f"{answer}." in text or f"{answer} comes first." in text
         assert answer in (question.answer, question.wrong)
-    assert counts["static"] / 1000 == pytest.approx(0.6, abs=0.05)
-    assert counts["misread"] / (1000 - counts["static"]) == pytest.approx(0.35, abs=0.07)
+    assert counts["shortcut"] / 1000 == pytest.approx(0.6, abs=0.05)
+    assert counts["misread"] / (1000 - counts["shortcut"]) == pytest.approx(0.35, abs=0.07)
 
 
 def test_stretched_answers_have_the_stated_length():
@@ -62,22 +64,42 @@ def test_stretched_answers_have_the_stated_length():
     assert lengths["stretched20"] / lengths["background"] == pytest.approx(20, rel=0.1)
 
 
-def test_only_the_order_and_the_ball_tell_which_event_came_first():
-    """Guards: a second world that a single frame answers, a ball in a later frame, a ball of one colour."""
+@pytest.mark.parametrize("name", worlds.WORLDS)
+def test_the_length_reward_prefers_neither_reason(name):
+    """Guards: a window that only longer reasons reach, so that every rule leaves the shortcut for the length reward."""
+    world = worlds.WORLDS[name]
+    records = []
+    for i in range(300):
+        rng = random.Random(i)
+        renderers = [render for render, _ in world.rules.sources.values()]
+        question = renderers[i % len(renderers)](rng, 0.8, world.rules.neutral)
+        answer, explain = world.rules.teachers["sft"](question, rng)
+        record = {"problem": question.problem, "options": [], "solution": "<answer>A</answer>"}
+        records.append(record | {"process": f"<think>{explain(answer)}</think>"})
+    tokenizer = toy.make_tokenizer(records)
+    lengths = [len(tokenizer(f"{r['process']}\n{r['solution']}<|im_end|>").input_ids) for r in records]
+    assert world.length[0] <= min(lengths) and max(lengths) <= world.length[1]
+
+
+def test_only_the_order_and_the_block_tell_which_event_came_first():
+    """Guards: a second world that a single frame answers, a block in a later frame, a block of one colour, an event
+    whose place or colour gives its time away.
+    """
     rng = random.Random(0)
     cues = Counter()
     answers = Counter()
+    looks = Counter()
     for _ in range(200):
         question = worlds.event_order(rng, agreement=0.8, neutral=0.0)
         frames = [frame.astype(int) for frame in question.frames]
         empty = np.array(toy.BACKGROUNDS["neutral"])
         shown = [t for t, frame in enumerate(frames) if np.abs(frame - empty).max() > 20]
-        # the ball, and two events of two frames each, which do not overlap
+        # the block, and two events of two frames each, which do not overlap
         assert shown[0] == 0 and len(shown) == 5
         assert np.array_equal(frames[shown[1]], frames[shown[2]]) and np.array_equal(frames[shown[3]], frames[shown[4]])
         assert not np.array_equal(frames[shown[1]], frames[shown[3]])
-        ball = frames[0][46, 28]
-        pointed_at = "disc" if ball[0] > ball[2] else "square"
+        block = frames[0][50, 28]
+        pointed_at = "disc" if block[0] > block[2] else "square"
         assert (pointed_at == question.answer) == (question.cue == "agrees")
         cues[question.cue] += 1
         answers[question.answer] += 1
@@ -86,8 +108,13 @@ def test_only_the_order_and_the_ball_tell_which_event_came_first():
         rows, columns = np.where(event)
         box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
         assert (event.sum() / box > 0.9) == (question.answer == "square")
+        looks[question.answer, bool(columns.mean() > 28)] += 1
+        colour = np.median(frames[shown[1]][rows, columns], 0)
+        looks[question.answer, str(colour > 170)] += 1
     assert cues["agrees"] / 200 == pytest.approx(0.8, abs=0.08)
     assert answers["disc"] / 200 == pytest.approx(0.5, abs=0.1)
+    # the first event: two places and four colours for either answer
+    assert len(looks) == 12 and min(looks.values()) > 10
     assert worlds.event_order(rng, 0.8, neutral=1.0).cue == "neutral"
 
 
@@ -118,6 +145,8 @@ def test_noise_bonus_has_the_mean_and_spread_of_the_credit():
     assert (draws[:, 4] == 0).all()
     assert draws[:, :4].mean().item() == pytest.approx(own_G.mean().item(), abs=0.01)
     assert draws[:, :4].std().item() == pytest.approx(own_G.std(correction=0).item(), abs=0.01)
+    # one value for the whole group would cancel in the advantages
+    assert draws[:, :4].std(1).min() > 0
 
 
 def test_relative_credit_is_credit_for_short_answers_and_keeps_its_order_for_long_ones():
@@ -154,7 +183,7 @@ def test_taro_pays_correct_completions_above_their_groups_mean_per_token(monkeyp
     correct_G = torch.tensor([True, True, False, True])
     bonus_G = variants.above_mean_bonus(groups[0].credit_G, correct_G, 0.3)
     assert bonus_G.tolist() == pytest.approx([0, 0, 0, 0.3])
-    # a mean of the three correct ones would be 3.5; of these it is 1.25, and that of the group 2.875
+    # a mean of the three correct ones would be 3.5; of these it is 1.17, and that of the group 2.875
     low_G = variants.above_mean_bonus(torch.tensor([2.0, 0.5, 8.0, 1.0]), correct_G, 0.3)
     assert low_G.tolist() == [0, 0, 0, 0]
 
@@ -174,6 +203,19 @@ def test_gdpo_normalises_each_reward_alone(monkeypatch):
     assert torch.allclose(group.advantages_G, 2 * alone_G, atol=1e-3)
 
 
+def test_gdpo_scales_a_step_by_one_factor(monkeypatch):
+    """Guards: advantages several times those of GRPO, next to which the KL counts less; a factor per group, which would
+    cancel the temporal reward again; a second update that scales again; a step without groups.
+    """
+    monkeypatch.setattr(variants, "micro_batches", lambda run, groups, dummy: groups)
+    groups = [tgrpo.Group(None, [], [], advantages_G=torch.tensor([n, n, -n, -n])) for n in (1.0, 3.0)]
+    for _ in range(2):
+        variants.gdpo_micro_batches(None, groups, None)
+        assert torch.cat([group.advantages_G for group in groups]).std().item() == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(groups[1].advantages_G, 3 * groups[0].advantages_G)
+    assert variants.gdpo_micro_batches(None, [], None) == []
+
+
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_variant_replaces_functions_of_tgrpo(variant, monkeypatch):
     """Guards: a variant that is named but not applied; settings that do not reach tgrpo.py."""
@@ -182,12 +224,12 @@ def test_variant_replaces_functions_of_tgrpo(variant, monkeypatch):
 
     def main():
         used["arguments"] = sys.argv[1:]
-        used["functions"] = {name: getattr(tgrpo, name) for name in replaced}
+        used["functions"] = {(where, name): getattr(where, name) for where, name in replaced}
 
     monkeypatch.setattr(tgrpo, "main", main)
     # restored after the test
-    for name in replaced:
-        monkeypatch.setattr(tgrpo, name, getattr(tgrpo, name))
+    for where, name in replaced:
+        monkeypatch.setattr(where, name, getattr(where, name))
     monkeypatch.setattr(sys, "argv", ["variants.py", "--steps", "2", "--variant", variant, "--alpha", "1"])
     variants.main()
     assert used == {"arguments": ["--steps", "2", "--alpha", "1"], "functions": replaced}
@@ -208,15 +250,21 @@ def test_score_uses_the_replaced_bonus(monkeypatch):
 
 
 def test_a_stage_runs_in_a_fork_with_its_output_in_a_log(tmp_path, monkeypatch, capfd):
-    """Guards: a failed stage that counts as finished; a log that says nothing; a finished stage that runs again."""
+    """Guards: a failed or stopped stage that counts as finished; a log that says nothing; a finished stage that runs
+    again.
+    """
     # as the forks of a prepared process, but without preparing one
     monkeypatch.setattr(two_rationales, "FORKS", multiprocessing.get_context("fork"))
     log = tmp_path / "log.txt"
     result = tmp_path / "result"
     with capfd.disabled():
-        two_rationales.launch(["-m", "tools.toy_table", "--help"], result, log)
+        # its result is the log
+        two_rationales.launch(["-m", "tools.toy_table", "--help"], log, log)
         assert "tools.toy_table --help" in log.read_text() and "usage:" in log.read_text()
-        with pytest.raises(UserError, match="status 1: python sft.py --steps 0"):
+        # status 0
+        with pytest.raises(UserError, match=f"left no {result}: python -m tools.toy_table --help"):
+            two_rationales.launch(["-m", "tools.toy_table", "--help"], result, log)
+        with pytest.raises(UserError, match=f"left no {result}: python sft.py --steps 0"):
             two_rationales.launch(["sft.py", "--steps", "0"], result, log)
         assert "steps" in log.read_text().split("--steps 0\n")[1]
     result.touch()
@@ -229,8 +277,10 @@ def test_a_stage_runs_in_a_fork_with_its_output_in_a_log(tmp_path, monkeypatch, 
 class FakeStages:
     """Leaves what each stage would write, without running it. In seed 1 the model never learns to read motion."""
 
-    def __init__(self):
+    def __init__(self, **skilled_part):
         self.commands = []
+        # after which run of the first part the model has the skill
+        self.skilled_part = {"seed0": 1, "seed1": 99, "seed2": 1} | skilled_part
 
     def launch(self, arguments, result, log=None):
         if result.exists():
@@ -256,12 +306,18 @@ class FakeStages:
         texts = ["it moves left", "it moves left"]
         if "sampled" in folder.name:
             texts[0] = "the background looks cool"
-        failing = folder.parts[-3] == "seed1" and folder.name.startswith("skill")
+        seed = folder.parts[-3]
+        n_part = int(folder.name.removeprefix("skill")) if folder.name.startswith("skill") else 0
+        failing = 0 < n_part < self.skilled_part[seed]
         rows = []
-        for frames in ("ordered", "shuffled"):
-            for text in texts:
-                accuracy = 0.0 if failing else 1.0
-                rows.append({"frames": frames, "prediction": text, "accuracy": accuracy, "cue": "misleads"})
+        for frames in ("ordered", "shuffled") if not n_part else ("ordered",):
+            for cue in ("agrees", "misleads"):
+                for text in texts:
+                    right = cue == "agrees" if "background" in text else not failing
+                    # seed 2: credit alone answers wrong where the shortcut misleads
+                    if seed == "seed2" and folder.name.startswith("credit") and cue == "misleads":
+                        right = folder.name not in ("credit", "credit_sampled")
+                    rows.append({"frames": frames, "prediction": text, "accuracy": float(right), "cue": cue})
         (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "summary.json").write_text("{}")
 
@@ -290,16 +346,17 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
         # every arm starts from the same SFT model
         assert options["--model"] == str(tmp_path / "background/seed0/sft/final")
     no_std = {"advantage_std": "none"}
-    published = {"temporal_target": "reward"}
-    credit = {"temporal_rule": "credit", "alpha": "1", "shuffled_generations": "0"} | published | no_std
-    taro = {"temporal_rule": "credit", "shuffled_generations": "0", "credit_shuffles": "1"} | published
+    in_reward = {"temporal_target": "reward"}
+    published = {"temporal_rule": "paper"} | in_reward
+    credit = {"temporal_rule": "credit", "alpha": "1", "shuffled_generations": "0"} | in_reward | no_std
+    taro = {"temporal_rule": "credit", "shuffled_generations": "0", "credit_shuffles": "1"} | in_reward
     assert settings == [
         {"temporal_rule": "none"},
         {"temporal_rule": "none"} | no_std,
         published,
         {"variant": "gdpo"} | published,
         {},
-        {"alpha": "1"} | published | no_std,
+        {"alpha": "1"} | in_reward | no_std,
         {"variant": "taro"} | taro,
         credit,
         {"credit_shuffles": "1"} | credit,
@@ -313,6 +370,9 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
     assert [arguments[0] for arguments in seed1] == ["sft.py"] * 4
     printed = capsys.readouterr().out
     assert "Left out: seed 1" in printed and "2 seeds" in printed
+    # credit minus GRPO, where the shortcut misleads: 0 and -100
+    differences = printed.split("credit minus the other")[1]
+    assert re.search(r"GRPO, group std +\| +-25 ± 318 \| +-50 ± 635 \|", differences)
     assert (tmp_path / "background.png").exists() and (tmp_path / "background_farming.png").exists()
 
     n_commands = len(fake.commands)
@@ -320,17 +380,76 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
     assert len(fake.commands) == n_commands
 
 
-def test_a_report_has_the_finished_seeds_only(tmp_path, monkeypatch):
+def test_sft_continues_from_the_model_that_it_would_have_continued_from(tmp_path, monkeypatch):
+    """Guards: a resumed run whose second part starts from the first model, because a later one has the skill."""
+    runs = []
+    for stop in (True, False):
+        fake = FakeStages(seed0=2)
+        monkeypatch.setattr(two_rationales, "launch", fake.launch)
+        monkeypatch.setattr(two_rationales, "make_world", fake.make_world)
+        monkeypatch.setattr(two_rationales, "make_model", lambda folder, *_: folder.mkdir())
+        if stop:
+            monkeypatch.setattr(
+                fake, "train", lambda folder: (folder / "final").mkdir() if folder.name != "sft" else 1 / 0
+            )
+            with pytest.raises(ZeroDivisionError):
+                two_rationales.train_sft(tmp_path / "seed0", worlds.WORLDS["background"], 0)
+            shutil.rmtree(tmp_path / "seed0/sft")
+        else:
+            two_rationales.train_sft(tmp_path / "seed0", worlds.WORLDS["background"], 0)
+        runs.append(next(arguments for arguments, folder in fake.commands if folder.name == "sft"))
+    assert runs[0] == runs[1] and str(tmp_path / "seed0/skill2/final") in runs[0]
+
+
+@pytest.mark.parametrize(
+    "fault, rows",
+    [
+        ("shortcut_share", {("block", "agrees", 1): 9, ("the", "misleads", 1): 1}),
+        ("skill_right", {("block", "agrees", 1): 3, ("block", "misleads", 0): 3, ("the", "misleads", 0): 4}),
+        ("shortcut_followed", {("block", "agrees", 0): 3, ("block", "misleads", 0): 3, ("the", "misleads", 1): 4}),
+        ("", {("block", "agrees", 1): 3, ("block", "misleads", 0): 3, ("the", "misleads", 1): 4}),
+    ],
+)
+def test_an_sft_model_without_a_choice_fails_its_check(fault, rows, tmp_path):
+    """Guards: RL from a model that names the shortcut and does not follow it, which no arm could make leave it."""
+
+    def answer(name, rows):
+        folder = tmp_path / "eval" / name
+        folder.mkdir(parents=True)
+        lines = []
+        for (text, cue, accuracy), times in rows.items():
+            lines += [json.dumps({"prediction": text, "cue": cue, "accuracy": accuracy}) + "\n"] * times
+        (folder / "predictions.jsonl").write_text("".join(lines))
+
+    answer("skill1", {("the", "agrees", 0): 1})
+    answer("skill2", {("the", "agrees", 1): 1})
+    for i in range(two_rationales.CHECKS):
+        answer(f"sft_sampled{i}", rows)
+    _, faults = two_rationales.check_sft(tmp_path, worlds.WORLDS["object"])
+    assert [text.split()[0] for text in faults] == [fault] * bool(fault)
+
+
+def test_a_result_of_another_definition_of_its_arm_is_an_error(tmp_path):
+    """Guards: a table that mixes two versions of an arm, because results are found by their names."""
+    file = tmp_path / "grpo.json"
+    file.write_text(json.dumps({"arm": "--temporal_rule none --variant noise"}))
+    with pytest.raises(
+        UserError, match="grpo.json: of the settings '--temporal_rule none --variant noise', now they are"
+    ):
+        ablation.read_arm(file, "grpo")
+
+
+def test_a_report_has_the_finished_seeds_only(tmp_path):
     """Guards: means over seeds of which some arms are missing; a seed that failed its check counted as unfinished."""
-    finished = {"ordered": 1.0}
-    for seed, faults, arms in ((0, [], ["grpo", "credit"]), (1, [], ["grpo"]), (2, ["bad"], [])):
+    for seed, faults, arms in ((10, [], ["grpo", "credit"]), (1, [], ["grpo"]), (2, ["bad"], [])):
         folder = tmp_path / f"seed{seed}"
         folder.mkdir()
         (folder / "sft.json").write_text(json.dumps({"seed": seed, "faults": faults}))
         for arm in arms:
-            (folder / f"{arm}.json").write_text(json.dumps(finished))
-    assert [r["seed"] for r in ablation.collect(tmp_path, [0, 1, 2, 3], ["grpo", "credit"])] == [0, 2]
-    assert [r["seed"] for r in ablation.collect(tmp_path, [0, 1, 2, 3], ["grpo"])] == [0, 1, 2]
+            result = {"ordered": 1.0, "arm": ablation.described(ablation.ARMS[arm])}
+            (folder / f"{arm}.json").write_text(json.dumps(result))
+    assert [r["seed"] for r in ablation.collect(tmp_path, ["grpo", "credit"])] == [2, 10]
+    assert [r["seed"] for r in ablation.collect(tmp_path, ["grpo"])] == [1, 2, 10]
 
 
 def test_tables_in_the_readme_are_those_of_the_results_file():
