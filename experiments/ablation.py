@@ -127,19 +127,33 @@ def curves(folder, world, name):
 
 
 def collect(out, arms):
-    """Results of all seeds of which these arms are finished, in the order of the seeds."""
+    """Results of all seeds, in their order, with those of these arms that are finished."""
     results = []
     for folder in sorted(out.glob("seed*"), key=lambda folder: int(folder.name.removeprefix("seed"))):
-        files = {name: folder / f"{name}.json" for name in ("sft", *arms)}
-        if not files["sft"].exists():
+        if not (folder / "sft.json").exists():
             continue
-        result = json.loads(files.pop("sft").read_text(encoding="utf-8"))
-        if not result["faults"]:
-            if not all(file.exists() for file in files.values()):
-                continue
-            result["arms"] = {name: read_arm(file, name) for name, file in files.items()}
-        results.append(result)
+        result = json.loads((folder / "sft.json").read_text(encoding="utf-8")) | {"arms": {}}
+        for name in arms:
+            if (folder / f"{name}.json").exists():
+                result["arms"][name] = read_arm(folder / f"{name}.json", name)
+        if result["arms"] or result["faults"]:
+            results.append(result)
     return results
+
+
+def passed(results):
+    """Results of the seeds whose SFT model passed its check."""
+    return [r for r in results if not r["faults"]]
+
+
+def arms_of(results):
+    """Names of the arms that some seed has, in the order of ARMS."""
+    return [name for name in ARMS if any(name in r["arms"] for r in results)]
+
+
+def of_arm(results, name):
+    """The results of one arm, of the seeds that have it."""
+    return [r["arms"][name] for r in results if name in r["arms"]]
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -162,43 +176,45 @@ def mean_interval(values):
 
 
 def cell(values):
-    """Mean and interval as text, in percent."""
+    """Mean and interval as text, in percent; one value has no interval."""
     mean, half = mean_interval(values)
-    return f"{100 * mean:.0f} ± {100 * half:.0f}"
+    interval = "" if math.isnan(half) else f" ± {100 * half:.0f}"
+    return f"{100 * mean:.0f}{interval}"
 
 
 def results_table(valid):
     """The results of each arm, one row per arm."""
-    rows = [["SFT model", *(cell([r["sft"][column] for r in valid]) for column in MEASURES)]]
-    for name in valid[0]["arms"]:
-        cells = [cell([r["arms"][name][column] for r in valid]) for column in MEASURES]
-        rows.append([ARMS[name].label, *cells])
-    return table(["", *MEASURES.values()], rows)
+    rows = [["SFT model", *(cell([r["sft"][column] for r in valid]) for column in MEASURES), len(valid)]]
+    for name in arms_of(valid):
+        finished = of_arm(valid, name)
+        cells = [cell([scores[column] for scores in finished]) for column in MEASURES]
+        rows.append([ARMS[name].label, *cells, len(finished)])
+    return table(["", *MEASURES.values(), "seeds"], rows)
 
 
 def differences_table(valid):
-    """Paired differences per seed: credit minus each other arm."""
+    """Paired differences: credit minus each other arm, over the seeds that have both."""
     columns = ("ordered", "conflict", "conflict_sampled")
     rows = []
-    for name in valid[0]["arms"]:
-        if name == "credit":
+    for name in arms_of(valid):
+        both = [r["arms"] for r in valid if name in r["arms"] and "credit" in r["arms"]]
+        if name == "credit" or not both:
             continue
         cells = []
         for column in columns:
-            differences = [r["arms"]["credit"][column] - r["arms"][name][column] for r in valid]
-            cells.append(cell(differences))
-        rows.append([ARMS[name].label, *cells])
-    return table(["", *(MEASURES[column] for column in columns)], rows)
+            cells.append(cell([arms["credit"][column] - arms[name][column] for arms in both]))
+        rows.append([ARMS[name].label, *cells, len(both)])
+    return table(["", *(MEASURES[column] for column in columns), "seeds"], rows)
 
 
 def tables(results):
     """The results as Markdown: means with intervals, paired differences, and the seeds that were left out."""
-    valid = [r for r in results if not r["faults"]]
+    valid = passed(results)
     paragraphs = [
-        f"{len(valid)} seeds; test clips, percent; mean ± half of its 95 % interval over seeds (Student's t).",
+        "Test clips, percent; mean ± half of its 95 % interval over the seeds that have the arm (Student's t).",
         results_table(valid),
     ]
-    if "credit" in valid[0]["arms"]:
+    if of_arm(valid, "credit"):
         paragraphs += ["Paired differences, credit minus the other, in points:", differences_table(valid)]
     for r in results:
         if r["faults"]:
@@ -224,8 +240,8 @@ def start_figure(rows, columns, size, **settings):
 
 
 def mean_curve(valid, arm, metric):
-    """Mean over seeds of a metric at each step of RL; NaN where no seed has it."""
-    values = np.array([r["arms"][arm]["steps"][metric] for r in valid], dtype=float)
+    """Mean over the seeds of a metric at each step of RL; NaN where no seed has it."""
+    values = np.array([scores["steps"][metric] for scores in of_arm(valid, arm)], dtype=float)
     with np.errstate(all="ignore"):
         counts = np.isfinite(values).sum(0)
         return np.nansum(values, 0) / np.where(counts, counts, np.nan)
@@ -233,8 +249,8 @@ def mean_curve(valid, arm, metric):
 
 def plot(results, path):
     """How many completions name the shortcut over the steps of RL; test accuracies, one dot per seed."""
-    valid = [r for r in results if not r["faults"]]
-    arms = list(valid[0]["arms"])
+    valid = passed(results)
+    arms = arms_of(valid)
     figure, (axes,) = start_figure(1, 4, (15, 6), width_ratios=(1.8, 1, 1, 1))
     for name in arms:
         axes[0].plot(mean_curve(valid, name, "names_shortcut"), color=ARMS[name].colour, label=ARMS[name].label)
@@ -249,7 +265,7 @@ def plot(results, path):
     }
     for axis, (column, title) in zip(axes[1:], panels.items()):
         for y, name in enumerate(reversed(arms)):
-            values = [r["arms"][name][column] for r in valid]
+            values = [scores[column] for scores in of_arm(valid, name)]
             heights = y + np.linspace(-0.25, 0.25, len(values))
             axis.plot(values, heights, "o", color=ARMS[name].colour, alpha=0.5, markersize=4)
             axis.plot(np.mean(values), y, "|", color=ARMS[name].colour, markersize=20, markeredgewidth=3)
@@ -261,8 +277,8 @@ def plot(results, path):
 
 def plot_farming(results, path):
     """Does order-dependent text pay by itself? Credit of correct and of wrong completions, and their length."""
-    valid = [r for r in results if not r["faults"]]
-    arms = list(valid[0]["arms"])
+    valid = passed(results)
+    arms = arms_of(valid)
     panels = {
         "temporal/credit_correct": "credit of correct completions, nats",
         "temporal/credit_wrong": "credit of wrong completions, nats",
@@ -273,7 +289,7 @@ def plot_farming(results, path):
     for axis, (metric, title) in zip(axes, panels.items()):
         for name in arms:
             # TaRO's credit is per token
-            if metric in valid[0]["arms"][name]["steps"] and (name != "taro" or metric == "completion/length"):
+            if metric in of_arm(valid, name)[0]["steps"] and (name != "taro" or metric == "completion/length"):
                 axis.plot(mean_curve(valid, name, metric), color=ARMS[name].colour, label=ARMS[name].label)
         axis.set(title=title, xlabel="step of RL")
     axes[3].legend(fontsize=7)
@@ -312,7 +328,7 @@ def ablate(out, world_name, seeds, arms, jobs):
 def report(out, world_name, arms):
     """Write the tables, the numbers and the figures of all finished seeds."""
     results = collect(out / world_name, arms)
-    if all(r["faults"] for r in results):
+    if not passed(results):
         raise SystemExit(f"no finished seed passed the check of its SFT model: see {out / world_name}/seed*/sft.json")
     write_atomic(out / f"{world_name}.json", json.dumps(results))
     write_atomic(out / f"{world_name}.md", tables(results))
