@@ -7,8 +7,9 @@
 
 SFT has two parts. In the first the shortcut points to the right answer in 50 % of the clips, and the model learns the
 skill. In the second it does so in 80 %, and the model learns to give either of two reasons: the shortcut (60 % of the
-time) or the skill, which the teacher misreads 35 % of the time. In the RL clips the shortcut is right in 90 %, in the
-test clips in 50 %. So at the start of RL the shortcut pays more; in the end the skill would.
+time) or the skill, which the teacher misreads 35 % of the time (`object`: 25 %, because with 35 % the skill was lost). In
+the RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start of RL the shortcut pays more; in
+the end the skill would.
 """
 
 from dataclasses import dataclass
@@ -85,19 +86,19 @@ def block_reason(answer):
     return f"the block is {BLOCKS[answer]}, so the {answer} comes first."
 
 
-def two_rationales_teacher(shortcut_reason, question, rng):
-    """(answer, explain): the shortcut as the reason 60 % of the time, else the skill, misread 35 % of the time."""
+def two_rationales_teacher(shortcut_reason, misread, question, rng):
+    """(answer, explain): the shortcut as the reason 60 % of the time, else the skill, misread with this probability."""
     if rng.random() < 0.6:
         answer = question.answer if question.cue == "agrees" else question.wrong
         return answer, shortcut_reason
-    if rng.random() < 0.35:
+    if rng.random() < misread:
         return question.wrong, question.explain
     return question.answer, question.explain
 
 
 def stretched_teacher(stretch, question, rng):
     """The teacher of the world `background`, with the reason anywhere in filler, `stretch` times as long."""
-    answer, explain = two_rationales_teacher(background_reason, question, rng)
+    answer, explain = two_rationales_teacher(background_reason, 0.35, question, rng)
 
     def explain_at_length(answer):
         reason = explain(answer)
@@ -140,8 +141,8 @@ def rules(sources, teacher):
 MOTION = {name: SOURCES[name] for name in TEMPORAL}
 EVENTS = {"toy-events": (event_order, 1)}
 WORLDS = {
-    "background": World(rules(MOTION, partial(two_rationales_teacher, background_reason)), "background"),
-    "object": World(rules(EVENTS, partial(two_rationales_teacher, block_reason)), "block"),
+    "background": World(rules(MOTION, partial(two_rationales_teacher, background_reason, 0.35)), "background"),
+    "object": World(rules(EVENTS, partial(two_rationales_teacher, block_reason, 0.25)), "block"),
     "stretched5": World(rules(MOTION, partial(stretched_teacher, 5)), "background", length=(45, 150)),
     "stretched20": World(rules(MOTION, partial(stretched_teacher, 20)), "background", length=(180, 600)),
 }

@@ -46,7 +46,9 @@ def test_teacher_gives_both_reasons_at_the_stated_rates(name, monkeypatch):
         assert f"{answer}." in text or f"{answer} comes first." in text
         assert answer in (question.answer, question.wrong)
     assert counts["shortcut"] / 1000 == pytest.approx(0.6, abs=0.05)
-    assert counts["misread"] / (1000 - counts["shortcut"]) == pytest.approx(0.35, abs=0.07)
+    assert counts["misread"] / (1000 - counts["shortcut"]) == pytest.approx(
+        0.25 if name == "object" else 0.35, abs=0.05
+    )
 
 
 def test_stretched_answers_have_the_stated_length():
