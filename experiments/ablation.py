@@ -90,6 +90,7 @@ def run_arm(folder, world, seed, name):
         arm = ARMS[name]
         reinforce(folder, world, seed, name, arm.settings, arm.variant, folder / f"{name}.log")
         result = {"arm": described(arm)} | scores(folder, world, name) | curves(folder, world, name)
+        result["credit"] = credit_of_reasons(folder, world, name)
         write_atomic(result_file, json.dumps(result))
     return read_arm(result_file, name)
 
@@ -124,6 +125,18 @@ def curves(folder, world, name):
     for metric, values in steps.items():
         rounded[metric] = [None if value is None else float(f"{value:.3g}") for value in values]
     return {"steps": rounded}
+
+
+def credit_of_reasons(folder, world, name):
+    """Mean credit, in nats, of the correct completions of the first ten steps: {"skill": ..., "shortcut": ...}.
+
+    A reason without a correct completion, or an arm without credits, is left out.
+    """
+    credits = {"skill": [], "shortcut": []}
+    for row in read_jsonl(folder / name / "rollouts.jsonl"):
+        if row["step"] < 10 and row["accuracy"] > 0.5 and row.get("credit") is not None:
+            credits["shortcut" if world.names_shortcut(row["text"]) else "skill"].append(row["credit"])
+    return {reason: statistics.fmean(values) for reason, values in credits.items() if values}
 
 
 def collect(out, arms):
@@ -216,6 +229,15 @@ def tables(results):
     ]
     if of_arm(valid, "credit"):
         paragraphs += ["Paired differences, credit minus the other, in points:", differences_table(valid)]
+    credits = [scores["credit"] for scores in of_arm(valid, "credit") if len(scores["credit"]) == 2]
+    if credits:
+        means = []
+        for reason in ("skill", "shortcut"):
+            mean, half = mean_interval([credit[reason] for credit in credits])
+            means.append(f"{mean:.2f} ± {half:.2f} with the {reason}")
+        paragraphs.append(
+            f"Credit of correct completions in the first ten steps, in nats: {', '.join(means)} as reason."
+        )
     for r in results:
         if r["faults"]:
             paragraphs.append(

@@ -300,9 +300,19 @@ class FakeStages:
         metrics = {"step": 0, "completion/length": 20.0}
         text = "the background looks warm"
         rollout = {"step": 0, "frames": "ordered", "problem_id": 1, "text": text, "accuracy": 1.0}
+        rollouts = [rollout]
+        if folder.name == "credit":
+            # the correct ones of the first ten steps count
+            for step, accuracy, text, credit in (
+                (0, 1.0, text, 0.25),
+                (9, 1.0, "it moves left", 1.5),
+                (9, 0.0, text, 9.0),
+                (10, 1.0, text, 9.0),
+            ):
+                rollouts.append(rollout | {"step": step, "accuracy": accuracy, "text": text, "credit": credit})
         (folder / "final").mkdir()
         (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
-        (folder / "rollouts.jsonl").write_text(json.dumps(rollout) + "\n")
+        (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
 
     def evaluate(self, folder):
         texts = ["it moves left", "it moves left"]
@@ -372,6 +382,7 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
     assert [arguments[0] for arguments in seed1] == ["sft.py"] * 4
     printed = capsys.readouterr().out
     assert "Left out: seed 1" in printed
+    assert "in nats: 1.50 ± 0.00 with the skill, 0.25 ± 0.00 with the shortcut as reason" in printed
     # credit minus GRPO, where the shortcut misleads: 0 and -100
     differences = printed.split("credit minus the other")[1]
     assert re.search(r"GRPO, group std +\| +-25 ± 318 \| +-50 ± 635 \|.* 2 \|", differences)
@@ -456,7 +467,7 @@ def test_a_report_has_what_is_finished(tmp_path):
         (folder / "sft.json").write_text(json.dumps({"seed": seed, "faults": faults, "sft": result(0.5)}))
         for arm, value in arms.items():
             (folder / f"{arm}.json").write_text(
-                json.dumps({"arm": ablation.described(ablation.ARMS[arm])} | result(value))
+                json.dumps({"arm": ablation.described(ablation.ARMS[arm]), "credit": {}} | result(value))
             )
     results = ablation.collect(tmp_path, list(ablation.ARMS))
     assert [r["seed"] for r in results] == [1, 2, 10]

@@ -26,7 +26,7 @@ RUN_BY = {
     "accelerate launch evaluate.py --config configs/7b.yaml": "test_every_shipped_config_loads",
     "accelerate launch tgrpo.py --config configs/credit.yaml": "test_a_credit_run_samples_no_shuffled_completions",
     "accelerate launch evaluate.py --config configs/toy.yaml": "test_every_stage_of_the_toy_runs_as_its_command",
-    "accelerate launch -m experiments.controls --control shuffled": "test_control_replaces_the_bonus_of_tgrpo",
+    "accelerate launch -m experiments.variants --variant shuffled": "test_variant_replaces_functions_of_tgrpo",
     "pip install -r requirements.txt && python toy.py": "test_every_stage_of_the_toy_runs_as_its_command",
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run",
     "python -m tools.plan_memory --config configs/7b.yaml --gpus 8": "test_what_the_plan_says_of_the_shipped_configs",
