@@ -134,7 +134,9 @@ def credit_of_reasons(folder, world, name):
     """
     credits = {"skill": [], "shortcut": []}
     for row in read_jsonl(folder / name / "rollouts.jsonl"):
-        if row["step"] < 10 and row["accuracy"] > 0.5 and row.get("credit") is not None:
+        if row.get("credit") is None:
+            continue
+        if row["step"] < 10 and row["accuracy"] > 0.5:
             credits["shortcut" if world.names_shortcut(row["text"]) else "skill"].append(row["credit"])
     return {reason: statistics.fmean(values) for reason, values in credits.items() if values}
 

@@ -109,7 +109,7 @@ def train_sft(out, world, seed, log=None):
         evaluate(out, world, seed, model, name, ("--orders", "ordered"), log)
         if skill(out, name) >= SKILL:
             break
-    arguments = stage("sft.py", out, seed, model, "sft.json", "sft", "--steps", 120, "--lr", 1e-3)
+    arguments = stage("sft.py", out, seed, model, "sft.json", "sft", "--steps", world.sft_steps, "--lr", 1e-3)
     launch(arguments, out / "sft/final", log)
     evaluate(out, world, seed, "sft/final", "sft", log=log)
     for i in range(CHECKS):

@@ -122,6 +122,8 @@ class World:
     shortcut: str
     # tokens; the answers of SFT are all within these bounds, so that the length reward prefers neither reason
     length: tuple = (12, 30)
+    # of the second part
+    sft_steps: int = 120
 
     def names_shortcut(self, text):
         """Whether the reason in a completion is the shortcut. The answer may still rest on something else."""
@@ -142,7 +144,7 @@ MOTION = {name: SOURCES[name] for name in TEMPORAL}
 EVENTS = {"toy-events": (event_order, 1)}
 WORLDS = {
     "background": World(rules(MOTION, partial(two_rationales_teacher, background_reason, 0.35)), "background"),
-    "object": World(rules(EVENTS, partial(two_rationales_teacher, block_reason, 0.25)), "block"),
-    "stretched5": World(rules(MOTION, partial(stretched_teacher, 5)), "background", length=(45, 150)),
-    "stretched20": World(rules(MOTION, partial(stretched_teacher, 20)), "background", length=(180, 600)),
+    "object": World(rules(EVENTS, partial(two_rationales_teacher, block_reason, 0.25)), "block", sft_steps=240),
+    "stretched5": World(rules(MOTION, partial(stretched_teacher, 5)), "background", length=(45, 150), sft_steps=400),
+    "stretched20": World(rules(MOTION, partial(stretched_teacher, 20)), "background", length=(180, 600), sft_steps=400),
 }

@@ -300,7 +300,7 @@ class FakeStages:
         metrics = {"step": 0, "completion/length": 20.0}
         text = "the background looks warm"
         rollout = {"step": 0, "frames": "ordered", "problem_id": 1, "text": text, "accuracy": 1.0}
-        rollouts = [rollout]
+        rollouts = [rollout, {"step": 0, "frames": "shuffled", "problem_id": 1, "text": text}]
         if folder.name == "credit":
             # the correct ones of the first ten steps count
             for step, accuracy, text, credit in (
