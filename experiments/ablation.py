@@ -116,7 +116,9 @@ def curves(folder, world, name):
     for row in read_jsonl(folder / name / "rollouts.jsonl"):
         if row["frames"] == "ordered":
             texts.setdefault(row["step"], []).append(row["text"])
-    steps = {"names_shortcut": [np.mean([world.names_shortcut(text) for text in texts[n]]) for n in sorted(texts)]}
+    steps = {"names_shortcut": []}
+    for step in sorted(texts):
+        steps["names_shortcut"].append(np.mean([world.names_shortcut(text) for text in texts[step]]))
     metrics = read_jsonl(folder / name / "metrics.jsonl")
     for metric in STEPS:
         if metric in metrics[0]:
@@ -199,11 +201,16 @@ def cell(values):
 
 def results_table(valid):
     """The results of each arm, one row per arm."""
-    rows = [["SFT model", *(cell([r["sft"][column] for r in valid]) for column in MEASURES), len(valid)]]
+
+    def row(label, finished):
+        cells = []
+        for column in MEASURES:
+            cells.append(cell([scores[column] for scores in finished]))
+        return [label, *cells, len(finished)]
+
+    rows = [row("SFT model", [r["sft"] for r in valid])]
     for name in arms_of(valid):
-        finished = of_arm(valid, name)
-        cells = [cell([scores[column] for scores in finished]) for column in MEASURES]
-        rows.append([ARMS[name].label, *cells, len(finished)])
+        rows.append(row(ARMS[name].label, of_arm(valid, name)))
     return table(["", *MEASURES.values(), "seeds"], rows)
 
 
@@ -275,12 +282,12 @@ def plot(results, path):
     """How many completions name the shortcut over the steps of RL; test accuracies, one dot per seed."""
     valid = passed(results)
     arms = arms_of(valid)
-    figure, (axes,) = start_figure(1, 4, (15, 6), width_ratios=(1.8, 1, 1, 1))
+    figure, (axes,) = start_figure(1, 4, (15, 6.5), width_ratios=(1.8, 1, 1, 1))
     for name in arms:
         axes[0].plot(mean_curve(valid, name, "names_shortcut"), color=ARMS[name].colour, label=ARMS[name].label)
     axes[0].set(title="completions that name the shortcut\n(sampled in RL, mean of seeds)")
     axes[0].set(xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
-    axes[0].legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
 
     panels = {
         "ordered": "accuracy,\nframes in order",
@@ -309,14 +316,15 @@ def plot_farming(results, path):
         "temporal/credit_clamped": "share of correct ones with 1 nat or more",
         "completion/length": "length of a completion, tokens",
     }
-    figure, (axes,) = start_figure(1, 4, (15, 4.5))
+    figure, (axes,) = start_figure(1, 4, (15, 5))
     for axis, (metric, title) in zip(axes, panels.items()):
         for name in arms:
             # TaRO's credit is per token
             if metric in of_arm(valid, name)[0]["steps"] and (name != "taro" or metric == "completion/length"):
                 axis.plot(mean_curve(valid, name, metric), color=ARMS[name].colour, label=ARMS[name].label)
         axis.set(title=title, xlabel="step of RL")
-    axes[3].legend(fontsize=7)
+    handles, labels = axes[3].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(f"sampled in RL, mean of {len(valid)} seeds", fontsize=10)
     save_figure(figure, path)
 
