@@ -1,6 +1,6 @@
 """Runs sft.py, tgrpo.py and evaluate.py on one GPU with configs/3b_one_gpu.yaml, from random weights of the 3B shape.
 
-    python bench/one_gpu.py                  # a GPU of 24 GB, 30 GB of temporary disk space, about 5 minutes
+    python bench/one_gpu.py                  # a GPU of 24 GB, 30 GB of temporary disk space
     python bench/one_gpu.py --shape tiny     # also on a CPU: does the script run?
 
 The checkpoint has the hub's layout, the clips are 10 seconds of 640 x 360 pixels. Prints the seconds of each stage and,

@@ -302,7 +302,7 @@ def plot(results, path):
             axis.plot(np.mean(values), y, "|", color=ARMS[name].colour, markersize=20, markeredgewidth=3)
         axis.set(title=title, yticks=range(len(arms)), yticklabels=[], xlim=(-0.07, 1.03))
     axes[1].set_yticklabels([ARMS[name].label for name in reversed(arms)])
-    figure.suptitle(f"{len(valid)} seeds, test clips, greedy. Dots: one seed; bars: the mean", fontsize=10)
+    figure.suptitle(f"up to {len(valid)} seeds, test clips, greedy. Dots: one seed; bars: the mean", fontsize=10)
     save_figure(figure, path)
 
 
@@ -325,7 +325,7 @@ def plot_farming(results, path):
         axis.set(title=title, xlabel="step of RL")
     handles, labels = axes[3].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(f"sampled in RL, mean of {len(valid)} seeds", fontsize=10)
+    figure.suptitle(f"sampled in RL, mean of up to {len(valid)} seeds", fontsize=10)
     save_figure(figure, path)
 
 

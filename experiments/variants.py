@@ -6,7 +6,6 @@ Each variant replaces functions of tgrpo.py:
     shuffled    the group's own bonuses, assigned to its correct completions in random order (control)
     noise       Gaussian noise with the mean and the spread of the group's own bonuses (control)
     relative    credit as a share of the group's largest, which does not grow with the length of the answers (ours)
-    rank        the rank of the credit among the group's correct completions (ours)
     taro        TaRO's reward (arXiv 2606.09248): α for correct completions with a credit per token above their group's
                 mean. TaRO itself shuffles only the frames near annotated boundaries, here the whole clip is shuffled.
     gdpo        GDPO: each reward is normalised alone, they are added, and the sum is normalised over the step
@@ -48,18 +47,6 @@ def relative_bonus(credit_G, correct_G, alpha):
     return alpha * (credit_G / largest).clamp(min=0) * correct_G
 
 
-def rank_bonus(credit_G, correct_G, alpha):
-    """α times the share of the other correct completions with a smaller credit; equal ones count as half."""
-    bonus_G = torch.zeros_like(credit_G)
-    of_correct = credit_G[correct_G]
-    if len(of_correct) > 1:
-        difference = of_correct[:, None] - of_correct[None, :]
-        # without the comparison with itself, which is a half
-        wins = (difference.sign() / 2 + 0.5).sum(1) - 0.5
-        bonus_G[correct_G] = alpha * wins / (len(of_correct) - 1)
-    return bonus_G
-
-
 def above_mean_bonus(credit_G, correct_G, alpha):
     return alpha * (credit_G > credit_G.mean()) * correct_G
 
@@ -96,7 +83,6 @@ VARIANTS = {
     "shuffled": {(tgrpo, "credit_bonus"): shuffled_bonus},
     "noise": {(tgrpo, "credit_bonus"): noise_bonus},
     "relative": {(tgrpo, "credit_bonus"): relative_bonus},
-    "rank": {(tgrpo, "credit_bonus"): rank_bonus},
     "taro": {(tgrpo, "credit_bonus"): above_mean_bonus, (tgrpo, "add_credit"): add_credit_per_token},
     "gdpo": {(tgrpo, "score"): gdpo_score, (common.Run, "micro_batches"): gdpo_micro_batches},
 }

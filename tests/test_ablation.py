@@ -166,13 +166,6 @@ def test_relative_credit_is_credit_for_short_answers_and_keeps_its_order_for_lon
     assert variants.relative_bonus(long_G, CORRECT_G, 1.0).tolist() == [1.0, 0.5, 0.75, 0.0, 0.0]
 
 
-def test_rank_bonus_depends_on_the_order_of_the_credits_alone():
-    """Guards: ranks among wrong completions; equal credits that are paid unequally."""
-    ranks = variants.rank_bonus(torch.tensor([3.0, 100.0, -4.0, 3.0, 9.0]), CORRECT_G, 1.0)
-    assert ranks.tolist() == pytest.approx([0.5, 1.0, 0.0, 0.5, 0.0])
-    assert variants.rank_bonus(CREDIT_G, torch.tensor([True, False, False, False, False]), 1.0).sum() == 0
-
-
 def test_taro_pays_correct_completions_above_their_groups_mean_per_token(monkeypatch):
     """Guards: sums over tokens, with which long completions always win; the mean of the correct ones alone."""
 
