@@ -1,6 +1,7 @@
 """Runs sft.py, tgrpo.py and evaluate.py on one GPU with configs/3b_one_gpu.yaml, from random weights of the 3B shape.
 
     python bench/one_gpu.py                  # a GPU of 24 GB, 30 GB of temporary disk space
+    python bench/one_gpu.py --stages evaluate
     python bench/one_gpu.py --shape tiny     # also on a CPU: does the script run?
 
 The checkpoint has the hub's layout, the clips are 10 seconds of 640 x 360 pixels. Prints the seconds of each stage and,
@@ -27,6 +28,7 @@ from settings import read_jsonl
 
 # what the published config.json has beside the widths
 LAYERS = {"num_hidden_layers": 36}
+STAGES = ("sft", "tgrpo", "evaluate")
 METRICS = ("time/train", "time/rollout", "time/update", "rollout/tokens_per_s", "completion/length", "memory/peak_gb")
 
 
@@ -70,17 +72,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["3b", "tiny"], default="3b", help="default: 3b")
     parser.add_argument("--max_new_tokens", type=int, default=768, help="length of every completion; default: 768")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
     args = parser.parse_args()
+    settings = {
+        "sft": {"steps": 3},
+        "tgrpo": {"steps": 3, "max_new_tokens": args.max_new_tokens},
+        "evaluate": {"orders": ["ordered", "shuffled"], "benchmarks": [], "max_new_tokens": args.max_new_tokens},
+    }
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         begin = time.perf_counter()
         make_files(folder, args.shape)
         print(f"checkpoint and clips: {time.perf_counter() - begin:.0f} s", flush=True)
-        run("sft.py", folder, "model", steps=3)
-        run("tgrpo.py", folder, "sft/final", steps=3, max_new_tokens=args.max_new_tokens)
-        evaluation = {"orders": ["ordered", "shuffled"], "benchmarks": [], "max_new_tokens": args.max_new_tokens}
-        run("evaluate.py", folder, "tgrpo/final", **evaluation)
-    print("all stages ran")
+        model = "model"
+        for stage in STAGES:
+            if stage in args.stages:
+                run(f"{stage}.py", folder, model, **settings[stage])
+                model = f"{stage}/final"
+    print("all of these stages ran")
 
 
 if __name__ == "__main__":

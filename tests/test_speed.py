@@ -135,16 +135,22 @@ def test_the_gpu_benchmark_runs_on_a_cpu(lora_rank):
     assert result["update"]["seconds"] > 0 and result["peak"]["planned_gb"] > 0
 
 
-def test_the_stages_of_the_one_gpu_benchmark_are_valid_commands(monkeypatch, tmp_path):
-    """Guards: a setting or file that changed its name, noticed only by someone who has a GPU."""
+@pytest.mark.parametrize("chosen", [["sft", "tgrpo", "evaluate"], ["evaluate"]])
+def test_the_stages_of_the_one_gpu_benchmark_are_valid_commands(chosen, monkeypatch, tmp_path):
+    """Guards: a setting or file that changed its name, noticed only by someone who has a GPU; a stage that starts from
+    a model that was not trained.
+    """
     commands = []
-    monkeypatch.setattr(one_gpu.sys, "argv", ["one_gpu.py", "--shape", "tiny"])
+    monkeypatch.setattr(one_gpu.sys, "argv", ["one_gpu.py", "--shape", "tiny", "--stages", *chosen])
     monkeypatch.setattr(one_gpu.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(tmp_path))
     monkeypatch.setattr(one_gpu.subprocess, "run", lambda command, **_: commands.append(command[1:]))
     one_gpu.main()
     stages = {"sft.py": sft.SFTConfig, "tgrpo.py": tgrpo.TGRPOConfig, "evaluate.py": evaluate.EvalConfig}
-    assert [command[0] for command in commands] == list(stages)
+    assert [command[0] for command in commands] == [f"{stage}.py" for stage in chosen]
+    models = []
     for script, *arguments in commands:
+        models.append(Path(arguments[arguments.index("--model") + 1]).relative_to(tmp_path).as_posix())
         cfg = settings.load_config(stages[script], script.removesuffix(".py"), arguments)
         records, bad_rows = data.load_records(cfg.records, cfg.data_root)
         assert len(records) == 16 and not bad_rows
+    assert models == (["model", "sft/final", "tgrpo/final"] if len(chosen) == 3 else ["model"])
