@@ -23,7 +23,13 @@ from hub_checkpoint import write_hub_checkpoint
 
 # programs, not tests
 collect_ignore = ["two_ranks.py", "hub_checkpoint.py"]
+# what takes longest: if one of these files started last, the other worker would have nothing left to do
+LONGEST = ["test_sharded", "test_runs", "test_toy", "test_survive", "test_evaluate"]
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

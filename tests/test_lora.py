@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import naive
 import pytest
@@ -12,7 +11,7 @@ from naive import mixed_prompts, without_times
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_hub import other_files, weights
-from test_sharded import difference, launch
+from test_sharded import difference
 from transformers import AutoModelForImageTextToText
 
 import common
@@ -28,8 +27,6 @@ LORA = dict(lora_rank=4, lora_alpha=8)
 # large enough steps that an adapter which is not used, saved or merged is noticed
 TRAINING = dict(lr=1e-2, warmup_steps=0, lr_schedule="constant")
 LAYOUTS = ("untied", "tied")
-# not the port of test_sharded.py, which runs at the same time
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29649"]
 
 
 def random_adapter(model, seed=5):
@@ -396,28 +393,6 @@ def test_rollouts_and_credits_see_no_dropout(world, run, monkeypatch):
     assert ("rollout", False, False) in modes and ("completion_logps", False, False) in modes
     assert ("completion_logps", True, True) in modes
     assert not [mode for mode in modes if not mode[1] and mode[2]]
-
-
-def test_two_data_parallel_processes_train_like_one(world, tmp_path):
-    """Guards: gradients that are not averaged; two ranks that write; an adapter that starts at random."""
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    for command in (
-        [sys.executable, "tests/two_ranks.py", world, one, "none", "lora"],
-        [*TORCHRUN, "tests/two_ranks.py", world, two, "none", "lora"],
-    ):
-        status, said = launch(command)
-        assert status == 0, said[-4000:]
-    for stage in ("sft", "tgrpo"):
-        files = [folder / stage / "final/adapter/adapter_model.safetensors" for folder in (one, two)]
-        assert difference(load_file(files[0]), load_file(files[1])) < 5e-5
-        for a, b in zip(without_times(one / stage), without_times(two / stage), strict=True):
-            assert a.keys() == b.keys()
-            for name in a:
-                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
-        assert difference(weights(one / stage / "final"), weights(two / stage / "final")) < 5e-5
-    # the stopped and resumed run of two processes
-    assert without_times(two / "again") == without_times(two / "tgrpo")
 
 
 def test_lora_and_full_training_start_from_one_pretrained_model(tmp_path, monkeypatch, capsys):

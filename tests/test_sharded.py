@@ -106,6 +106,13 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def same_metrics(one, two):
+    for a, b in zip(without_times(one), without_times(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
+
+
 @pytest.mark.parametrize("stage", ["sft", "tgrpo", "credit", "frozen", "mixed sft", "mixed tgrpo"])
 def test_two_sharded_processes_train_like_one_process(world, outputs, stage):
     """Guards: loss or metrics averaged per rank instead of per token and completion; stale shards in the saved file."""
@@ -115,11 +122,23 @@ def test_two_sharded_processes_train_like_one_process(world, outputs, stage):
     assert difference(weights(one / stage), weights(two / stage)) < 5e-5
     # and it is a step
     assert difference(weights(one / stage), load_file(world / "base/model.safetensors")) > 1e-4
-    rows = [without_times(folder / stage) for folder in outputs]
-    for a, b in zip(*rows):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
+    same_metrics(one / stage, two / stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
+def test_an_adapter_trained_by_two_processes_equals_that_of_one(outputs, stage):
+    """Guards: gradients that are not averaged; two ranks that write; an adapter that starts at random."""
+    one, two = (folder / "lora" / stage for folder in outputs)
+    adapters = [load_file(folder / "final/adapter/adapter_model.safetensors") for folder in (one, two)]
+    assert difference(*adapters) < 5e-5
+    assert difference(weights(one), weights(two)) < 5e-5
+    same_metrics(one, two)
+
+
+def test_an_adapter_of_two_processes_resumes(outputs):
+    """Guards: an adapter or optimizer of one rank that starts again."""
+    folder = outputs[1] / "lora"
+    assert without_times(folder / "again") == without_times(folder / "tgrpo")
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
@@ -199,40 +218,28 @@ def test_one_failing_rank_stops_all_ranks_and_its_traceback_is_last(world, tmp_p
 
 
 def test_two_machines_train_like_one(world, outputs, tmp_path):
-    """Guards: a global rank used as the local one, or both machines writing the same files (here: two launchers on
-    loopback).
+    """Guards: a global rank used as the local one, or both machines writing the same files.
+
+    The two machines are two processes with the environment that a launcher with --nnodes 2 --nproc_per_node 1 gives.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc_per_node",
-        "1",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        "29653",
-        "--node_rank",
-    ]
-    other = subprocess.Popen(
-        [*command, "1", "tests/two_ranks.py", str(world), str(tmp_path), "full_shard", "one stage"],
-        cwd=ROOT,
-        env=QUIET,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    status, said = launch([*command, "0", "tests/two_ranks.py", world, tmp_path, "full_shard", "one stage"])
-    assert status == 0 and other.wait(60) == 0, said[-3000:]
+    command = [sys.executable, "tests/two_ranks.py", str(world), str(tmp_path), "full_shard", "one stage"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653", "WORLD_SIZE": "2"}
+    shared |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    machines = []
+    for rank in ("0", "1"):
+        env = QUIET | shared | {"RANK": rank, "GROUP_RANK": rank}
+        machines.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    for machine in machines:
+        said, _ = machine.communicate(timeout=120)
+        assert machine.returncode == 0, said[-3000:]
     assert difference(weights(outputs[1] / "sft"), weights(tmp_path / "sft")) < 1e-5
 
 
-def test_one_command_exports_a_sharded_checkpoint(outputs, tmp_path):
+def test_one_command_exports_a_sharded_checkpoint(outputs, tmp_path, monkeypatch):
     """Guards: shards that only the same number of GPUs can load."""
     folder = outputs[1] / "stopped"
-    status, said = launch([sys.executable, "-m", "tools.export", folder / "checkpoint-1", tmp_path / "plain"])
-    assert status == 0, said[-2000:]
+    monkeypatch.setattr(sys, "argv", ["export.py", str(folder / "checkpoint-1"), str(tmp_path / "plain")])
+    export.main()
     plain = load_file(tmp_path / "plain/model.safetensors")
     final = weights(folder)
     # one step before the end

@@ -51,7 +51,12 @@ def fixed_rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens
 def checked_refresh(copy, model):
     """The real one, after which every weight of the rollout copy must be the trained one (every rank gathers)."""
     real_refresh(copy, model)
-    assert any(isinstance(p, DTensor) for p in model.parameters()) == (FSDP == "full_shard")
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if copy is model:
+        # one process, or LoRA
+        assert not sharded
+        return
+    assert sharded and FSDP == "full_shard"
     trained = dict(model.named_parameters())
     for name, parameter in copy.named_parameters():
         now = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name]
@@ -142,16 +147,18 @@ def hub_stages(layout):
 
 def lora_stages():
     """Both training stages with an adapter; on two ranks T-GRPO once more, resumed after its first step."""
-    settings = {"lora_rank": 4, "lora_alpha": 8, "save_every": 1, "updates_per_rollout": 2}
-    run(sft, "sft", lora_rank=4, lora_alpha=8)
-    run(tgrpo, "tgrpo", **settings)
+    settings = {"fsdp": "none", "lora_rank": 4, "lora_alpha": 8}
+    run(sft, "lora/sft", **settings)
+    settings |= {"save_every": 1, "updates_per_rollout": 2}
+    run(tgrpo, "lora/tgrpo", **settings)
     if not torch.distributed.is_initialized():
         return
+    again = OUT / "lora/again"
     if RANK == 0:
-        shutil.copytree(OUT / "tgrpo", OUT / "again")
-        shutil.rmtree(OUT / "again/final")
+        shutil.copytree(OUT / "lora/tgrpo", again)
+        shutil.rmtree(again / "final")
     torch.distributed.barrier()
-    run(tgrpo, "again", **settings)
+    run(tgrpo, "lora/again", **settings)
 
 
 def main():
@@ -164,8 +171,6 @@ def main():
     if "explode" in MORE:
         tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
         return run(tgrpo, "explode", save_every=0)
-    if "lora" in MORE:
-        return lora_stages()
     run(sft, "sft")
     if "one stage" in MORE:
         return
@@ -175,6 +180,7 @@ def main():
     for stage in (sft, tgrpo):
         run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
+    lora_stages()
     if FSDP == "none":
         return
 
