@@ -23,7 +23,7 @@ from toy import ROOT, check_seed, make_model, make_world, stage
 
 # the first part of SFT runs until the model reaches this accuracy, but at most so many times
 SKILL = 0.9
-MAX_SKILL_PARTS = 3
+MAX_SKILL_PARTS = 4
 # settings of evaluate.py, for greedy and for sampled answers
 BOTH_ORDERS = ("--orders", "ordered", "shuffled")
 SAMPLED = ("--temperature", 1, "--orders", "ordered")

@@ -2,14 +2,14 @@
 
     background      which way does a shape move? The shortcut is the colour of the background.
     object          which of two events comes first? The shortcut is the colour of a block in the first frame.
-    stretched5      the world `background` with answers of about 5 times the length: the reason stands among filler
+    stretched5      the world `background` with answers of about 5 times the length: filler stands before the reason
     stretched20     the same with about 20 times the length
 
 SFT has two parts. In the first the shortcut points to the right answer in 50 % of the clips, and the model learns the
 skill. In the second it does so in 80 %, and the model learns to give either of two reasons: the shortcut (60 % of the
-time) or the skill, which the teacher misreads 35 % of the time (in `object` 25 %; with 35 % the skill was lost). In the
-RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start of RL the shortcut pays more; in the
-end the skill would.
+time) or the skill, which the teacher misreads 35 % of the time (25 % in the worlds other than `background`, where with
+35 % the skill was lost). In the RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start of RL
+the shortcut pays more; in the end the skill would.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,7 @@ FILLER = [
     "let me look at the clip again.",
     "now i think about the question.",
     "i go through every frame.",
-    "one more look at all of it.",
-    "this needs some care.",
     "i note what i can see.",
-    "there is nothing else in it.",
-    "the shape is easy to see.",
 ]
 
 
@@ -96,19 +92,23 @@ def two_rationales_teacher(shortcut_reason, misread, question, rng):
     return question.answer, question.explain
 
 
+def with_filler(reason, stretch, rng):
+    """The reason at the end of a text that is `stretch` times as long."""
+    filler = []
+    while len(" ".join(filler)) < (stretch - 1) * len(reason):
+        filler.append(rng.choice(FILLER))
+    return " ".join([*filler, reason])
+
+
+def stretched_skill_teacher(stretch, question, rng):
+    """The truth, in a text of any length up to `stretch` times that of its reason."""
+    return question.answer, lambda answer: with_filler(question.explain(answer), rng.uniform(1, stretch), rng)
+
+
 def stretched_teacher(stretch, question, rng):
-    """The teacher of the world `background`, with the reason anywhere in filler, `stretch` times as long."""
-    answer, explain = two_rationales_teacher(background_reason, 0.35, question, rng)
-
-    def explain_at_length(answer):
-        reason = explain(answer)
-        filler = []
-        while len(" ".join(filler)) < (stretch - 1) * len(reason):
-            filler.append(rng.choice(FILLER))
-        place = rng.randint(0, len(filler))
-        return " ".join([*filler[:place], reason, *filler[place:]])
-
-    return answer, explain_at_length
+    """The teacher of the world `background`, with a text that is `stretch` times as long as its reason."""
+    answer, explain = two_rationales_teacher(background_reason, 0.25, question, rng)
+    return answer, lambda answer: with_filler(explain(answer), stretch, rng)
 
 
 # ----------------------------------------------------------------------------------------------------------- worlds
@@ -130,14 +130,19 @@ class World:
         return self.shortcut in text
 
 
-def rules(sources, teacher):
+def rules(sources, teacher, skill=skill_teacher):
     return Rules(
         neutral=0.0,
         agreement=AGREEMENT,
-        teachers={"skill": skill_teacher, "sft": teacher},
+        teachers={"skill": skill, "sft": teacher},
         sources=sources,
         temporal=tuple(sources),
     )
+
+
+def stretched(stretch, length):
+    teachers = (partial(stretched_teacher, stretch), partial(stretched_skill_teacher, stretch))
+    return World(rules(MOTION, *teachers), "background", length, sft_steps=400)
 
 
 MOTION = {name: SOURCES[name] for name in TEMPORAL}
@@ -145,6 +150,6 @@ EVENTS = {"toy-events": (event_order, 1)}
 WORLDS = {
     "background": World(rules(MOTION, partial(two_rationales_teacher, background_reason, 0.35)), "background"),
     "object": World(rules(EVENTS, partial(two_rationales_teacher, block_reason, 0.25)), "block", sft_steps=240),
-    "stretched5": World(rules(MOTION, partial(stretched_teacher, 5)), "background", length=(45, 150), sft_steps=400),
-    "stretched20": World(rules(MOTION, partial(stretched_teacher, 20)), "background", length=(180, 600), sft_steps=400),
+    "stretched5": stretched(5, length=(45, 150)),
+    "stretched20": stretched(20, length=(180, 600)),
 }

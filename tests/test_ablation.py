@@ -47,7 +47,7 @@ def test_teacher_gives_both_reasons_at_the_stated_rates(name, monkeypatch):
         assert answer in (question.answer, question.wrong)
     assert counts["shortcut"] / 1000 == pytest.approx(0.6, abs=0.05)
     assert counts["misread"] / (1000 - counts["shortcut"]) == pytest.approx(
-        0.25 if name == "object" else 0.35, abs=0.05
+        0.35 if name == "background" else 0.25, abs=0.05
     )
 
 
@@ -373,9 +373,9 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
         {"variant": "noise"} | credit,
     ]
 
-    # three attempts at the skill, then the second part
+    # four attempts at the skill, then the second part
     seed1 = [arguments for arguments, folder in fake.commands if folder.parent == tmp_path / "background/seed1"]
-    assert [arguments[0] for arguments in seed1] == ["sft.py"] * 4
+    assert [arguments[0] for arguments in seed1] == ["sft.py"] * 5
     printed = capsys.readouterr().out
     assert "Left out: seed 1" in printed
     assert "in nats: 1.50 ± 0.00 with the skill, 0.25 ± 0.00 with the shortcut as reason" in printed
