@@ -7,9 +7,9 @@
 
 SFT has two parts. In the first the shortcut points to the right answer in 50 % of the clips, and the model learns the
 skill. In the second it does so in 80 %, and the model learns to give either of two reasons: the shortcut (60 % of the
-time) or the skill, which the teacher misreads 35 % of the time (25 % in the worlds other than `background`, where with
-35 % the skill was lost). In the RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start of RL
-the shortcut pays more; in the end the skill would.
+time) or the skill, which the teacher misreads 35 % of the time (25 % in the worlds other than `background`, where
+with 35 % the skill was lost). In the RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start
+of RL the shortcut pays more; in the end the skill would.
 """
 
 from dataclasses import dataclass
