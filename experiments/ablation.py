@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, train_sft
+from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, stop_stages_on_sigterm, train_sft
 from experiments.worlds import WORLDS
 from settings import UserError, print_utf8, read_jsonl, table, write_atomic
 from tools.plot import save_figure
@@ -383,6 +383,7 @@ def main():
     if args.report:
         report(out, args.world, args.arms)
     else:
+        stop_stages_on_sigterm()
         ablate(out, args.world, args.seeds, args.arms, args.jobs)
 
 

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -79,6 +80,17 @@ def launch(arguments, result, log=None):
     # not by the status: a run that was stopped saves a checkpoint and ends with 0
     if not result.exists():
         raise UserError(f"this command left no {result}: python {shlex.join(arguments)}")
+
+
+def stop_stages_on_sigterm():
+    """From now on SIGTERM ends the running stages, too, and then acts like Ctrl-C. Alone they would train on."""
+
+    def stop(*_):
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def longest_answer(world):
@@ -207,6 +219,7 @@ def main():
     out = (args.out or ROOT / "runs/two_rationales" / args.world).resolve()
     world = WORLDS[args.world]
     check_seed(out, args.seed)
+    stop_stages_on_sigterm()
     train_sft(out, world, args.seed)
     measured, faults = check_sft(out, world)
     print("\nthe SFT model: " + ", ".join(f"{name} {value:.2f}" for name, value in measured.items()))

@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
+import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -387,6 +390,23 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys):
     n_commands = len(fake.commands)
     ablation.ablate(tmp_path, "background", [0, 1, 2], list(ablation.ARMS), jobs=1)
     assert len(fake.commands) == n_commands
+
+
+def test_sigterm_ends_the_running_stages_too():
+    """Guards: a stage that trains on after its parent was killed, and holds the folder that the next run needs."""
+    before = signal.getsignal(signal.SIGTERM)
+    stage = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    try:
+        two_rationales.stop_stages_on_sigterm()
+        stage.start()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        stage.join(20)
+        assert stage.exitcode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        stage.kill()
 
 
 def test_sft_continues_from_the_model_that_it_would_have_continued_from(tmp_path, monkeypatch):
