@@ -397,8 +397,9 @@ def test_sigterm_ends_the_running_stages_too():
     before = signal.getsignal(signal.SIGTERM)
     stage = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     try:
-        two_rationales.stop_stages_on_sigterm()
+        # first: a real stage comes from the forkserver and does not inherit the handler
         stage.start()
+        two_rationales.stop_stages_on_sigterm()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
