@@ -177,26 +177,27 @@ def of_arm(results, name):
 
 
 def mean_interval(values):
-    """(mean, half the width of its 95 % interval by Student's t; NaN for one value).
+    """(mean, half the width of its 95 % interval by Student's t; NaN for one or two values).
 
-    From 31 degrees of freedom on the quantile of 30 is used, which makes the interval slightly too wide.
+    Two values would give an interval 13 times as wide as their standard error, which says nothing. From 31 degrees of
+    freedom on the quantile of 30 is used, which makes the interval slightly too wide.
 
     >>> mean, half = mean_interval([0.0, 1.0] * 5)
     >>> mean, round(half, 3)
     (0.5, 0.377)
     """
     n = len(values)
-    if n < 2:
+    if n < 3:
         return statistics.fmean(values), math.nan
     t = T_QUANTILES[min(n - 1, 30) - 1]
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
-def cell(values):
-    """Mean and interval as text, in percent; one value has no interval."""
+def cell(values, scale=100, digits=0):
+    """Mean and interval as text, in percent or another scale; without an interval for one or two values."""
     mean, half = mean_interval(values)
-    interval = "" if math.isnan(half) else f" ± {100 * half:.0f}"
-    return f"{100 * mean:.0f}{interval}"
+    interval = "" if math.isnan(half) else f" ± {scale * half:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{interval}"
 
 
 def results_table(valid):
@@ -233,7 +234,7 @@ def tables(results):
     """The results as Markdown: means with intervals, paired differences, and the seeds that were left out."""
     valid = passed(results)
     paragraphs = [
-        "Test clips, percent; mean ± half of its 95 % interval over the seeds that have the arm (Student's t).",
+        "Test clips, percent; mean over the seeds that have the arm, and half of its 95 % interval (Student's t).",
         results_table(valid),
     ]
     if of_arm(valid, "credit"):
@@ -242,8 +243,8 @@ def tables(results):
     if credits:
         means = []
         for reason in ("skill", "shortcut"):
-            mean, half = mean_interval([credit[reason] for credit in credits])
-            means.append(f"{mean:.2f} ± {half:.2f} with the {reason}")
+            mean = cell([credit[reason] for credit in credits], scale=1, digits=2)
+            means.append(f"{mean} with the {reason}")
         paragraphs.append(
             f"Credit of correct completions in the first ten steps, in nats: {', '.join(means)} as reason."
         )

@@ -43,6 +43,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["sft", "tgrpo", "evaluate", "experiments.variants"])
 # torch's random numbers belong to the process, so only one thread at a time may make a model from a seed
 MAKING = threading.Lock()
+# set by SIGTERM: no stage starts any more
+STOPPED = threading.Event()
 
 
 # --------------------------------------------------------------------------------------------- the stages of one seed
@@ -68,6 +70,8 @@ def launch(arguments, result, log=None):
     """Run a script in a process of its own, unless its `result` exists. Raises UserError if it leaves no result."""
     if result.exists():
         return
+    if STOPPED.is_set():
+        raise UserError("stopped")
     # read by torch when the first of these processes imports it
     os.environ["OMP_NUM_THREADS"] = "1"
     process = FORKS.Process(target=run_script, args=(arguments, log))
@@ -83,9 +87,13 @@ def launch(arguments, result, log=None):
 
 
 def stop_stages_on_sigterm():
-    """From now on SIGTERM ends the running stages, too, and then acts like Ctrl-C. Alone they would train on."""
+    """From now on SIGTERM ends the running stages, too, starts no others, and then acts like Ctrl-C.
+
+    Without this, the stages would train on alone and keep their folders locked.
+    """
 
     def stop(*_):
+        STOPPED.set()
         for process in multiprocessing.active_children():
             process.terminate()
         raise KeyboardInterrupt

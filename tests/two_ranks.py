@@ -52,11 +52,10 @@ def checked_refresh(copy, model):
     """The real one, after which every weight of the rollout copy must be the trained one (every rank gathers)."""
     real_refresh(copy, model)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    adapted = any("lora_A" in name for name, _ in model.named_parameters())
+    assert sharded == (FSDP == "full_shard" and not adapted)
     if copy is model:
-        # one process, or LoRA
-        assert not sharded
         return
-    assert sharded and FSDP == "full_shard"
     trained = dict(model.named_parameters())
     for name, parameter in copy.named_parameters():
         now = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name]
