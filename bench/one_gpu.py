@@ -89,7 +89,7 @@ def main():
             if stage in args.stages:
                 run(f"{stage}.py", folder, model, **settings[stage])
                 model = f"{stage}/final"
-    print("all of these stages ran")
+    print("done")
 
 
 if __name__ == "__main__":

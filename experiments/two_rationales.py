@@ -43,7 +43,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["sft", "tgrpo", "evaluate", "experiments.variants"])
 # torch's random numbers belong to the process, so only one thread at a time may make a model from a seed
 MAKING = threading.Lock()
-# set by SIGTERM: no stage starts any more
+# set by SIGTERM: no stage and no rendering starts any more
 STOPPED = threading.Event()
 
 
@@ -70,8 +70,7 @@ def launch(arguments, result, log=None):
     """Run a script in a process of its own, unless its `result` exists. Raises UserError if it leaves no result."""
     if result.exists():
         return
-    if STOPPED.is_set():
-        raise UserError("stopped")
+    raise_if_stopped()
     # read by torch when the first of these processes imports it
     os.environ["OMP_NUM_THREADS"] = "1"
     process = FORKS.Process(target=run_script, args=(arguments, log))
@@ -101,6 +100,11 @@ def stop_stages_on_sigterm():
     signal.signal(signal.SIGTERM, stop)
 
 
+def raise_if_stopped():
+    if STOPPED.is_set():
+        raise UserError("stopped")
+
+
 def longest_answer(world):
     """Setting of a world's evaluation and RL: a third more than the longest answer of SFT."""
     return ("--max_new_tokens", world.length[1] * 4 // 3)
@@ -116,6 +120,7 @@ def train_sft(out, world, seed, log=None):
     """World, random model, and both parts of SFT; greedy and sampled answers of the SFT model."""
     folder = out / "world"
     with MAKING:
+        raise_if_stopped()
         if not folder.exists():
             with open(log or os.devnull, "a", encoding="utf-8") as file:
                 make_world(folder, seed, n_other=0, rules=world.rules, log=file if log else None)

@@ -7,8 +7,8 @@
 
 SFT has two parts. In the first the shortcut points to the right answer in 50 % of the clips, and the model learns the
 skill. In the second it does so in 80 %, and the model learns to give either of two reasons: the shortcut (60 % of the
-time) or the skill, which the teacher misreads 35 % of the time (25 % in the worlds other than `background`, where
-with 35 % the skill was lost). In the RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start
+time) or the skill, which the teacher misreads 35 % of the time (25 % in `object`, where with 35 % the skill was lost,
+and in the stretched worlds). In the RL clips the shortcut is right in 90 %, in the test clips in 50 %. So at the start
 of RL the shortcut pays more; in the end the skill would.
 """
 
@@ -140,12 +140,15 @@ def rules(sources, teacher, skill=skill_teacher):
     )
 
 
+MOTION = {name: SOURCES[name] for name in TEMPORAL}
+
+
 def stretched(stretch, length):
+    """The world `background` with `stretch` times as long answers, whose number of tokens lies within `length`."""
     teachers = (partial(stretched_teacher, stretch), partial(stretched_skill_teacher, stretch))
     return World(rules(MOTION, *teachers), "background", length, sft_steps=400)
 
 
-MOTION = {name: SOURCES[name] for name in TEMPORAL}
 EVENTS = {"toy-events": (event_order, 1)}
 WORLDS = {
     "background": World(rules(MOTION, partial(two_rationales_teacher, background_reason, 0.35)), "background"),

@@ -65,6 +65,14 @@ def test_stretched_answers_have_the_stated_length():
             answer, explain = worlds.WORLDS[name].rules.teachers["sft"](question, rng)
             total += len(explain(answer))
         lengths[name] = total
+    # the skill is learned in texts of any length up to that
+    reason = "it moves left."
+    question = toy.Question([], "", "left", "right", "it moves {}.".format, "agrees")
+    for name, stretch in (("stretched5", 5), ("stretched20", 20)):
+        teach = worlds.WORLDS[name].rules.teachers["skill"]
+        texts = [teach(question, random.Random(i))[1]("left") for i in range(100)]
+        assert all(text.endswith(reason) for text in texts)
+        assert min(map(len, texts)) < 5 * len(reason) and max(map(len, texts)) > 0.9 * stretch * len(reason)
     assert lengths["stretched5"] / lengths["background"] == pytest.approx(5, rel=0.2)
     assert lengths["stretched20"] / lengths["background"] == pytest.approx(20, rel=0.1)
 
@@ -407,6 +415,9 @@ def test_sigterm_ends_the_running_stages_and_starts_no_others(tmp_path):
         assert stage.exitcode == -signal.SIGTERM
         with pytest.raises(UserError, match="stopped"):
             two_rationales.launch(["sft.py"], tmp_path / "final")
+        with pytest.raises(UserError, match="stopped"):
+            two_rationales.train_sft(tmp_path, worlds.WORLDS["background"], 0)
+        assert not (tmp_path / "world").exists()
     finally:
         two_rationales.STOPPED.clear()
         signal.signal(signal.SIGTERM, before)
