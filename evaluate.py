@@ -28,7 +28,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import settings
+import policy
+import rewards
 from benchmarks import (
     NAMES,
     ORDERS,
@@ -41,8 +42,7 @@ from benchmarks import (
     scored_benchmarks,
     scored_rows,
 )
-from rewards import accuracy_reward, extract_answer, format_reward
-from settings import UserError, option
+from support import checkpoints, distributed, model_files, parsing, record_files, settings, storage, tables, workers
 
 # What the answers depend on. It is written into every row and into the summary.
 ANSWER_SETTINGS = (
@@ -59,29 +59,35 @@ Z = 1.96
 class EvalConfig(settings.SharedConfig):
     """Settings of evaluation."""
 
-    benchmarks: list = option([], "benchmarks to answer instead of `records`", choices=NAMES)
-    root: str = option("", "folder that has the benchmarks' folders (layout: see benchmarks/)")
-    clip_segments: bool = option(
+    benchmarks: list = settings.option([], "benchmarks to answer instead of `records`", choices=NAMES)
+    root: str = settings.option("", "folder that has the benchmarks' folders (layout: see benchmarks/)")
+    clip_segments: bool = settings.option(
         True, "show only the part that MVBench's five clipped tasks ask about; false: the whole video"
     )
-    batch_size: int = option(32, "questions decoded together on one GPU; one question alone takes about as long", low=1)
-    max_new_tokens: int = option(1024, "longest completion", low=1)
-    temperature: float = option(0.0, "sampling temperature; 0: greedy", low=0)
-    top_p: float = option(1.0, "nucleus sampling; 1: the whole distribution", low=0, high=1)
-    orders: list = option(
+    batch_size: int = settings.option(
+        32, "questions decoded together on one GPU; one question alone takes about as long", low=1
+    )
+    max_new_tokens: int = settings.option(1024, "longest completion", low=1)
+    temperature: float = settings.option(0.0, "sampling temperature; 0: greedy", low=0)
+    top_p: float = settings.option(1.0, "nucleus sampling; 1: the whole distribution", low=0, high=1)
+    orders: list = settings.option(
         ["ordered"], "orders of the frames in which each question is asked; single: the middle frame", choices=ORDERS
     )
-    score: str = option("", "score this predictions file, without a model, and write summary.json beside it")
-    annotations: str = option("", "with --score: folder of the benchmarks' files, for rows that have no solution")
+    score: str = settings.option("", "score this predictions file, without a model, and write summary.json beside it")
+    annotations: str = settings.option(
+        "", "with --score: folder of the benchmarks' files, for rows that have no solution"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.benchmarks and not self.root:
-            raise UserError("evaluate.root: missing; set --root to the folder that has the benchmarks' folders")
+            raise settings.UserError(
+                "evaluate.root: missing; set --root to the folder that has the benchmarks' folders"
+            )
         if self.annotations and not self.score:
-            raise UserError("evaluate.annotations: only goes with --score predictions.jsonl")
+            raise settings.UserError("evaluate.annotations: only goes with --score predictions.jsonl")
         if not self.orders:
-            raise UserError(f"evaluate.orders: empty; choose from {', '.join(ORDERS)}")
+            raise settings.UserError(f"evaluate.orders: empty; choose from {', '.join(ORDERS)}")
         self.orders = [order for order in ORDERS if order in self.orders]
         # paths of benchmark records are relative to the benchmarks' folder
         if self.benchmarks:
@@ -91,7 +97,7 @@ class EvalConfig(settings.SharedConfig):
 def answer_settings(cfg):
     """{name: value} of everything that the answers depend on."""
     values = {name: getattr(cfg, name) for name in ANSWER_SETTINGS}
-    values["weights"] = settings.fingerprint(cfg.model)
+    values["weights"] = storage.fingerprint(cfg.model)
     if cfg.benchmarks:
         values["records"] = ""
     return values
@@ -119,6 +125,7 @@ def load_questions(cfg):
 
 def load_own_questions(cfg):
     """(questions, bad rows) of the record file cfg.records, whose name becomes that of the benchmark."""
+
     import data
 
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
@@ -159,7 +166,7 @@ def report_missing(accelerator, records, cfg):
     n_missing = sum(record["path"] in missing or record.get("image_path") in missing for record in records)
     if n_missing == len(records):
         setting = "root" if cfg.benchmarks else "data_root"
-        raise UserError(
+        raise settings.UserError(
             f"evaluate.{setting}: none of the media is in {cfg.data_root}; for example, {records[0]['path']} is missing"
         )
     if missing:
@@ -177,21 +184,20 @@ def answer(cfg):
     """Answer the questions that have no answer yet. Returns all rows on the main process, None on the others."""
     from accelerate.utils import gather_object
 
-    import common
     import data
     import policy
 
     made_by = f"accelerate launch tgrpo.py --config {settings.given('config', 'CONFIG')}"
-    common.check_model(cfg, "evaluate", made_by=made_by)
+    model_files.check_model(cfg, "evaluate", made_by=made_by)
     records = load_questions(cfg)
     # every process has a whole model
-    accelerator = common.make_accelerator(cfg, shard=False)
+    accelerator = distributed.make_accelerator(cfg, shard=False)
     folder = Path(cfg.output_dir)
     if accelerator.is_main_process:
-        common.lock_folder(folder)
+        checkpoints.lock_folder(folder)
     report_missing(accelerator, records, cfg)
-    processor = policy.load_processor(cfg)
-    model = policy.load_policy(cfg, common.compute_dtype(cfg), device=accelerator.device).eval()
+    processor = model_files.load_processor(cfg)
+    model = policy.load_policy(cfg, distributed.compute_dtype(cfg), device=accelerator.device).eval()
 
     answered = {}
     for index, rows in read_answers(folder, records, cfg).items():
@@ -208,7 +214,7 @@ def answer(cfg):
     questions = [index for index in by_length(records) if index not in answered]
     mine = questions[accelerator.process_index :: accelerator.num_processes]
     batches = [mine[first : first + cfg.batch_size] for first in range(0, len(mine), cfg.batch_size)]
-    samples = data.Samples(records, processor, cfg, cfg.orders, shuffle=False)
+    samples = data.Samples(records, processor, cfg, cfg.orders, in_file_order=True)
     bar = tqdm(
         total=len(mine),
         desc="evaluate",
@@ -217,9 +223,9 @@ def answer(cfg):
         disable=not accelerator.is_main_process,
     )
     written = list(answered)
-    for batch in data.loader(samples, batches, cfg):
+    for batch in workers.loader(samples, batches, cfg):
         rows = answer_batch(model, batch, processor, cfg)
-        settings.append_rows(folder / f"predictions.{accelerator.process_index}.jsonl", rows)
+        storage.append_rows(folder / f"predictions.{accelerator.process_index}.jsonl", rows)
         written += [row["index"] for row in rows]
         bar.update(len(batch))
     bar.close()
@@ -231,7 +237,9 @@ def answer(cfg):
         answered = read_answers(folder, records, cfg)
         lost = set(written) - set(answered)
         if lost:
-            raise UserError(f"{folder}: {len(lost)} of {len(records)} answers are missing; start this command again")
+            raise settings.UserError(
+                f"{folder}: {len(lost)} of {len(records)} answers are missing; start this command again"
+            )
         rows = merge_files(folder, "predictions.jsonl", answered)
     accelerator.end_training()
     return rows
@@ -253,19 +261,18 @@ def by_length(records):
 
 def answer_batch(model, samples, processor, cfg):
     """Rows of some questions: one per frame order, or one with an `error`. Rows of one question are adjacent."""
-    import common
 
-    rows = {sample.position: [] for sample in samples}
+    rows = {sample.draw: [] for sample in samples}
     for sample in samples:
         if sample.error:
-            rows[sample.position].append({**prediction_row(sample, cfg), "error": sample.error})
+            rows[sample.draw].append({**prediction_row(sample, cfg), "error": sample.error})
     for order in cfg.orders:
         # sampled answers do not depend on what ran before, nor on the order
-        common.seed_everything(cfg.seed, samples[0].position)
+        distributed.seed_everything(cfg.seed, samples[0].draw)
         # a picture or a clip of one frame can be asked in order and blind only
-        asked = [sample for sample in samples if getattr(sample, order) is not None]
+        asked = [sample for sample in samples if order in sample.inputs]
         for sample, answer_fields in zip(asked, answer_in_order(model, asked, order, processor, cfg)):
-            rows[sample.position].append({**prediction_row(sample, cfg), "frames": order, **answer_fields})
+            rows[sample.draw].append({**prediction_row(sample, cfg), "frames": order, **answer_fields})
     complete = []
     for question_rows in rows.values():
         complete += [{**row, "question_rows": len(question_rows)} for row in question_rows]
@@ -275,27 +282,28 @@ def answer_batch(model, samples, processor, cfg):
 def prediction_row(sample, cfg):
     """What every row has, answered or not: the record without its chain of thought, and the settings."""
     record = {name: value for name, value in sample.record.items() if name != "process"}
-    return {**record, "index": sample.position, "settings": answer_settings(cfg)}
+    return {**record, "index": sample.draw, "settings": answer_settings(cfg)}
 
 
 def answer_in_order(model, samples, order, processor, cfg):
     """The answer to each sample with its frames in `order`: a list of dicts with text, scores and length."""
-    from policy import eos_ids, rollout
 
     if not samples:
         return []
-    prompts = [getattr(sample, order) for sample in samples]
+    prompts = [sample.inputs[order] for sample in samples]
     counts = [1] * len(samples)
-    completions = rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens, cfg.top_p)
+    completions = policy.rollout(
+        model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens, cfg.top_p
+    )
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    ends = eos_ids(model, processor.tokenizer)
+    ends = policy.eos_ids(model, processor.tokenizer)
     answers = []
     for sample, ids, text in zip(samples, completions, texts):
         fields = {
             "prediction": text,
-            "accuracy": accuracy_reward(text, sample.record["solution"], sample.record["problem_type"]),
-            "format": format_reward(text),
-            "answered": extract_answer(text) is not None,
+            "accuracy": rewards.accuracy_reward(text, sample.record["solution"], sample.record["problem_type"]),
+            "format": rewards.format_reward(text),
+            "answered": parsing.extract_answer(text) is not None,
             "n_tokens": len(ids),
             "truncated": int(ids[-1]) not in ends,
         }
@@ -313,11 +321,13 @@ def read_answers(folder, records, cfg):
     found = {}
     for file in sorted(folder.glob("predictions*.jsonl")):
         try:
-            for row in settings.read_jsonl(file):
+            for row in storage.read_jsonl(file):
                 check_same_evaluation(folder, row, records[row["index"]], cfg)
                 found.setdefault(row["index"], {})[row.get("frames")] = row
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(f"{file}: has no answers of this evaluation; choose another --output_dir") from None
+            raise settings.UserError(
+                f"{file}: has no answers of this evaluation; choose another --output_dir"
+            ) from None
     answered = {}
     for index, by_order in found.items():
         rows = list(by_order.values())
@@ -331,9 +341,9 @@ def check_same_evaluation(folder, row, record, cfg):
     expected = answer_settings(cfg)
     changed = [f"{name} {value!r}" for name, value in row["settings"].items() if expected.get(name) != value]
     if changed:
-        raise UserError(f"{folder}: has answers made with {', '.join(changed)}; choose another --output_dir")
+        raise settings.UserError(f"{folder}: has answers made with {', '.join(changed)}; choose another --output_dir")
     if any(row.get(name) != record.get(name) for name in QUESTION_FIELDS):
-        raise UserError(f"{folder}: has answers to other questions; choose another --output_dir")
+        raise settings.UserError(f"{folder}: has answers to other questions; choose another --output_dir")
 
 
 def merge_files(folder, name, answered):
@@ -341,7 +351,7 @@ def merge_files(folder, name, answered):
     rows = []
     for index in sorted(answered):
         rows += sorted(answered[index], key=place_of)
-    settings.write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+    storage.write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
     for file in folder.glob("predictions*.jsonl"):
         if file.name != name:
             os.remove(file)
@@ -466,7 +476,7 @@ def print_orders(summary):
     if rows:
         first = next(iter(parts.values()))["frames"]
         print()
-        print(settings.table(["percent", first, *others], rows))
+        print(tables.table(["percent", first, *others], rows))
         print(f"in brackets: paired difference from {first}, and its 95 % interval (clustered by video)")
 
 
@@ -507,7 +517,7 @@ def main():
     cfg = settings.load_config(EvalConfig, "evaluate", doc=__doc__)
     if cfg.score:
         folder = Path(cfg.score).parent
-        rows = settings.read_rows(cfg.score)
+        rows = record_files.read_rows(cfg.score)
         if cfg.annotations:
             rows = join_annotations(rows, cfg.annotations)
     else:
@@ -520,7 +530,7 @@ def main():
         if rows is None:
             return
     summary = summarise(rows)
-    settings.write_atomic(folder / "summary.json", json.dumps(summary, indent=2))
+    storage.write_atomic(folder / "summary.json", json.dumps(summary, indent=2))
     print_table(summary)
     print_orders(summary)
     print(f"every answer: {cfg.score or folder / 'predictions.jsonl'}\nall numbers:  {folder / 'summary.json'}")

@@ -9,16 +9,17 @@ Each step:
     3. loss: −(their sum) / (number of target tokens in the whole batch, over all GPUs and micro-batches)
     4. update: backward, clip the gradient, AdamW
 The result is `output_dir`/final, a folder that from_pretrained and AutoProcessor load.
+
+Axes: N targets of a micro-batch · T tokens of the longest target
 """
 
 from dataclasses import dataclass
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors
 
-import common
 import data
 import policy
-import settings
+from support import distributed, model_files, settings, training, workers
 
 
 @dataclass
@@ -27,37 +28,36 @@ class SFTConfig(settings.TrainConfig):
 
 
 # under a launcher: the traceback of the rank that failed is printed last
-@record
+@errors.record
 def main():
-    cfg = settings.load_config(SFTConfig, "sft", doc=__doc__)
-    settings.require(cfg, "sft", "model", "records", "output_dir")
-    common.check_model(cfg, "sft")
+    cfg = settings.load_config(SFTConfig, "sft", doc=__doc__, required=("model", "records", "output_dir"))
+    model_files.check_model(cfg, "sft")
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable, need_process=True)
-    accelerator = common.make_accelerator(cfg)
+    accelerator = distributed.make_accelerator(cfg)
     rank = accelerator.process_index
     ranks = accelerator.num_processes
-    run = common.Run(accelerator, cfg, "sft", len(records), bad_rows)
+    run = training.Run(accelerator, cfg, "sft", len(records), bad_rows)
 
-    processor = policy.load_processor(cfg)
-    starting_files = policy.starting_files(cfg.model)
-    model = policy.load_trainable(cfg, accelerator)
-    model, optimizer = common.prepare(accelerator, model, cfg)
+    # `model` is called, and backward runs through it; `unwrapped` has its weights and config
+    processor = model_files.load_processor(cfg)
+    starting_files = model_files.starting_files(cfg.model)
+    model, optimizer = distributed.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     unwrapped = accelerator.unwrap_model(model)
     run.resume()
 
     samples = data.Samples(records, processor, cfg, targets=True)
-    batches = data.loader(samples, data.rank_batches(cfg, run.first_step, rank, ranks), cfg)
+    batches = workers.loader(samples, data.rank_batches(cfg, run.first_step, rank, ranks), cfg)
     dummy = data.dummy_sample(processor, cfg)
 
     # 1. records
     for step, batch in run.steps(batches):
         # for the dropout of a LoRA adapter: a resumed step repeats it
-        common.seed_everything(cfg.seed, step, rank)
-        n_tokens = common.sum_over_ranks(accelerator, sum(len(sample.target) for sample in batch))
+        distributed.seed_everything(cfg.seed, step, rank)
+        n_tokens = distributed.sum_over_ranks(accelerator, sum(len(sample.target) for sample in batch))
         loss_sum = 0.0
         for micro, weight in run.micro_batches(batch, dummy):
             # 2. log-probs: one completion per prompt, its target
-            prompts = [sample.ordered for sample in micro]
+            prompts = [sample.inputs["ordered"] for sample in micro]
             targets = [[sample.target] for sample in micro]
             packed = policy.pack(unwrapped, prompts, targets, processor.tokenizer.pad_token_id)
             logps_NT, _ = policy.completion_logps(model, packed)
@@ -66,18 +66,19 @@ def main():
             # 4. update: backward averages over the ranks, hence the factor
             accelerator.backward(loss * ranks)
             loss_sum += loss.item()
-        grad_norm = run.update(model, optimizer, step)
+        training.set_learning_rate(optimizer, step, cfg)
+        grad_norm = run.clip_gradient(model)
+        if run.is_finite(grad_norm, step):
+            optimizer.step()
+        optimizer.zero_grad()
         run.lap("train")
 
-        loss = common.sum_over_ranks(accelerator, loss_sum)
-        run.log(step, {"loss": loss, "policy/grad_norm": grad_norm})
-        run.bar.set_postfix(loss=loss)
+        loss = distributed.sum_over_ranks(accelerator, loss_sum)
+        run.log(step, {"loss": loss, "policy/grad_norm": grad_norm}, show="loss")
         if run.checkpoint_or_stop(step):
             return
 
-    final = f"{cfg.output_dir}/final"
-    policy.save_model(accelerator, model, starting_files, final, common.compute_dtype(cfg))
-    run.finish(f"SFT model: {final}")
+    run.finish(model, starting_files, "SFT model")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ from transformers import (
 )
 
 from benchmarks.shared import ORDERS
-from common import replace_folder
-from settings import UserError, mean_and_se, print_utf8, read_jsonl, table, write_atomic
+from support import settings, storage, tables
 from tools.plot import draw_curve, save_figure
 
 ROOT = Path(__file__).parent
@@ -337,9 +336,9 @@ def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80
         for job, record in zip(jobs, bar):
             records[job[2]].append(record)
     for split, rows in records.items():
-        write_atomic(unfinished / f"{split}.json", json.dumps(rows, indent=1))
-    write_atomic(unfinished / "world.json", json.dumps({"seed": seed}))
-    replace_folder(unfinished, folder)
+        storage.write_atomic(unfinished / f"{split}.json", json.dumps(rows, indent=1))
+    storage.write_atomic(unfinished / "world.json", json.dumps({"seed": seed}))
+    storage.replace_folder(unfinished, folder)
 
 
 # ----------------------------------------------------------------------------------------------- 2. the model
@@ -437,7 +436,7 @@ def make_model(folder, records, seed=0):
     model.generation_config.pad_token_id = token("<|endoftext|>")
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
-    replace_folder(unfinished, folder)
+    storage.replace_folder(unfinished, folder)
 
 
 # ----------------------------------------------------------------------------------------------- 3. the stages
@@ -488,7 +487,7 @@ def launch(arguments, result, log=None):
             check=True,
         )
     except subprocess.CalledProcessError as error:
-        raise UserError(f"toy.py: this command failed with status {error.returncode}: {command}") from None
+        raise settings.UserError(f"toy.py: this command failed with status {error.returncode}: {command}") from None
 
 
 # ----------------------------------------------------------------------------------------------- 4. the comparison
@@ -513,7 +512,7 @@ def measure(predictions):
     Orders that were not asked are left out. The others are of the temporal questions, and so is `conflict`, which has
     the clips with a misleading background.
     """
-    rows = read_jsonl(predictions)
+    rows = storage.read_jsonl(predictions)
     temporal = [row for row in rows if row["data_source"] in TEMPORAL]
     samples = {}
     for order in ORDERS:
@@ -526,7 +525,7 @@ def measure(predictions):
     ]
     for name in ("flash", "image"):
         samples[name] = [row["accuracy"] for row in ordered if row["data_source"] == f"toy-{name}"]
-    return {name: mean_and_se(values) for name, values in samples.items()}
+    return {name: tables.mean_and_se(values) for name, values in samples.items()}
 
 
 def results_table(results):
@@ -538,7 +537,7 @@ def results_table(results):
             mean, se = results[model][name]
             cells.append(f"{100 * mean:.1f} ± {100 * se:.1f}")
         rows.append([label, *cells])
-    return table(["", *HEADINGS.values()], rows)
+    return tables.table(["", *HEADINGS.values()], rows)
 
 
 def plot(out, results):
@@ -549,10 +548,10 @@ def plot(out, results):
     import matplotlib.pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1.3, 1.8))
-    draw_curve(left, read_jsonl(out / "sft/metrics.jsonl"), "loss", "loss", "tab:gray")
+    draw_curve(left, storage.read_jsonl(out / "sft/metrics.jsonl"), "loss", "loss", "tab:gray")
     left.set(title="1. SFT", xlabel="step", ylabel="loss, nats per token", yscale="log")
 
-    metrics = read_jsonl(out / "tgrpo/metrics.jsonl")
+    metrics = storage.read_jsonl(out / "tgrpo/metrics.jsonl")
     draw_curve(middle, metrics, "temporal/p", "p: frames in order", "tab:blue")
     draw_curve(middle, metrics, "temporal/p_shuffled", "p̃: frames shuffled", "tab:orange")
     middle.set(title="2. T-GRPO, training videos", xlabel="step", ylabel="share of correct completions", ylim=(0, 1))
@@ -583,7 +582,7 @@ def parse_arguments():
     for argument in sys.argv[1:]:
         flag = argument.split("=")[0]
         if flag in MOVED:
-            raise UserError(f"toy.py: {flag} is now a command of its own: {MOVED[flag]}")
+            raise settings.UserError(f"toy.py: {flag} is now a command of its own: {MOVED[flag]}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
@@ -597,11 +596,13 @@ def check_seed(out, seed):
     if world_file.exists():
         made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
         if made != seed:
-            raise UserError(f"{out} holds seed {made}, not {seed}; choose another --out, or delete that folder")
+            raise settings.UserError(
+                f"{out} holds seed {made}, not {seed}; choose another --out, or delete that folder"
+            )
 
 
 def main():
-    print_utf8()
+    settings.print_utf8()
     args = parse_arguments()
     out = args.out.resolve()
     if args.fresh:
@@ -628,7 +629,7 @@ def main():
     summary = {"seed": args.seed}
     for model in MODELS:
         summary[model] = {name: results[model][name][0] for name in (*ORDERS, "conflict")}
-    write_atomic(out / "summary.json", json.dumps(summary, indent=2))
+    storage.write_atomic(out / "summary.json", json.dumps(summary, indent=2))
     plot(out, results)
     print("\nTest accuracy in percent ± standard error. Chance is 50 in the first five columns.\n")
     print(results_table(results))

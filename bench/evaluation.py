@@ -22,7 +22,9 @@ sys.path[:0] = [str(ROOT)]
 from accelerate.state import AcceleratorState
 
 import evaluate
-from settings import load_config, read_jsonl, read_rows
+from support.record_files import read_rows
+from support.settings import load_config
+from support.storage import read_jsonl
 
 FILLER = " The clip was made by a program that draws a shape on a coloured background." * 12
 

@@ -34,10 +34,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen2_5_VLConfig
 from transformers.initialization import no_init_weights
 
-import common
 import data
 import policy
 import tgrpo
+from support import distributed, lora, model_files
 from tools import plan_memory
 
 TINY = {
@@ -128,7 +128,7 @@ def fake_ranks(n):
 def random_model(config, cfg, dtype):
     """Like policy.load_policy, but without a checkpoint: the weights are uninitialised memory."""
     with no_init_weights():
-        model = policy.empty_model(config, dtype)
+        model = model_files.empty_model(config, dtype)
     model.tie_weights()
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -190,7 +190,7 @@ def count_waits(device, function):
 def make_models(config, cfg, accelerator):
     """(policy, optimizer, reference, rollout model), sharded as in tgrpo.py."""
     policy.load_policy = lambda cfg, dtype=torch.float32, *_, **__: random_model(config, cfg, dtype)
-    model, optimizer = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
+    model, optimizer = distributed.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     model = accelerator.unwrap_model(model)
     reference = policy.load_reference(accelerator, cfg, model)
     return model, optimizer, reference, policy.rollout_copy(accelerator, model, cfg)
@@ -218,7 +218,7 @@ def measure_update(accelerator, models, prompt, completions, cfg, tokenizer, rep
 
     def forward_and_backward():
         packed = policy.pack(model, [prompt], [completions], tokenizer.pad_token_id)
-        with torch.no_grad(), policy.adapter_off(reference):
+        with torch.no_grad(), lora.adapter_off(reference):
             ref_logps_GT, _ = policy.completion_logps(reference, packed, 1.0, banned)
         logps_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
         loss_G, _, _ = tgrpo.grpo_loss(
@@ -281,7 +281,7 @@ def main():
 
     if args.gpus > 1:
         fake_ranks(args.gpus)
-    accelerator = common.make_accelerator(cfg)
+    accelerator = distributed.make_accelerator(cfg)
     device = accelerator.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}; {args.shape}, one of {args.gpus} ranks")

@@ -24,7 +24,7 @@ import torch
 from hub_checkpoint import TINY_TEXT, TINY_VISION, write_hub_checkpoint
 from real_width import QUESTION, SHAPES, write_clip
 
-from settings import read_jsonl
+from support.storage import read_jsonl
 
 # what the published config.json has beside the widths
 LAYERS = {"num_hidden_layers": 36}

@@ -38,7 +38,9 @@ import data
 import policy
 import sft
 import tgrpo
-from settings import SharedConfig, read_jsonl
+from support import model_files
+from support.settings import SharedConfig
+from support.storage import read_jsonl
 
 SHAPES = {
     "7b": {
@@ -97,11 +99,11 @@ def make_files(folder, shape):
 def compare(folder, records):
     """Checks 1 and 2: prints one line per prompt, raises AssertionError if they differ."""
     cfg = SharedConfig(model=str(folder / "model"), data_root=str(folder))
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     model = policy.load_policy(cfg).eval()
     pad = processor.tokenizer.pad_token_id
     banned = tuple(policy.placeholder_ids(model))
-    samples = data.Samples(records, processor, cfg, shuffle=False)
+    samples = data.Samples(records, processor, cfg, in_file_order=True)
     prompts = [samples[i].ordered for i in range(len(records))]
 
     generator = torch.Generator().manual_seed(0)

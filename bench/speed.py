@@ -39,11 +39,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
-import frames
 import policy
 import toy
 from rewards import format_reward
-from settings import SharedConfig, TrainConfig
+from support import frames, lora, model_files
+from support.settings import SharedConfig, TrainConfig
 from tgrpo import group_advantages, grpo_loss
 
 G = 8
@@ -124,7 +124,7 @@ def our_step(model, reference, optimizer, prompts, counts, processor, C):
     clock.lap("rollout")
     advantages = group_advantages(rewards_of(processor, completions))
     packed = policy.pack(model, prompts[:1], [completions], 0)
-    with torch.no_grad(), policy.adapter_off(reference):
+    with torch.no_grad(), lora.adapter_off(reference):
         ref, _ = policy.completion_logps(reference, packed)
     clock.lap("reference")
     logps, _ = policy.completion_logps(model, packed)
@@ -246,7 +246,7 @@ def set_up(folder, size):
     P = int(size.split("x")[0])
     make_model(folder, hidden, layers)
     cfg = SharedConfig(model=str(folder), prompt="{problem}", min_pixels=784, max_pixels=width * height)
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     processor.image_processor.size = {"shortest_edge": 784, "longest_edge": width * height}
     picture = Image.effect_noise((width, height), 80).convert("RGB")
     record, x = prompt_of(processor, picture, P, cfg)
@@ -343,7 +343,7 @@ def bench_data(rounds=7, n=16):
             "options": [],
             "path": "640_10_250.mp4",
         }
-        samples = data.Samples([record], policy.load_processor(cfg), cfg, ("ordered", "shuffled"))
+        samples = data.Samples([record], model_files.load_processor(cfg), cfg, ("ordered", "shuffled"))
         laps = []
         for i in range(2 * rounds):
             begin = time.perf_counter()
@@ -386,7 +386,7 @@ def bench_lora(sizes, rounds):
         with tempfile.TemporaryDirectory() as folder:
             processor, _, _, prompt, model, reference, optimizer = set_up(Path(folder), size)
             cfg = TrainConfig(model=folder, lora_rank=16)
-            adapted = policy.add_adapter(policy.load_policy(cfg).eval(), cfg)
+            adapted = lora.add_adapter(policy.load_policy(cfg).eval(), cfg)
             adapter_optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-6)
             for _ in range(rounds + 1):
                 for name, models in (

@@ -38,8 +38,11 @@ from benchmarks import (
     vsibench_debiased,
 )
 from benchmarks.shared import ORDERS, answer_of, choice_field, mean_score, mean_score_by, text_field
-from rewards import ACCURACY, extract_answer, number_or_nan, parse_letter, parse_solution
-from settings import UserError, read_rows, table
+from rewards import PROBLEM_TYPES, parse_solution
+from support.parsing import extract_answer, number_or_nan, parse_letter
+from support.record_files import read_rows
+from support.settings import UserError
+from support.tables import table
 
 MODULES = {
     "vsibench": vsibench,
@@ -95,11 +98,11 @@ def load_benchmark(name, root, clip_segments=True):
     records are there if their folder is.
     """
     # imported here because scoring needs no torch
-    from data import media_path
+    from support.record_files import media_path
 
     loaded = []
     for record in read_benchmark(name, root):
-        if record["task"] == "question_only" and not os.path.isdir(os.path.dirname(media_path(record, root))):
+        if record["task"] == "question_only" and not os.path.isdir(os.path.dirname(media_path(record["path"], root))):
             continue
         if not clip_segments:
             record = {key: value for key, value in record.items() if key not in ("start", "end")}
@@ -133,13 +136,13 @@ def read_benchmark(name, root):
 
 def checked_record(record, name, root, base):
     """The record with its benchmark, and with paths that are relative to `root`. Raises ValueError if it is bad."""
-    from data import check_record
+    from support.record_files import check_record
 
     record = record | {"benchmark": name, "problem_id": record["id"]}
     for key in ("path", "image_path"):
         if key in record:
             record[key] = os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
-    check_record(record, root, need_process=False)
+    check_record(parse_solution, record, root, need_process=False)
     return record
 
 
@@ -243,7 +246,7 @@ def score_by_type(row, answer, truth):
         letter = parse_letter(answer)
         return float(letter == truth), letter is not None
     is_readable = problem_type not in ("numerical", "regression") or math.isfinite(number_or_nan(answer))
-    return float(ACCURACY[problem_type](answer, truth)), is_readable
+    return float(PROBLEM_TYPES[problem_type].accuracy(answer, truth)), is_readable
 
 
 def scored_rows(rows):

@@ -2,8 +2,8 @@
 
 import math
 
-from rewards import extract_answer, lettered, number_or_nan, tags_in
-from settings import mean_and_se
+from support.parsing import extract_answer, lettered, number_or_nan, tags_in
+from support.tables import mean_and_se
 
 # the orders of frames in which evaluate.py asks a question
 ORDERS = ("ordered", "shuffled", "reversed", "single", "blind")

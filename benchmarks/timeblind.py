@@ -11,7 +11,7 @@ import math
 import re
 
 from benchmarks.shared import choice_field, make_record, mean_score, text_field
-from rewards import parse_letter
+from support.parsing import parse_letter
 
 FILES = [["data.jsonl"]]
 HINTS = {"yes_no": "Answer yes or no.", "multiple_choice": "Answer A or B."}

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field
-from rewards import extract_answer
+from support.parsing import extract_answer
 
 TRACKS = ("Perception", "Comprehension", "Adaptation")
 FILES = [[f"data/{track.lower()}_video.json" for track in TRACKS], [f"{track}/test-*.parquet" for track in TRACKS]]

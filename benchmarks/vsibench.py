@@ -11,7 +11,8 @@ of all numbers. That is `score_video_r1`.)
 import math
 
 from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field
-from rewards import number_or_nan, relative_error
+from rewards import relative_error
+from support.parsing import number_or_nan
 
 FILES = [["test.jsonl"], ["test.parquet"], ["test-*.parquet"]]
 

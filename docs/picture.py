@@ -19,8 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
-from rewards import CORRECT, accuracy_reward, extract_answer, temporal_reward
-from settings import SharedConfig, UserError, read_jsonl
+from rewards import CORRECT, accuracy_reward, temporal_reward
+from support.parsing import extract_answer
+from support.settings import SharedConfig, UserError
+from support.storage import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 ALPHA = 0.3

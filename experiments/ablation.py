@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, stop_stages_on_sigterm, train_sft
 from experiments.worlds import WORLDS
-from settings import UserError, print_utf8, read_jsonl, table, write_atomic
+from support.settings import UserError, print_utf8
+from support.storage import read_jsonl, write_atomic
+from support.tables import table
 from tools.plot import save_figure
 from toy import ROOT
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from experiments.two_rationales import BOTH_ORDERS
 from experiments.worlds import skill_teacher
-from settings import print_utf8, table
+from support.settings import print_utf8
+from support.tables import table
 from toy import HEADINGS, ROOT, Rules, check_seed, flawed_teacher, launch, make_model, make_world, measure, stage
 
 RULES = Rules(

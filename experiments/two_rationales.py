@@ -19,7 +19,9 @@ import threading
 from pathlib import Path
 
 from experiments.worlds import WORLDS
-from settings import UserError, mean_and_se, print_utf8, read_jsonl, table
+from support.settings import UserError, print_utf8
+from support.storage import read_jsonl
+from support.tables import mean_and_se, table
 from toy import ROOT, check_seed, make_model, make_world, stage
 
 # the first part of SFT runs until the model reaches this accuracy, but at most so many times

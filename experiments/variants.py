@@ -20,11 +20,11 @@ import sys
 
 import torch
 
-import common
 import tgrpo
+from support import training
 from tgrpo import add_credit, credit_bonus, group_advantages, score
 
-micro_batches = common.Run.micro_batches
+micro_batches = training.Run.micro_batches
 
 
 def shuffled_bonus(credit_G, correct_G, alpha):
@@ -84,7 +84,7 @@ VARIANTS = {
     "noise": {(tgrpo, "credit_bonus"): noise_bonus},
     "relative": {(tgrpo, "credit_bonus"): relative_bonus},
     "taro": {(tgrpo, "credit_bonus"): above_mean_bonus, (tgrpo, "add_credit"): add_credit_per_token},
-    "gdpo": {(tgrpo, "score"): gdpo_score, (common.Run, "micro_batches"): gdpo_micro_batches},
+    "gdpo": {(tgrpo, "score"): gdpo_score, (training.Run, "micro_batches"): gdpo_micro_batches},
 }
 
 

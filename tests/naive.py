@@ -5,9 +5,9 @@ import types
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import seed_everything
 from policy import Policy, mrope_positions
-from settings import read_jsonl
+from support.distributed import seed_everything
+from support.storage import read_jsonl
 
 IMAGE = 60
 VIDEO = 61

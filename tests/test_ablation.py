@@ -19,7 +19,7 @@ import torch
 import tgrpo
 import toy
 from experiments import ablation, two_rationales, variants, worlds
-from settings import UserError
+from support.settings import UserError
 
 ROOT = Path(__file__).parent.parent
 

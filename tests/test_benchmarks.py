@@ -19,9 +19,9 @@ from benchmarks import (
     scored_rows,
 )
 from benchmarks.videommmu import mmmu_open
-from data import check_record
 from rewards import accuracy_reward
-from settings import UserError
+from support.record_files import check_record
+from support.settings import UserError
 
 
 def score_prediction(row):

@@ -13,12 +13,12 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from test_benchmarks import VIDEOMME, write, write_parquet
 
 import benchmarks
-import common
 import data
 import policy
 import sft
 import tgrpo
-from settings import UserError, load_config
+from support import distributed, model_files
+from support.settings import UserError, load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +46,7 @@ def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, line):
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_missing_logger_is_an_error_before_the_model_loads(run, monkeypatch, tmp_path, package):
     """Guards: a traceback from accelerate after minutes of loading; metrics that are not logged."""
-    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
     monkeypatch.setattr(policy, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=f"log_with: {package} is not installed: pip install {package}"):
         run("sft", log_with=package)
@@ -57,7 +57,7 @@ def test_a_logger_gets_every_metric(run, monkeypatch):
     started = []
     logged = []
 
-    class Tracker(common.Accelerator):
+    class Tracker(distributed.Accelerator):
         def __init__(self, log_with=None, project_dir=None, **kwargs):
             super().__init__(**kwargs)
             started.append((log_with, project_dir))
@@ -68,8 +68,8 @@ def test_a_logger_gets_every_metric(run, monkeypatch):
         def log(self, metrics, step):
             logged.append((step, "loss" in metrics))
 
-    monkeypatch.setattr(common, "find_spec", lambda name: name)
-    monkeypatch.setattr(common, "Accelerator", Tracker)
+    monkeypatch.setattr(distributed, "find_spec", lambda name: name)
+    monkeypatch.setattr(distributed, "Accelerator", Tracker)
     folder = run("sft", "with", log_with="wandb")
     assert started == [("wandb", str(folder)), ("video-r1", 2)] and logged == [(0, True), (1, True)]
     run("sft", "without")
@@ -109,9 +109,9 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch, world, error, line)
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
     with pytest.raises(UserError, match=line.replace("(", r"\(")) as raised:
-        policy.load_processor(sft.SFTConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
+        model_files.load_processor(sft.SFTConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
     assert "\n" not in str(raised.value) and asked == [("Qwen/Qwen2.5-VL-3B-Instruct", 10)]
-    policy.load_processor(sft.SFTConfig(model=str(world / "base")))
+    model_files.load_processor(sft.SFTConfig(model=str(world / "base")))
     # a folder is not looked up
     assert len(asked) == 1
 
@@ -167,7 +167,7 @@ def test_the_shuffle_of_a_question_does_not_depend_on_other_questions(world):
     cfg = sft.SFTConfig(
         model=str(world / "base"), data_root=str(world / "world"), max_frames=8, min_pixels=784, max_pixels=3136
     )
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     records = [r for r in json.loads((world / "world/test.json").read_text()) if r["data_type"] == "video"]
     records = [r | {"benchmark": "mine", "id": r["problem_id"]} for r in records]
 

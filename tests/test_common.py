@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import common
 import data
 import evaluate
 import policy
 import sft
 import tgrpo
-from settings import load_config, read_jsonl, write_atomic
+from support import checkpoints, distributed, model_files, settings, training, workers
+from support.settings import load_config
+from support.storage import read_jsonl, write_atomic
 from tools import plan_memory
 
 STAGES = {"sft": sft.SFTConfig, "tgrpo": tgrpo.TGRPOConfig, "evaluate": evaluate.EvalConfig}
@@ -69,7 +70,7 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
 )
 def test_a_mistake_in_the_settings_is_one_clear_line(tmp_path, text, argv, line):
     """Guards: an unknown or badly typed setting that is ignored, or only found after the model is loaded."""
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(settings.UserError) as error:
         load(tmp_path, text, *argv)
     assert line in str(error.value) and "\n" not in str(error.value)
 
@@ -94,7 +95,7 @@ def test_a_list_may_have_commas_or_spaces(tmp_path, text):
 
 def test_a_missing_config_file_is_one_line():
     """Guards: a traceback for a mistyped path."""
-    with pytest.raises(common.UserError, match="no/such.yaml: cannot read this config"):
+    with pytest.raises(settings.UserError, match="no/such.yaml: cannot read this config"):
         load_config(sft.SFTConfig, "sft", ["--config", "no/such.yaml"])
 
 
@@ -122,10 +123,10 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     """Guards: a hub lookup or a traceback if the user forgot the first stage."""
     for path in ("runs/nowhere/final", "configs/nowhere", "./nowhere", str(tmp_path)):
         cfg = load(tmp_path, f"tgrpo:\n  model: {path}")
-        with pytest.raises(common.UserError) as error:
-            common.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
+        with pytest.raises(settings.UserError) as error:
+            model_files.check_model(cfg, "tgrpo", made_by="accelerate launch sft.py --config x.yaml")
         assert f"no checkpoint at {path}" in str(error.value) and "accelerate launch sft.py" in str(error.value)
-    common.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
+    model_files.check_model(load(tmp_path, "tgrpo:\n  model: Qwen/Qwen2.5-VL-7B-Instruct"), "tgrpo")
 
 
 def test_an_incomplete_last_line_is_ignored(tmp_path):
@@ -139,14 +140,14 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     """Guards: resuming from checkpoint-9.tmp, or sorting 10 before 9."""
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.tmp", ".checkpoint-12.old", "checkpoint-x"):
         (tmp_path / name).mkdir()
-    assert [p.name for p in common.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert [p.name for p in checkpoints.finished_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_rises_then_falls_to_its_floor(schedule):
     """Guards: an off-by-one schedule that begins at 0 or ends above its minimum."""
     cfg = sft.SFTConfig(lr=2.0, steps=100, warmup_steps=10, lr_schedule=schedule, min_lr_ratio=0.1)
-    rates = [common.learning_rate(step, cfg) for step in range(100)]
+    rates = [training.learning_rate(step, cfg) for step in range(100)]
     assert 0 < rates[0] < rates[5] < rates[9] == 2.0 == max(rates)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2, abs=0.03)
@@ -188,9 +189,9 @@ def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ran
     """Guards: silent rounding of the batch, or a rank without prompts that hangs the others."""
     cfg = sft.SFTConfig(batch_size=batch, micro_batch_size=micro)
     if line is None:
-        return common.check_batch_size(cfg, ranks)
-    with pytest.raises(common.UserError, match=line):
-        common.check_batch_size(cfg, ranks)
+        return training.check_batch_size(cfg, ranks)
+    with pytest.raises(settings.UserError, match=line):
+        training.check_batch_size(cfg, ranks)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +205,8 @@ def test_a_batch_that_does_not_divide_is_an_error_at_the_start(batch, micro, ran
 def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch, variable, name):
     """Guards: weights that DeepSpeed has partitioned, in a loop for FSDP2 only; a traceback from accelerate."""
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(common.UserError, match=f"the accelerate config requests {name}, which is not supported here"):
-        common.make_accelerator(tgrpo.TGRPOConfig())
+    with pytest.raises(settings.UserError, match=f"the accelerate config requests {name}, which is not supported here"):
+        distributed.make_accelerator(tgrpo.TGRPOConfig())
 
 
 def test_an_accelerate_config_does_not_change_training(monkeypatch):
@@ -220,11 +221,11 @@ def test_an_accelerate_config_does_not_change_training(monkeypatch):
         "FSDP_OFFLOAD_PARAMS": "true",
     }.items():
         monkeypatch.setenv(variable, value)
-    accelerator = common.make_accelerator(tgrpo.TGRPOConfig())
+    accelerator = distributed.make_accelerator(tgrpo.TGRPOConfig())
     assert (
         accelerator.gradient_accumulation_steps == 1
         and accelerator.mixed_precision == "no"
-        and not common.is_sharded(accelerator)
+        and not distributed.is_sharded(accelerator)
     )
     assert accelerator.state.dynamo_plugin.backend.value == "NO"
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -234,9 +235,9 @@ def test_the_collective_timeout_is_hours(monkeypatch):
     """Guards: the default of 10 minutes, which is shorter than loading, saving, or an uneven evaluation."""
     given = {}
     monkeypatch.setattr(
-        common, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
+        distributed, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
     )
-    common.make_accelerator(tgrpo.TGRPOConfig())
+    distributed.make_accelerator(tgrpo.TGRPOConfig())
     (handler,) = given["kwargs_handlers"]
     assert handler.timeout >= timedelta(hours=2)
 
@@ -247,14 +248,14 @@ def test_workers_get_picklable_objects(monkeypatch, tmp_path):
 
     def loader(dataset, collate_fn=None, worker_init_fn=None, **settings):
         # ignoring signals and ending with its parent is every worker's rule, in --check too
-        assert worker_init_fn is data.start_worker
+        assert worker_init_fn is workers.start_worker
         pickled.append(pickle.loads(pickle.dumps((dataset, collate_fn))))
         return []
 
     monkeypatch.setattr(data, "DataLoader", loader)
     cfg = tgrpo.TGRPOConfig(num_workers=1)
     samples = data.Samples([{"path": "a.mp4"}], None, cfg)
-    assert list(data.loader(samples, [[0]], cfg)) == [] and data.check_media({1: {"path": "a.mp4"}}, cfg) == {}
+    assert list(workers.loader(samples, [[0]], cfg)) == [] and data.check_media({1: {"path": "a.mp4"}}, cfg) == {}
     assert len(pickled) == 2 and pickled[0][0].records == samples.records
 
 
@@ -264,14 +265,14 @@ def test_the_memory_plan_needs_only_the_model(monkeypatch, capsys):
     plan_memory.main()
     assert "peak" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["plan_memory"])
-    with pytest.raises(common.UserError, match="tgrpo.model: missing"):
+    with pytest.raises(settings.UserError, match="tgrpo.model: missing"):
         plan_memory.main()
 
 
 def test_a_saved_config_has_one_dtype():
     """Guards: a config.json that names float32 for bfloat16 weights, so that the model is loaded at twice its size."""
     config = {"torch_dtype": "float32", "hidden_size": 4, "text_config": {"dtype": "float32"}, "vision_config": {}}
-    assert policy.with_dtype(config, torch.bfloat16) == {
+    assert model_files.with_dtype(config, torch.bfloat16) == {
         "torch_dtype": "bfloat16",
         "hidden_size": 4,
         "text_config": {"dtype": "bfloat16"},

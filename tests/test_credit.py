@@ -10,7 +10,7 @@ import yaml
 
 from data import Sample
 from policy import Policy, rollout
-from settings import read_jsonl
+from support.storage import read_jsonl
 from tgrpo import Group, TGRPOConfig, add_credit, score, temporal_credit
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 import data
-from settings import SharedConfig, UserError, read_jsonl
+from support import record_files
+from support.settings import SharedConfig, UserError
+from support.storage import read_jsonl
 
 GOOD = {
     "problem_id": 1,
@@ -102,7 +104,7 @@ def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
     file = tmp_path / "records.json"
     file.write_text(json.dumps([GOOD, GOOD | change]))
     with pytest.raises(UserError) as error:
-        data.load_records(file, tmp_path, need_process=True)
+        record_files.load_records(file, tmp_path, need_process=True)
     assert f"row 2: {message}" in str(error.value) and "row 1" not in str(error.value) and str(file) in str(error.value)
 
 
@@ -112,7 +114,7 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
     rows = [GOOD | {"problem_type": "x"} if i % 3 == 0 else GOOD for i in range(30)]
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     with pytest.raises(UserError) as error:
-        data.load_records(file, tmp_path)
+        record_files.load_records(file, tmp_path)
     assert [f"row {i + 1}:" in str(error.value) for i in range(30)] == [i % 3 == 0 for i in range(30)]
 
 
@@ -139,7 +141,7 @@ def test_broken_record_files_give_one_clear_error(tmp_path, text, message):
     file = tmp_path / "records.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        data.load_records(file, tmp_path, max_unreadable=0.5)
+        record_files.load_records(file, tmp_path, max_unreadable=0.5)
 
 
 def test_json_and_jsonl_give_equal_records_with_unknown_keys(tmp_path):
@@ -148,7 +150,7 @@ def test_json_and_jsonl_give_equal_records_with_unknown_keys(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
     for name in ("a.json", "a.jsonl"):
-        assert data.load_records(tmp_path / name, tmp_path) == (rows, {})
+        assert record_files.load_records(tmp_path / name, tmp_path) == (rows, {})
 
 
 def test_a_few_bad_rows_are_skipped_and_named(tmp_path):
@@ -156,12 +158,12 @@ def test_a_few_bad_rows_are_skipped_and_named(tmp_path):
     odd = {3: {"solution": "<answer>C</answer>"}, 50: {"problem_type": "maths"}, 99: {"path": ""}}
     rows = [GOOD | {"problem_id": i} | odd.get(i, {}) for i in range(1, 101)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    records, bad_rows = data.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.03)
+    records, bad_rows = record_files.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.03)
     assert [r["problem_id"] for r in records] == [i for i in range(1, 101) if i not in odd]
     assert list(bad_rows) == ["row 3", "row 50", "row 99"] and bad_rows["row 99"] == "path: missing"
     way_on = "3 of 100 rows are bad, more than max_unreadable 0.02(?s:.*)--check --out FILE$"
     with pytest.raises(UserError, match=way_on) as error:
-        data.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.02)
+        record_files.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.02)
     assert all(f"row {i}: " in str(error.value) for i in odd)
 
 
@@ -173,7 +175,7 @@ def test_solutions_without_tags_get_them(tmp_path):
         GOOD | {"solution": " 2.5 ", "problem_type": "regression"},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    records, _ = data.load_records(tmp_path / "a.json", tmp_path)
+    records, _ = record_files.load_records(tmp_path / "a.json", tmp_path)
     assert [r["solution"] for r in records] == ["<answer>B</answer>", "<answer>3</answer>", "<answer>2.5</answer>"]
 
 
@@ -203,7 +205,7 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
     for i in odd:
         lines[i] = json.dumps(texts[0] | {"solution": "<answer>many</answer>", "problem_type": "numerical"}) + "\n"
     (tmp_path / "all.jsonl").write_text("".join(lines))
-    load_records = data.load_records
+    load_records = record_files.load_records
     loaded = {}
 
     def timed_load(*arguments, **keywords):
@@ -213,7 +215,7 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
         loaded.update(seconds=time.process_time() - begin, n_records=len(records), bad_rows=list(bad_rows))
         return records, bad_rows
 
-    monkeypatch.setattr(data, "load_records", timed_load)
+    monkeypatch.setattr(record_files, "load_records", timed_load)
     out = run("tgrpo", records=tmp_path / "all.jsonl", batch_size=1, micro_batch_size=1)
     assert loaded["seconds"] < 30 and loaded["n_records"] == 263_011
     assert loaded["bad_rows"] == [f"row {i + 1}" for i in odd] and len(odd) == 60
@@ -226,8 +228,8 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
 def test_a_folder_whose_name_starts_like_the_root_is_outside(tmp_path):
     """Guards: paths compared as text, where /data/media2 starts with /data/media."""
     with pytest.raises(ValueError, match="leaves the data root"):
-        data.media_path(GOOD | {"path": "../media2/clip.mp4"}, tmp_path / "media")
-    assert data.media_path(GOOD | {"path": "./a/../b.mp4"}, tmp_path) == str(tmp_path / "b.mp4")
+        record_files.media_path(GOOD | {"path": "../media2/clip.mp4"}, tmp_path / "media")
+    assert record_files.media_path(GOOD | {"path": "./a/../b.mp4"}, tmp_path) == str(tmp_path / "b.mp4")
 
 
 # ------------------------------------------------------------------------------------------------------ media

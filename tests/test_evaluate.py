@@ -35,10 +35,11 @@ from test_sharded import QUIET, ROOT
 import benchmarks
 import data
 import evaluate
-import policy
 from benchmarks import NAMES, ORDERS, load_benchmark
 from evaluate import EvalConfig, by_length, clustered_mean, summarise
-from settings import SharedConfig, UserError, read_jsonl
+from support import model_files
+from support.settings import SharedConfig, UserError
+from support.storage import read_jsonl
 
 # in the annotation files of make_six
 N_QUESTIONS = 30
@@ -304,7 +305,11 @@ def test_clipped_videos_frame_folders_and_question_images_are_shown_correctly(si
     )
     orders = [
         data.Samples(
-            [{**adaptation, "id": i} for i in range(6)], policy.load_processor(cfg), cfg, ("shuffled",), shuffle=False
+            [{**adaptation, "id": i} for i in range(6)],
+            model_files.load_processor(cfg),
+            cfg,
+            ("shuffled",),
+            shuffle=False,
         )[i].frame_order
         for i in range(6)
     ]

@@ -16,7 +16,9 @@ import data
 import policy
 import tgrpo
 from bench.gpu import bandwidth_share
-from settings import SharedConfig, UserError, read_jsonl
+from support import model_files
+from support.settings import SharedConfig, UserError
+from support.storage import read_jsonl
 from tools import export, plan_memory
 
 LAYOUTS = ("untied", "tied")
@@ -126,7 +128,7 @@ def test_final_copies_only_files_of_the_model(hub, tmp_path):
         "chat_template.jinja",
         "special_tokens_map.json",
     }
-    assert set(policy.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
+    assert set(model_files.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
 
 
 def test_checkpoint_without_optional_files_loads(hub, tmp_path):
@@ -137,16 +139,16 @@ def test_checkpoint_without_optional_files_loads(hub, tmp_path):
     cfg = SharedConfig(model=str(tmp_path / "start"))
     config = Qwen2_5_VLConfig.from_pretrained(cfg.model)
     assert (
-        policy.generation_config(cfg.model, config).eos_token_id
+        model_files.generation_config(cfg.model, config).eos_token_id
         == policy.load_policy(cfg).generation_config.eos_token_id
     )
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     assert processor.chat_template == AutoProcessor.from_pretrained(hub / "tied").chat_template
     tokenizer = json.loads((tmp_path / "start/tokenizer_config.json").read_text())
     del tokenizer["chat_template"]
     (tmp_path / "start/tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="start: no chat template"):
-        policy.load_processor(cfg)
+        model_files.load_processor(cfg)
 
 
 def test_export_names_the_missing_starting_model(run, hub, tmp_path):
@@ -188,11 +190,11 @@ def test_renamed_image_processor_error_names_the_new_name(tmp_path):
     with pytest.raises(
         UserError, match="first: its processor cannot be loaded: .* write Qwen2VLImageProcessor"
     ) as error:
-        policy.load_processor(cfg)
+        model_files.load_processor(cfg)
     assert "\n" not in str(error.value)
     path = tmp_path / "first/preprocessor_config.json"
     path.write_text(path.read_text().replace("Qwen2_5_VLImageProcessor", "Qwen2VLImageProcessor"))
-    policy.load_processor(cfg)
+    model_files.load_processor(cfg)
 
 
 def test_missing_preprocessor_is_one_clear_error(tmp_path):
@@ -200,4 +202,4 @@ def test_missing_preprocessor_is_one_clear_error(tmp_path):
     write_hub_checkpoint(tmp_path / "half", ["a b c"] * 9)
     (tmp_path / "half/preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="half.*processor"):
-        policy.load_processor(SharedConfig(model=str(tmp_path / "half")))
+        model_files.load_processor(SharedConfig(model=str(tmp_path / "half")))

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_data import write_video
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-import common
 import data
 import policy
 import tgrpo
-from settings import SharedConfig, fingerprint, read_jsonl
+from support import model_files, record_files, settings, training
+from support.settings import SharedConfig
+from support.storage import fingerprint, read_jsonl
 
 
 def weights(folder):
@@ -132,7 +133,7 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
         return real(logps_GT, old_logps_GT, *rest)
 
     monkeypatch.setattr(tgrpo, "grpo_loss", watched)
-    monkeypatch.setattr(common.Run, "micro_batches", lambda run, items, dummy: [(items, 1.0), ([dummy], 0.0)])
+    monkeypatch.setattr(training.Run, "micro_batches", lambda run, items, dummy: [(items, 1.0), ([dummy], 0.0)])
     run("tgrpo", steps=3, updates_per_rollout=2, lr=0.01, warmup_steps=0, max_new_tokens=8)
     first = [ratios[i : i + 2] for i in range(0, 12, 4)]
     second = [ratios[i : i + 2] for i in range(2, 12, 4)]
@@ -151,7 +152,7 @@ def test_temporal_rule_none_is_grpo(run):
 
 def test_a_missing_sft_model_names_the_sft_command(run):
     """Guards: a traceback for a user who starts with the second stage."""
-    with pytest.raises(common.UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
+    with pytest.raises(settings.UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
         run("tgrpo", model="runs/nowhere/final")
 
 
@@ -207,7 +208,7 @@ def test_skipped_records_are_still_counted_after_a_resume(run, broken_world, cap
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
     """Guards: training for a day on the rest of a broken download."""
     folder, _ = broken_world
-    with pytest.raises(common.UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
+    with pytest.raises(settings.UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
         run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.01)
 
 
@@ -241,8 +242,8 @@ def test_check_lists_unreadable_files(broken_world, monkeypatch, capsys):
 def test_sft_trains_the_target_tokens_only(world):
     """Guards: loss on the prompt and on its video placeholders."""
     cfg = settings(world)
-    processor = policy.load_processor(cfg)
-    records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
+    processor = model_files.load_processor(cfg)
+    records, _ = record_files.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
     samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
     model = policy.load_policy(cfg)
     prompts = [sample.ordered for sample in samples]
@@ -266,7 +267,7 @@ def test_sft_trains_the_target_tokens_only(world):
 
 def one(world, record, orders=("ordered", "shuffled"), **values):
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
-    return data.Samples([record], policy.load_processor(cfg), cfg, orders, shuffle=False)[0]
+    return data.Samples([record], model_files.load_processor(cfg), cfg, orders, shuffle=False)[0]
 
 
 RECORD = {
@@ -315,7 +316,9 @@ def test_each_clip_has_its_own_shuffle_of_the_configured_unit(world, tmp_path):
     records = [{k: v for k, v in RECORD.items()} for _ in range(6)]
     for unit in ("frame", "patch"):
         cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path), "shuffle_unit": unit})
-        samples = data.Samples(records, policy.load_processor(cfg), cfg, ("shuffled",), shuffle=False, n_shuffles=4)
+        samples = data.Samples(
+            records, model_files.load_processor(cfg), cfg, ("shuffled",), shuffle=False, n_shuffles=4
+        )
         orders = [tuple(samples[i].frame_order) for i in range(6)]
         assert len(set(orders)) > 3 and orders == [tuple(samples[i].frame_order) for i in range(6)]
         assert all(order[i + 1] == order[i] + 1 for order in orders for i in range(0, 8, 2)) == (unit == "patch")
@@ -379,7 +382,7 @@ def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
 def test_evaluation_refuses_to_mix_settings(run):
     """Guards: a mean over answers given with 16 frames and answers given with 64."""
     run("evaluate")
-    with pytest.raises(common.UserError, match="max_frames 8"):
+    with pytest.raises(settings.UserError, match="max_frames 8"):
         run("evaluate", max_frames=4)
 
 
@@ -398,7 +401,7 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
     )
     # outside of the tests, each run is a process of its own
     fingerprint.cache_clear()
-    with pytest.raises(common.UserError, match="weights"):
+    with pytest.raises(settings.UserError, match="weights"):
         run("evaluate", model=model, records=records)
     save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
     fingerprint.cache_clear()
@@ -406,7 +409,7 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
     rows = json.loads(records.read_text())
     rows[0]["problem"] = "Another question?"
     records.write_text(json.dumps(rows))
-    with pytest.raises(common.UserError, match="other questions"):
+    with pytest.raises(settings.UserError, match="other questions"):
         run("evaluate", model=model, records=records)
 
 
@@ -457,14 +460,14 @@ def test_each_order_shows_the_frames_that_it_names(world, tmp_path):
     write_video(tmp_path / "clip.mp4", 8)
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
     orders = ("ordered", "reversed", "single", "blind")
-    sample = data.Samples([RECORD], policy.load_processor(cfg), cfg, orders)[0]
+    sample = data.Samples([RECORD], model_files.load_processor(cfg), cfg, orders)[0]
     ordered, ordered_brightness = brightness(sample.ordered)
     assert ordered == list(range(8)) and brightness(sample.reversed)[0] == list(range(8))[::-1]
     _, single_brightness = brightness(sample.single)
     assert sample.single["video_grid_thw"].tolist() == [[1, 4, 4]]
     assert torch.allclose(single_brightness, ordered_brightness[4].expand(2), atol=1e-4)
     assert sample.shuffled is None and "pixel_values_videos" not in sample.blind
-    vision = {policy.load_processor(cfg).video_token_id, policy.load_processor(cfg).image_token_id}
+    vision = {model_files.load_processor(cfg).video_token_id, model_files.load_processor(cfg).image_token_id}
     assert not vision & set(sample.blind["input_ids"][0].tolist())
     # the words are the same
     kept = sample.ordered["mm_token_type_ids"][0] == policy.TEXT
@@ -479,7 +482,7 @@ def test_the_questions_own_picture_is_last_in_every_order(world, tmp_path):
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
     record = RECORD | {"image_path": "question.png"}
     orders = ("ordered", "shuffled", "reversed", "single", "blind")
-    sample = data.Samples([record], policy.load_processor(cfg), cfg, orders)[0]
+    sample = data.Samples([record], model_files.load_processor(cfg), cfg, orders)[0]
     for order, last in (("ordered", 7), ("shuffled", 7), ("reversed", 7), ("single", 3)):
         assert brightness(getattr(sample, order))[0][-1] == last, order
     assert brightness(sample.reversed)[0] == [6, 5, 4, 3, 2, 1, 0, 7]
@@ -496,7 +499,7 @@ def test_what_has_no_order_is_asked_in_order_and_blind_only(world, tmp_path, kin
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
     record = RECORD | {"data_type": "image" if kind == "picture" else "video"}
     orders = ("ordered", "shuffled", "reversed", "single", "blind")
-    sample = data.Samples([record], policy.load_processor(cfg), cfg, orders)[0]
+    sample = data.Samples([record], model_files.load_processor(cfg), cfg, orders)[0]
     assert [order for order in orders if getattr(sample, order) is not None] == ["ordered", "blind"]
 
 
@@ -504,7 +507,7 @@ def test_prompts_with_and_without_frames_share_a_batch(world, tmp_path):
     """Guards: pixels of one prompt on the tokens of another, if a prompt between them has none."""
     write_video(tmp_path / "clip.mp4", 8)
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     sample = data.Samples([RECORD], processor, cfg, ("ordered", "reversed", "blind"))[0]
     prompts = [sample.ordered, sample.blind, sample.reversed]
     model = policy.load_policy(cfg).eval()

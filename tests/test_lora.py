@@ -14,13 +14,14 @@ from test_hub import other_files, weights
 from test_sharded import difference
 from transformers import AutoModelForImageTextToText
 
-import common
 import data
 import policy
 import sft
 import tgrpo
 from experiments import lora as experiment
-from settings import TrainConfig, UserError, fingerprint, load_config, read_jsonl
+from support import checkpoints, distributed, lora, model_files
+from support.settings import TrainConfig, UserError, load_config
+from support.storage import fingerprint, read_jsonl
 from tools import export
 
 LORA = dict(lora_rank=4, lora_alpha=8)
@@ -40,13 +41,13 @@ def random_adapter(model, seed=5):
 
 def adapted_policy(rank=4, **settings):
     cfg = TrainConfig(model="tiny", lora_rank=rank, lora_alpha=8, **settings)
-    return policy.add_adapter(naive.tiny_policy(), cfg)
+    return lora.add_adapter(naive.tiny_policy(), cfg)
 
 
 def clip_logps(model, folder, world, gradients=torch.no_grad()):
     """Log-probs of the answers of two clips and a picture, by the model that was loaded from `folder`."""
     cfg = TrainConfig(model=str(folder), data_root=str(world / "world"), max_pixels=3136, min_pixels=784)
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     records = json.loads((world / "world/sft.json").read_text())
     picture = next(record for record in records if record["data_type"] == "image")
     samples = data.Samples([*records[:2], picture], processor, cfg, targets=True)
@@ -64,7 +65,7 @@ def test_a_new_adapter_leaves_the_model_as_it_was(hub, world, layout, bf16):
     dtype = torch.bfloat16 if bf16 else torch.float32
     base = policy.load_policy(cfg, dtype)
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = common.make_accelerator(cfg)
+    accelerator = distributed.make_accelerator(cfg)
     model = policy.load_trainable(cfg, accelerator)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert torch.equal(clip_logps(model, hub / layout, world), clip_logps(base, hub / layout, world))
@@ -112,8 +113,8 @@ def test_nothing_runs_backwards_through_a_frozen_vision_tower(hub, world, settin
     """Guards: hooks of gradient checkpointing (or of peft) that make frozen vision blocks keep their activations."""
     cfg = TrainConfig(model=str(hub / "tied"), gradient_checkpointing=True, **settings)
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = common.make_accelerator(cfg)
-    model, _ = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
+    accelerator = distributed.make_accelerator(cfg)
+    model, _ = distributed.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     features = []
     model.model.visual.register_forward_hook(lambda module, inputs, output: features.append(output))
     logps = clip_logps(model, hub / "tied", world, torch.enable_grad())
@@ -136,10 +137,10 @@ def test_adapter_off_is_the_starting_model_and_ends():
     expected = logps(plain)
     before = logps(model.eval())
     model.train()
-    with policy.adapter_off(model):
+    with lora.adapter_off(model):
         assert torch.equal(logps(model), expected)
     # a model without an adapter
-    with policy.adapter_off(plain):
+    with lora.adapter_off(plain):
         assert torch.equal(logps(plain), expected)
     assert torch.equal(logps(model.eval()), before) and (before - expected).abs().max() > 0.05
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 7 * 2
@@ -220,7 +221,7 @@ def check_final(final, start, world, dtype):
         merged = policy.load_policy(TrainConfig(model=str(final)))
         expected = clip_logps(with_adapter, final, world)
         assert torch.allclose(clip_logps(merged, final, world), expected, atol=1e-4)
-        with policy.adapter_off(with_adapter):
+        with lora.adapter_off(with_adapter):
             assert (clip_logps(with_adapter, final, world) - expected).abs().max() > 1e-2
 
 
@@ -237,7 +238,7 @@ def test_an_adapter_of_others_is_merged_at_load_and_is_the_reference(hub, world,
     theirs.save_pretrained(tmp_path / "theirs")
     cfg = TrainConfig(model=str(tmp_path / "theirs"))
     merged = policy.load_policy(cfg)
-    assert all(p.requires_grad for p in merged.parameters()) and not policy.adapted_layers(merged)
+    assert all(p.requires_grad for p in merged.parameters()) and not lora.adapted_layers(merged)
     expected = clip_logps(policy.Policy.of(theirs.base_model.model.eval()), base, world)
     assert torch.allclose(clip_logps(merged, base, world), expected, atol=1e-5)
     plain = policy.load_policy(TrainConfig(model=str(base)))
@@ -285,17 +286,15 @@ def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
     def message(folder):
         with pytest.raises(UserError) as error:
             cfg = TrainConfig(model=str(folder))
-            common.check_model(cfg, "tgrpo")
+            model_files.check_model(cfg, "tgrpo")
             policy.load_policy(cfg)
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
         return str(error.value)
 
     def adapter(name, base=base, rank=4, rename=None, **config):
-        model = policy.add_adapter(
-            policy.load_policy(TrainConfig(model=str(hub / "tied"))), TrainConfig(lora_rank=rank)
-        )
+        model = lora.add_adapter(policy.load_policy(TrainConfig(model=str(hub / "tied"))), TrainConfig(lora_rank=rank))
         folder = tmp_path / name
-        policy.save_adapter(model, folder)
+        lora.save_adapter(model, folder)
         described = json.loads((folder / "adapter_config.json").read_text())
         described |= {"base_model_name_or_path": base and str(base), **config}
         (folder / "adapter_config.json").write_text(json.dumps(described))
@@ -342,7 +341,7 @@ def test_lora_settings_that_cannot_work_are_one_clear_line(tmp_path, monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="the accelerate config requests FSDP, but with LoRA each GPU"):
-        common.make_accelerator(TrainConfig(lora_rank=8))
+        distributed.make_accelerator(TrainConfig(lora_rank=8))
 
 
 def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
@@ -367,7 +366,7 @@ def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
             del described["settings"][name]
         file.write_text(json.dumps(described))
     state = json.loads((out / "checkpoint-1/state.json").read_text())
-    state["files"] = common.contents(out / "checkpoint-1")
+    state["files"] = checkpoints.contents(out / "checkpoint-1")
     (out / "checkpoint-1/state.json").write_text(json.dumps(state))
     assert (run("sft", "old", **settings) / "final").is_dir()
 

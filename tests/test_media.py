@@ -26,9 +26,8 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import data
-import frames
-import policy
-from settings import SharedConfig
+from support import frames, model_files
+from support.settings import SharedConfig
 
 MEDIA = Path(__file__).parent.parent.parent / "shared/media"
 TRUTH = json.loads((MEDIA / "truth.json").read_text()) if MEDIA.is_dir() else {}
@@ -559,7 +558,7 @@ def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world)
         min_pixels=784,
         max_pixels=3136,
     )
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     for row, distance in cases:
         inputs = data.encode(processor, row, *data.load_media(row, cfg), cfg)
         # of two frames in a temporal patch each

@@ -9,11 +9,11 @@ from accelerate.state import AcceleratorState
 from test_data import write_video
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import common
 import data
 import policy
 import tgrpo
-from settings import load_config
+from support import distributed, model_files, settings
+from support.settings import load_config
 from tools import plan_memory
 
 
@@ -60,10 +60,10 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(world, tmp_path, check
     record = next(
         r for r in json.loads((world / "world/rl.json").read_text()) if r["data_source"] == "toy-direction"
     ) | {"path": "clip.mp4"}
-    prompts = [data.Samples([record], policy.load_processor(cfg), cfg)[0].ordered] * cfg.micro_batch_size
+    prompts = [data.Samples([record], model_files.load_processor(cfg), cfg)[0].ordered] * cfg.micro_batch_size
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = common.make_accelerator(cfg)
-    model, optimizer = common.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
+    accelerator = distributed.make_accelerator(cfg)
+    model, optimizer = distributed.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     completions = [[torch.randint(10, 300, (T,)) for _ in range(G)] for _ in prompts]
 
     def step():
@@ -135,7 +135,7 @@ def test_the_published_shapes_have_the_published_number_of_parameters():
     """Guards: a plan for a model that does not exist."""
     for name, billions in (("Qwen/Qwen2.5-VL-7B-Instruct", 8.292), ("Qwen/Qwen2.5-VL-3B-Instruct", 3.755)):
         with torch.device("meta"):
-            model = policy.empty_model(plan_memory.model_shape(name), torch.float32)
+            model = model_files.empty_model(plan_memory.model_shape(name), torch.float32)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
-    with pytest.raises(common.UserError, match="neither 3B nor 7B"):
+    with pytest.raises(settings.UserError, match="neither 3B nor 7B"):
         plan_memory.model_shape("some/other-13b")

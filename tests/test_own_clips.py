@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 import data
-from rewards import ACCURACY, extract_answer
-from settings import UserError, read_jsonl
+from rewards import ACCURACY
+from support import record_files
+from support.parsing import extract_answer
+from support.settings import UserError
+from support.storage import read_jsonl
 from tools import distill, split
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +27,7 @@ def run_data(monkeypatch, *arguments):
 
 def test_the_examples_show_every_data_type_and_problem_type():
     """Guards: a type without an example, so that nobody knows what its record looks like."""
-    assert {r["data_type"] for r in EXAMPLES} == set(data.DATA_TYPES)
+    assert {r["data_type"] for r in EXAMPLES} == set(record_files.DATA_TYPES)
     assert {r["problem_type"] for r in EXAMPLES} == set(ACCURACY)
 
 
@@ -222,7 +225,7 @@ def test_a_file_of_conversations_gives_one_line(tmp_path, row):
     """Guards: "problem_id: missing" a thousand times, for a file in LLaVA's format."""
     (tmp_path / "llava.json").write_text(json.dumps([row] * 1000))
     with pytest.raises(UserError, match="llava.json: row 1 is a conversation") as error:
-        data.load_records(tmp_path / "llava.json", tmp_path)
+        record_files.load_records(tmp_path / "llava.json", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -233,6 +236,6 @@ def test_a_chain_of_thought_without_one_think_block_is_named(process):
     """Guards: an SFT model that unlearns the tags, so that every format reward is 0 afterwards."""
     row = EXAMPLES[0] | {"process": process}
     with pytest.raises(ValueError, match="process: expected one think block"):
-        data.check_record(row, ROOT / "examples", need_process=True)
-    data.check_record(row, ROOT / "examples", need_process=False)
-    data.check_record(EXAMPLES[0], ROOT / "examples", need_process=True)
+        record_files.check_record(row, ROOT / "examples", need_process=True)
+    record_files.check_record(row, ROOT / "examples", need_process=False)
+    record_files.check_record(EXAMPLES[0], ROOT / "examples", need_process=True)

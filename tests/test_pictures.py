@@ -8,7 +8,8 @@ from PIL import Image
 
 import data
 import policy
-from settings import SharedConfig
+from support import model_files
+from support.settings import SharedConfig
 
 
 def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
@@ -22,7 +23,7 @@ def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
         "path": "picture.png",
         "solution": "<answer>a fractal</answer>",
     }
-    processor = policy.load_processor(cfg)
+    processor = model_files.load_processor(cfg)
     model = policy.load_policy(cfg).eval()
     ours = data.Samples([record], processor, cfg, shuffle=False)[0].ordered
 

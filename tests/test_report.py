@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from evaluate import summarise
-from settings import SharedConfig, UserError
+from support.settings import SharedConfig, UserError
 from tools import report, rollouts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -9,26 +9,20 @@ import time
 
 import pytest
 
-import rewards
 from benchmarks.vsibench import mean_relative_accuracy
 from rewards import (
     ACCURACY,
     CORRECT,
     accuracy_reward,
-    common_subsequence,
-    edit_distance,
-    extract_answer,
     format_reward,
     length_reward,
-    parse_letter,
-    parse_number,
     parse_solution,
     relative_accuracy,
-    rouge_l,
-    rouge_n,
     temporal_reward,
-    word_error_rate,
 )
+from support import parsing, text_scores
+from support.parsing import extract_answer, parse_letter, parse_number
+from support.text_scores import common_subsequence, edit_distance, rouge_l, rouge_n, word_error_rate
 
 
 def tagged(answer):
@@ -324,8 +318,8 @@ def test_solutions_without_tags_and_numbers_are_read():
 )
 def test_options_get_letters_only_if_they_have_none(options, expected):
     """Guards: a prompt without letters whose answer is a letter; the genus of "E. coli" taken for option E."""
-    assert rewards.lettered(options) == expected == rewards.lettered(expected)
-    assert rewards.option_letters(expected) == rewards.option_letters(options)
+    assert parsing.lettered(options) == expected == parsing.lettered(expected)
+    assert parsing.option_letters(expected) == parsing.option_letters(options)
 
 
 @pytest.mark.parametrize(
@@ -499,7 +493,7 @@ def test_rouge_equals_rouge_score_on_ascii():
 )
 def test_rouge_sees_words_of_any_script(text, words):
     """Guards: right answers without a word (rouge_score, released code): "кошка" has none there, "naïve" has two."""
-    assert rewards.rouge_words(text) == words
+    assert text_scores.rouge_words(text) == words
     if words:
         assert rouge_n(text, text, 1) == 1 and parse_solution(text, "free-form") == text
     else:
@@ -717,7 +711,7 @@ def test_tags_are_found_in_one_pass(monkeypatch):
     for unit in ("<answer>", "<think>", "</answer>", "<", "<answer>x</answer>", "x"):
         text = Counting(unit * (100_000 // len(unit)))
         Counting.looked_at = 0
-        assert len(list(rewards.tags_in(text))) == (0 if unit in "<x" else text.count("<"))
+        assert len(list(parsing.tags_in(text))) == (0 if unit in "<x" else text.count("<"))
         assert len(text) <= Counting.looked_at <= 3 * len(text)
 
 

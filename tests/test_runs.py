@@ -14,10 +14,11 @@ from naive import without_times
 from safetensors.torch import load_file, save_file
 from test_sharded import QUIET
 
-import common
 import policy
 import tgrpo
-from settings import UserError, read_jsonl
+from support import checkpoints, distributed, storage
+from support.settings import UserError
+from support.storage import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = dict(steps=2, save_every=1, keep_checkpoints=9, max_new_tokens=8)
@@ -73,7 +74,7 @@ def test_changed_records_and_weights_are_noticed_by_their_content(run, started, 
     save_file(
         {name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"}
     )
-    common.fingerprint.cache_clear()
+    storage.fingerprint.cache_clear()
     with pytest.raises(
         UserError, match="the weights in .*base have changed, so this policy belongs to another SFT model"
     ):
@@ -146,7 +147,7 @@ def test_resume_false_moves_the_earlier_run_aside(run, started, capsys):
     assert {p.name for p in (folder / "earlier-1").iterdir()} == old
     assert f"is now in {folder / 'earlier-1'}" in capsys.readouterr().out
     assert read_jsonl(folder / "earlier-1/metrics.jsonl") == first != read_jsonl(folder / "metrics.jsonl")
-    assert [p.name for p in common.checkpoints(folder)] == ["checkpoint-1"]
+    assert [p.name for p in checkpoints.finished_checkpoints(folder)] == ["checkpoint-1"]
     shutil.rmtree(folder / "final")
     # the new one is resumed
     run("tgrpo", **settings | {"seed": 5})
@@ -172,7 +173,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(run, tmp_path, ca
         and f"resumed from {folder / 'checkpoint-1'}" in said
     )
     assert without_times(folder) == whole
-    for checkpoint in common.checkpoints(folder):
+    for checkpoint in checkpoints.finished_checkpoints(folder):
         (checkpoint / "state.json").write_text("{")
     with pytest.raises(UserError, match="none of its checkpoints is whole; start from scratch with --resume false"):
         run("tgrpo", **settings)
@@ -185,7 +186,7 @@ def test_a_sharded_checkpoint_in_a_whole_run_names_the_export_command(run, start
     if sharded:
         (folder / "checkpoint-1/pytorch_model_fsdp_0").mkdir()
     else:
-        monkeypatch.setattr(common, "is_sharded", lambda accelerator: True)
+        monkeypatch.setattr(distributed, "is_sharded", lambda accelerator: True)
     with pytest.raises(
         UserError,
         match=r"cannot be resumed in a run of .* weights.*python -m tools.export .*checkpoint-1 FOLDER",
@@ -199,7 +200,7 @@ def test_a_sharded_checkpoint_in_a_whole_run_names_the_export_command(run, start
 def test_two_runs_cannot_share_a_folder_and_a_crash_releases_it(run, tmp_path):
     """Guards: two runs that overwrite each other's checkpoints; a lock that remains after a crash."""
     folder = tmp_path / "out"
-    code = f"import common, time; common.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
+    code = f"from support import checkpoints; import time; checkpoints.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "locked\n"
     for stage in ("tgrpo", "evaluate"):
@@ -225,17 +226,17 @@ def test_a_failed_write_names_the_file_and_the_checkpoint_that_exists(tmp_path):
     def full():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError) as error, common.room_on_disk(tmp_path / "final"):
+    with pytest.raises(UserError) as error, checkpoints.room_on_disk(tmp_path / "final"):
         full()
     assert f"cannot write {tmp_path / 'final'}" in str(error.value) and "checkpoint" not in str(error.value)
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(UserError, match="it continues from checkpoint-3"), common.room_on_disk(tmp_path / "final"):
+    with pytest.raises(UserError, match="it continues from checkpoint-3"), checkpoints.room_on_disk(tmp_path / "final"):
         full()
     (tmp_path / "a.json").mkdir()
     with pytest.raises(UserError, match="cannot write .*a.json: Is a directory"):
-        common.write_atomic(tmp_path / "a.json", "[]")
+        storage.write_atomic(tmp_path / "a.json", "[]")
     with pytest.raises(UserError, match="cannot write .*a.json: Is a directory; free disk space"):
-        common.append_rows(tmp_path / "a.json", [{"step": 1}])
+        storage.append_rows(tmp_path / "a.json", [{"step": 1}])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "checkpoint-3"]
 
 
@@ -359,4 +360,6 @@ def test_a_stopped_run_saves_and_leaves_no_processes(world, tmp_path, launcher, 
     if launcher == "python" and saves:
         assert run.wait() == 0
     done = len(read_jsonl(metrics))
-    assert [p.name for p in common.checkpoints(tmp_path / "out")] == ([f"checkpoint-{done}"] if saves else [])
+    assert [p.name for p in checkpoints.finished_checkpoints(tmp_path / "out")] == (
+        [f"checkpoint-{done}"] if saves else []
+    )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_hub import checked_final
 
 from data import data_index
-from settings import read_jsonl
+from support.storage import read_jsonl
 from tools import export
 
 ROOT = Path(__file__).parent.parent

@@ -12,14 +12,12 @@ import torch
 from transformers import CompileConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-import common
-import data
 import evaluate
 import policy
-import settings
 import sft
 import tgrpo
 from bench import one_gpu
+from support import decoding, distributed, record_files, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +39,7 @@ def test_the_text_layers_never_read_a_value_from_the_device():
     B, L = inputs["input_ids"].shape
     # tensors without values: reading one raises an error
     layers = model.model.language_model.to("meta")
-    inputs = common.to_device(inputs, "meta")
+    inputs = distributed.to_device(inputs, "meta")
     hidden_BLD = torch.empty(B, L, model.config.text_config.hidden_size, device="meta")
     output = layers(
         inputs_embeds=hidden_BLD,
@@ -73,7 +71,7 @@ def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
             assert torch.equal(kwargs[name], value)
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
-    policy.vision_lengths({"video_grid_thw": grid}, config)
+    decoding.vision_lengths({"video_grid_thw": grid}, config)
     assert len(moved) == 1 and moved[0] is grid
 
 
@@ -151,6 +149,6 @@ def test_the_stages_of_the_one_gpu_benchmark_are_valid_commands(chosen, monkeypa
     for script, *arguments in commands:
         models.append(Path(arguments[arguments.index("--model") + 1]).relative_to(tmp_path).as_posix())
         cfg = settings.load_config(stages[script], script.removesuffix(".py"), arguments)
-        records, bad_rows = data.load_records(cfg.records, cfg.data_root)
+        records, bad_rows = record_files.load_records(cfg.records, cfg.data_root)
         assert len(records) == 16 and not bad_rows
     assert models == (["model", "sft/final", "tgrpo/final"] if len(chosen) == 3 else ["model"])

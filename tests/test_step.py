@@ -10,12 +10,12 @@ import torch
 
 import data
 import policy
-import settings
 import tgrpo
 import toy
 from data import Sample
 from policy import completion_logps, rollout
-from settings import read_jsonl
+from support import model_files, record_files, settings
+from support.storage import read_jsonl
 from tgrpo import Group, TGRPOConfig, score
 
 RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
@@ -123,8 +123,8 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
         num_generations=3,
         shuffled_generations=2,
     )
-    processor = policy.load_processor(cfg)
-    records, _ = data.load_records(world / "world/rl.json", cfg.data_root)
+    processor = model_files.load_processor(cfg)
+    records, _ = record_files.load_records(world / "world/rl.json", cfg.data_root)
     samples = [data.Samples(records, processor, cfg, ("ordered", "shuffled"), shuffle=False)[i] for i in range(12)]
     assert {s.record["data_type"] for s in samples} == {"video", "image"}
     asked = []

@@ -15,7 +15,7 @@ from naive import without_times
 from safetensors.torch import load_file
 from test_sharded import QUIET, difference, weights
 
-import common
+from support import checkpoints, settings
 from tools import export
 
 ROOT = Path(__file__).parent.parent
@@ -94,13 +94,13 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_gives_advice(world, run, tmp_
         return resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     # this process is done with the folder
-    for lock in common.held_locks.values():
+    for lock in checkpoints.held_locks.values():
         lock.close()
     full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
     said, _ = full.communicate(timeout=120)
     assert full.returncode == 1 and "free disk space" in said and "Traceback" not in said, said[-1500:]
-    assert [p.name for p in common.checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    common.held_locks.clear()
+    assert [p.name for p in checkpoints.finished_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    checkpoints.held_locks.clear()
     # the same command, with free disk space
     run("tgrpo", steps=6, **settings)
     assert len(without_times(tmp_path / "out")) == 6
@@ -143,20 +143,20 @@ def test_an_export_never_replaces_a_folder_nor_writes_half_a_model(run, tmp_path
     """
     out = run("sft", steps=2, save_every=1, lora_rank=lora_rank)
     for folder in (out, f"{out}/", out / "final"):
-        with pytest.raises(common.UserError, match="exists already"):
+        with pytest.raises(settings.UserError, match="exists already"):
             export.export(out / "checkpoint-1", folder)
     export.export(out / "checkpoint-1", f"{tmp_path}/plain/")
     assert (tmp_path / "plain/model.safetensors").is_file()
     assert [path.name for path in tmp_path.glob("*plain*")] == ["plain"]
-    with pytest.raises(common.UserError, match="no such checkpoint"):
+    with pytest.raises(settings.UserError, match="no such checkpoint"):
         export.export(out / "checkpoint-9", tmp_path / "other")
     name = "adapter_config.json" if lora_rank else "model.safetensors"
     (out / "checkpoint-1" / name).unlink()
-    with pytest.raises(common.UserError, match=f"damaged: {name} is missing"):
+    with pytest.raises(settings.UserError, match=f"damaged: {name} is missing"):
         export.export(out / "checkpoint-1", tmp_path / "other")
     # a copy from elsewhere, without its list of files
     state = out / "checkpoint-1/state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "files": {}}))
-    with pytest.raises(common.UserError, match="these weights are not the model's: missing"):
+    with pytest.raises(settings.UserError, match="these weights are not the model's: missing"):
         export.export(out / "checkpoint-1", tmp_path / "other")
     assert not (tmp_path / "other").exists() and (out / "final").is_dir()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from settings import UserError
+from support.settings import UserError
 from tools import plot, toy_table
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
-import policy
 import toy
 from benchmarks.shared import ORDERS
-from settings import SharedConfig, UserError, read_jsonl
+from support import model_files, record_files
+from support.settings import SharedConfig, UserError
+from support.storage import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,7 +120,7 @@ def test_only_sft_records_are_wrong_and_only_on_misleading_backgrounds(tmp_path,
         for i in range(150):
             source = toy.TEMPORAL[i % 2]
             record = toy.make_record(tmp_path, toy.RULES, split, i, source, f"3/{i}")
-            data.check_record(record, tmp_path, need_process=split == "sft")
+            record_files.check_record(record, tmp_path, need_process=split == "sft")
             render, _ = toy.SOURCES[source]
             answer = render(random.Random(f"3/{i}"), toy.RULES.agreement[split], toy.RULES.neutral).answer
             taught = record["options"]["AB".index(record["solution"][8])][3:]
@@ -187,7 +187,7 @@ def test_interrupted_rendering_leaves_no_half_world(tmp_path, monkeypatch):
 
 def test_tokenizer_is_lossless_and_tags_are_single_tokens(world):
     """Guards: letters or tags that are split into bytes."""
-    tokenizer = policy.load_processor(SharedConfig(model=str(world / "base"))).tokenizer
+    tokenizer = model_files.load_processor(SharedConfig(model=str(world / "base"))).tokenizer
     for text in ("<think>the disc moves left.</think>\n<answer>B</answer>", "é 漢 unseen!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     for tag in toy.TAGS:

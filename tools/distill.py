@@ -11,9 +11,10 @@ import argparse
 import json
 from collections import Counter
 
-from data import check_record
-from rewards import CORRECT, accuracy_reward, format_reward
-from settings import UserError, print_utf8, read_rows, write_atomic
+from rewards import CORRECT, accuracy_reward, format_reward, parse_solution
+from support.record_files import check_record, read_rows
+from support.settings import UserError, print_utf8
+from support.storage import write_atomic
 
 # Fields of a prediction that its record keeps: always these, and these if they are there.
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
@@ -33,7 +34,7 @@ def distill(rows, data_root, min_accuracy=CORRECT):
             dropped["media unusable"] += 1
             continue
         try:
-            check_record(row, data_root, need_process=False)
+            check_record(parse_solution, row, data_root, need_process=False)
         except ValueError as error:
             raise UserError(f"row {number} of the predictions: {error}") from None
         completion = row.get("prediction") or ""

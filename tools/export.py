@@ -12,9 +12,13 @@ from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
-from common import check_model, compute_dtype, damage, weights_in
-from policy import empty_model, load_policy, merge_adapter, refuse_other_tensors, starting_files, write_model
-from settings import SharedConfig, UserError, adapter_chain, read_yaml
+from policy import load_policy
+from support.checkpoints import damage, weights_in
+from support.distributed import compute_dtype
+from support.lora import merge_adapter
+from support.model_files import check_model, empty_model, refuse_other_tensors, starting_files, write_model
+from support.settings import SharedConfig, UserError, read_yaml
+from support.storage import adapter_chain
 
 
 def export(checkpoint, folder):

@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig
 
-import settings
-from policy import LOGITS_CHUNK, add_adapter, compiled_length, empty_model
-from settings import UserError
+from policy import LOGITS_CHUNK
+from support import settings, storage, tables
+from support.decoding import compiled_length
+from support.lora import add_adapter
+from support.model_files import empty_model
+from support.settings import UserError
 from tgrpo import TGRPOConfig
 
 # Bytes per trained parameter of the float32 weights, of their gradients, and of AdamW's two moments.
@@ -78,7 +81,7 @@ SHAPES = {
 
 def model_shape(name):
     """Config of the checkpoint `name`, or the published one if the name contains 3B or 7B; else raises UserError."""
-    name = settings.adapter_chain(name)[0]
+    name = storage.adapter_chain(name)[0]
     if (Path(name) / "config.json").is_file():
         return Qwen2_5_VLConfig.from_pretrained(name)
     size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
@@ -245,7 +248,7 @@ def print_plan(cfg, gpus, card_gb):
     parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in parts.items()]
     rows.append(["peak", f"{peak / 1e9:.1f}"])
-    print(settings.table([f"GPUs: {gpus}, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
+    print(tables.table([f"GPUs: {gpus}, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
     print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
     verdict = "fits" if peak / 1e9 < 0.9 * card_gb else "does not fit"
     print(f"It {verdict} in {card_gb:g} GB with a tenth to spare.")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from settings import UserError, print_utf8, read_jsonl
+from support.settings import UserError, print_utf8
+from support.storage import read_jsonl
 
 # (metric, title of its panel, label of its axis)
 PANELS = (

@@ -27,7 +27,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import evaluate
-import settings
 from benchmarks import (
     ANSWER_COLUMNS,
     GROUPS,
@@ -40,8 +39,11 @@ from benchmarks import (
     scored_rows,
     with_error,
 )
-from data import DATA_TYPES, Unusable, load_media
-from rewards import CORRECT, lettered
+from data import Unusable, load_media
+from rewards import CORRECT
+from support import record_files, settings, storage
+from support.parsing import lettered
+from support.record_files import DATA_TYPES
 
 MAX_QUESTIONS = 300
 MAX_BYTES = 25e6
@@ -115,7 +117,7 @@ def write_page(path, title, words, questions, total, cfg, made_with, tables=()):
     while len(page) > MAX_BYTES and len(questions) > 1:
         questions = questions[::2]
         page = render(questions=questions, changes=changes, **fixed)
-    settings.write_atomic(path, page.decode())
+    storage.write_atomic(path, page.decode())
 
 
 def render(**values):
@@ -322,7 +324,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs = {}
     for label, path in run_labels(args.predictions).items():
-        runs[label] = settings.read_rows(path)
+        runs[label] = record_files.read_rows(path)
         if args.annotations:
             runs[label] = join_annotations(runs[label], args.annotations)
     out = args.out or Path(args.predictions[-1]).with_name("report.html")

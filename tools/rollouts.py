@@ -13,8 +13,11 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from rewards import CORRECT, accuracy_reward, extract_answer, lettered
-from settings import SharedConfig, UserError, print_utf8, read_jsonl, read_rows, read_yaml
+from rewards import CORRECT, accuracy_reward
+from support.parsing import extract_answer, lettered
+from support.record_files import read_rows
+from support.settings import SharedConfig, UserError, print_utf8, read_yaml
+from support.storage import read_jsonl
 from tools.report import MAX_QUESTIONS, ORDER_NAMES, answer_card, evenly_spaced, write_page
 
 # Every row of rollouts.jsonl has these fields.

@@ -9,7 +9,9 @@ import os
 import random
 from pathlib import Path
 
-from settings import UserError, print_utf8, read_rows, write_atomic
+from support.record_files import read_rows
+from support.settings import UserError, print_utf8
+from support.storage import write_atomic
 
 
 def clip_of(row):

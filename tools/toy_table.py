@@ -8,7 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from settings import UserError, print_utf8, table
+from support.settings import UserError, print_utf8
+from support.tables import table
 
 MODELS = {"sft": "SFT model", "tgrpo": "T-GRPO"}
 # columns of toy.HEADINGS

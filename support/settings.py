@@ -1,21 +1,10 @@
-"""Settings, files and tables: what every script shares and that needs no torch, so that scoring starts in a second.
-
-load_config                      defaults, then the YAML file, then --name value; one clear line for every mistake
-write_atomic, append_rows        files that are complete even after a crash
-read_jsonl, read_rows            our JSONL files; a user's JSON or JSONL file
-file_hash, fingerprint           identify the content of a file, or the weights of a checkpoint
-adapter_chain                    the checkpoint that a LoRA adapter belongs to
-table, mean_and_se               what the scripts print
-"""
+"""Settings: defaults, then the YAML file, then --name value; one clear line for every mistake."""
 
 import argparse
 import difflib
 import functools
-import hashlib
 import io
-import json
 import math
-import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
@@ -50,9 +39,6 @@ def print_utf8():
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-# ---------------------------------------------------------------------------------------------------------- settings
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -237,7 +223,7 @@ def make_parser(cls, stage, doc):
     return parser
 
 
-def load_config(cls, stage, argv=None, doc=None, partial=False):
+def load_config(cls, stage, argv=None, doc=None, partial=False, required=()):
     """Settings of a stage: defaults, then the YAML's shared keys, then its section, then --name value.
 
     Raises UserError (one line: file, field, value) for an unknown name, a wrong type, a value out of range.
@@ -256,7 +242,9 @@ def load_config(cls, stage, argv=None, doc=None, partial=False):
             check_name(f"{source}{name}", name, known)
             parser.source = source
             values |= parsed(parser, as_arguments(source, name, value))
-    return cls(**values | from_command_line)
+    cfg = cls(**values | from_command_line)
+    require(cfg, stage, *required)
+    return cfg
 
 
 def parsed(parser, arguments):
@@ -350,179 +338,3 @@ def require(cfg, stage, *names):
     for name in names:
         if not getattr(cfg, name):
             raise UserError(f"{stage}.{name}: missing; set it in the config's section '{stage}:' or with --{name}")
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def write_atomic(path, text):
-    """Write a file so that it has either its old content or all of the new one, even after a crash.
-
-    Raises UserError if it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def append_rows(path, rows):
-    """Append `rows` (dicts) to a JSONL file. Raises UserError if they cannot be written; earlier rows stay."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free disk space and start the same command again: it "
-            "continues from there"
-        ) from error
-
-
-def file_hash(path):
-    """SHA-256 of a file's bytes, as 16 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def sampled_hash(path):
-    """A hash of a file's size and of 1 MB at 16 offsets: all of a small file, and enough of a large one."""
-    size = Path(path).stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for i in range(16):
-            file.seek(size * i // 16)
-            digest.update(file.read(2**20))
-    return digest.hexdigest()[:16]
-
-
-def adapter_chain(model):
-    """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
-
-    Raises UserError for an adapter without a base, and for a folder that holds a model and an adapter: transformers
-    would load both.
-    """
-    config = Path(model) / "adapter_config.json"
-    if not config.is_file():
-        return [model]
-    if config.with_name("config.json").is_file():
-        raise UserError(f"{model} holds a model and an adapter; move {config.name} and its weights to another folder")
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config}: not the config of an adapter: {error!r}") from None
-    if not isinstance(base, str):
-        raise UserError(f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}")
-    return [*adapter_chain(base), model]
-
-
-@functools.cache
-def fingerprint(model):
-    """A hash of the weights in a checkpoint folder, because a path may later hold others; "" for a hub name.
-
-    For an adapter, of the weights below it too.
-    """
-    files = []
-    for folder in adapter_chain(model):
-        files += sorted(Path(folder).glob("*.safetensors"))
-        # of an adapter only
-        files += sorted(Path(folder).glob("adapter_config.json")) + sorted(Path(folder).glob("adapter_model.bin"))
-    digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
-    return digest.hexdigest()[:16] if files else ""
-
-
-def read_jsonl(path):
-    """Rows of a JSONL file. An incomplete last line, left by a crash, is ignored (its work is repeated)."""
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
-
-
-def read_rows(path):
-    """The list in a JSON file, or the lines of a JSONL file. Raises UserError for any other or an empty file."""
-    try:
-        # utf-8-sig: Windows programs may begin a file with a byte order mark
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read these records: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    rows = []
-    number = 0
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        refuse_object(path, text)
-        where = f", line {number}" if number else ""
-        raise UserError(f"{path}{where}: not JSON: {error}") from None
-    if len(rows) == 1:
-        refuse_object(path, text)
-    if not rows:
-        raise UserError(f"{path}: no records in this file")
-    return rows
-
-
-def refuse_object(path, text):
-    """Raise UserError if the text is a single JSON object, for example {"train": [records]}."""
-    if not text.lstrip().startswith("{"):
-        return
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
-        return
-    for name, value in tree.items():
-        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            raise UserError(
-                f"{path}: one JSON object with the list of records under {name!r:.40}; "
-                "expected that list itself, or one record per line"
-            )
-    if "\n" in text.strip():
-        raise UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")
-
-
-# ------------------------------------------------------------------------------------------------ what scripts print
-
-
-def table(header, rows):
-    """An aligned Markdown table of strings and numbers: the first column is left-aligned, the others right-aligned.
-
-    >>> print(table(["model", "n"], [["SFT", 7], ["T-GRPO", 120]]))
-    | model  |   n |
-    | ------ | --: |
-    | SFT    |   7 |
-    | T-GRPO | 120 |
-    """
-    lines = [list(map(str, row)) for row in [header, *rows]]
-    widths = []
-    for column in zip(*lines):
-        widths.append(max(3, *map(len, column)))
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    lines.insert(1, rule)
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
-
-
-def mean_and_se(values):
-    """Mean and its standard error, with the unbiased variance; the error is 0 for one value.
-
-    >>> mean_and_se([1.0, 2.0, 3.0, 2.0])
-    (2.0, 0.408248290463863)
-    """
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(variance / len(values))

@@ -1,12 +1,12 @@
-"""Frames of clips, of folders of stills, and pictures, as arrays.
+"""Reading clips, folders of stills, and pictures. data.even_frames decides which frames of a clip are shown.
 
-    read_clip      the frames of a clip that are on display at even times
-    read_folder    the same for a folder of stills
+    read_clip      the chosen frames of a clip, by the times in the file
+    read_folder    the chosen stills of a folder
     read_picture   one picture: RGB, upright, on white where it was transparent
 
-A clip is shown for D seconds, from its first to its last frame plus one interval. Its n frames are those on display at
-(i + 1/2) D / n. Frame times come from the file, and only frames that a player shows count. So the distance between two
-frames is D / n seconds, the one distance per clip that Qwen2.5-VL knows. See docs/frames.md for the reasons.
+`choose(ticks, tick_seconds, interval=None)` is data.even_frames with its other arguments: it gets the times at which
+the frames appear, and returns the numbers of those to show. Frame times come from the file, and only frames that a
+player shows count. docs/frames.md has the reasons.
 
 Every function raises ValueError or OSError, or an error of PyAV or Pillow, for a file that cannot be read. A clip
 that takes longer than READ_SECONDS raises too: nothing hangs.
@@ -65,51 +65,17 @@ class Shown(NamedTuple):
     fps: float
 
 
-# --------------------------------------------------------------------------------------------------- which frames
+def display_times(ticks, interval):
+    """(ticks, ends): when each frame appears and disappears. interval: ticks for which the last one is shown, or None.
 
-
-def select(ticks, tick_seconds, n, start=None, end=None, last_frame=False, interval=None):
-    """(indices, total, fps), as in Shown, of the n frames on display at even times, or of all if there are fewer.
-
-    ticks: when each frame appears, increasing. start, end: select this part, in seconds from the first frame; a part
-    beyond the end of the clip is the last frame. last_frame: the last index is that of the clip's last frame. interval:
-    ticks for which the last frame is shown, limited to the range of the other frames' intervals.
-
-    A clip of 4 frames per second, then one that shows its first frame for three of its four seconds:
-
-    >>> select([0, 1, 2, 3, 4, 5, 6, 7], Fraction(1, 4), 2)
-    ([2, 6], 8, 4.0)
-    >>> select([0, 12, 13, 14, 15], Fraction(1, 4), 4)
-    ([0, 0, 0, 3], 5, 1.25)
-    >>> select([0, 1, 2, 3, 4, 5, 6, 7], Fraction(1, 4), 16, start=0.5, end=1.25)
-    ([2, 3, 4], 3, 4.0)
+    The interval is limited to the range of the other frames' intervals: a still at the end is not part of the motion,
+    and some files give no length, or a wrong one.
     """
     ticks = np.asarray(ticks, dtype=np.int64)
     gaps = np.diff(ticks)
     if len(gaps):
-        # a still at the end is not part of the motion, and some files give no length, or a wrong one
         interval = int(np.clip(interval or np.median(gaps), gaps.min(), gaps.max()))
-    display_ends = np.append(ticks[1:], ticks[-1] + (interval or 1))
-    low = Fraction(int(ticks[0]))
-    high = Fraction(int(display_ends[-1]))
-    if start is not None:
-        high = min(high, low + in_ticks(end, tick_seconds))
-        low = min(low + max(Fraction(0), in_ticks(start, tick_seconds)), Fraction(int(ticks[-1])))
-    first = frame_at(ticks, low)
-    last = max(first, frame_at(ticks, math.ceil(high) - 1))
-    total = last - first + 1
-    length = high - low
-    if total < n:
-        indices = list(range(first, last + 1))
-        length = Fraction(int(display_ends[last] - ticks[first]))
-    elif start is None and is_even(gaps):
-        # counted, because a container that rounds times (Matroska: to ms) may put a frame just after its moment
-        indices = [int((i + 0.5) * total / n) for i in range(n)]
-    else:
-        indices = [frame_at(ticks, low + (2 * i + 1) * length / (2 * n)) for i in range(n)]
-    if last_frame:
-        indices[-1] = len(ticks) - 1
-    return indices, total, float(total / (length * tick_seconds))
+    return ticks, np.append(ticks[1:], ticks[-1] + (interval or 1))
 
 
 def in_ticks(seconds, tick_seconds):
@@ -122,8 +88,9 @@ def frame_at(ticks, moment):
     return max(0, int(np.searchsorted(ticks, math.floor(moment), side="right")) - 1)
 
 
-def is_even(gaps):
+def is_even(ticks):
     """Whether frames are evenly spaced, as far as the container's clock can tell."""
+    gaps = np.diff(ticks)
     if not len(gaps):
         return True
     shortest = int(gaps.min())
@@ -131,11 +98,8 @@ def is_even(gaps):
     return int(gaps.max()) - shortest <= rounding
 
 
-# ---------------------------------------------------------------------------------------------------------- clips
-
-
-def read_clip(path, n, start=None, end=None, last_frame=False, reader="exact"):
-    """At most n frames of a clip as Shown. start and end are seconds from the first frame; see select.
+def read_clip(path, choose, reader="exact"):
+    """The chosen frames of a clip as Shown.
 
     reader: "exact", or "decord" as in the released pipeline, which counts frames instead of reading their times and
     returns the wrong frames of many files.
@@ -149,11 +113,11 @@ def read_clip(path, n, start=None, end=None, last_frame=False, reader="exact"):
         beginning = file.read(4096)
     if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:
         raise ValueError("a playlist, not a clip")
-    read = run_decord if reader == "decord" else read_exactly
-    return read(path, n, start, end, last_frame)
+    read = read_with_decord if reader == "decord" else read_exactly
+    return read(path, choose)
 
 
-def read_exactly(path, n, start, end, last_frame):
+def read_exactly(path, choose):
     """Shown, by the times of displayed frames. In most files the packets give these times without decoding.
 
     If the decoder does not return a frame at its packet's time (damaged files, frames that are never shown, containers
@@ -163,12 +127,12 @@ def read_exactly(path, n, start, end, last_frame):
     packets = read_packets(path, deadline)
     frames = None
     if packets.ticks and packets.is_timed:
-        chosen = select(packets.ticks, packets.tick_seconds, n, start, end, last_frame, packets.interval)
+        chosen = choose(packets.ticks, packets.tick_seconds, interval=packets.interval)
         wanted = [packets.ticks[i] for i in chosen[0]]
         frames = fetch(path, wanted, packets.keys, deadline)
     if frames is None:
         ticks, order = decoded_times(path, packets, deadline)
-        chosen = select(ticks, packets.tick_seconds, n, start, end, last_frame, packets.interval)
+        chosen = choose(ticks, packets.tick_seconds, interval=packets.interval)
         frames = fetch_by_count(path, [order[i] for i in chosen[0]], deadline)
     frames_FHWC = np.stack(frames)
     check_sides(*frames_FHWC.shape[1:3])
@@ -408,12 +372,21 @@ def upright(frame_HWC, matrix):
     return frame_HWC
 
 
-# --------------------------------------------------------------------------------------- the released pipeline's reader
+def read_with_decord(path, choose):
+    """Shown, of a clip whose frames decord takes for evenly spaced."""
+    n_frames, rate = run_decord(path)
+    indices, total, fps = choose(range(n_frames), 1 / Fraction(rate).limit_denominator(10**6))
+    frames_FHWC = run_decord(path, indices)
+    check_sides(*frames_FHWC.shape[1:3])
+    return Shown(frames_FHWC, indices, total, fps)
 
 
-def run_decord(path, n, start, end, last_frame):
-    """Shown, by decord in its own process: on some damaged files it never returns, and only killing it helps."""
-    request = json.dumps([str(path), n, start, end, last_frame])
+def run_decord(path, indices=None):
+    """(number of frames, rate) of a clip, or its frames with these numbers.
+
+    decord runs in its own process: on some damaged files it never returns, and only killing it helps.
+    """
+    request = json.dumps([str(path), indices])
     try:
         done = subprocess.run([sys.executable, __file__, request], capture_output=True, timeout=READ_SECONDS)
     except subprocess.TimeoutExpired:
@@ -421,33 +394,28 @@ def run_decord(path, n, start, end, last_frame):
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise ValueError(f"decord: {lines[-1] if lines else f'exit status {done.returncode}'}")
-    return Shown(*pickle.loads(done.stdout))
+    return pickle.loads(done.stdout)
 
 
-def read_with_decord(path, n, start, end, last_frame):
-    """Shown, of a clip whose frames decord takes for evenly spaced."""
+def decord_process(path, indices):
+    """What run_decord returns. Runs in the other process."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
-    rate = Fraction(reader.get_avg_fps()).limit_denominator(10**6)
-    indices, total, fps = select(range(len(reader)), 1 / rate, n, start, end, last_frame)
-    frames_FHWC = reader.get_batch(indices).asnumpy()
-    check_sides(*frames_FHWC.shape[1:3])
-    return Shown(frames_FHWC, indices, total, fps)
+    if indices is None:
+        return len(reader), reader.get_avg_fps()
+    return reader.get_batch(indices).asnumpy()
 
 
-# ------------------------------------------------------------------------------------------------ stills and pictures
-
-
-def read_folder(path, n, fps=None, start=None, end=None, last_frame=False):
-    """At most n stills of a folder as Shown, all of the size of the first. fps: their rate, FOLDER_FPS if None."""
+def read_folder(path, choose, fps=None):
+    """The chosen stills of a folder as Shown, all of the size of the first. fps: their rate, FOLDER_FPS if None."""
     visible = [file for file in Path(path).iterdir() if not file.name.startswith(".")]
     files = [file for file in visible if file.suffix.lower() in STILLS and file.is_file()]
     if not files:
         raise ValueError("no stills (.jpg, .png, .webp, .bmp) in this folder")
     files.sort(key=natural_order)
     tick_seconds = 1 / Fraction(fps or FOLDER_FPS).limit_denominator(10**6)
-    indices, total, fps = select(range(len(files)), tick_seconds, n, start, end, last_frame)
+    indices, total, fps = choose(range(len(files)), tick_seconds)
     stills = [read_picture(files[i]) for i in indices]
     size = stills[0].size
     stills = [still if still.size == size else still.resize(size, Image.Resampling.BICUBIC) for still in stills]
@@ -514,4 +482,4 @@ def check_sides(a, b):
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(pickle.dumps(tuple(read_with_decord(*json.loads(sys.argv[1])))))
+    sys.stdout.buffer.write(pickle.dumps(decord_process(*json.loads(sys.argv[1]))))

@@ -1,0 +1,277 @@
+"""The folder of a run: its lock, what it may resume from, and checkpoints that are written whole or not at all."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from support import distributed, settings, storage
+
+# Settings that may change when a run is resumed: they affect where and how fast it runs, not what is learned. The
+# records and the starting weights are compared by their content.
+RESUMABLE_SETTINGS = (
+    "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
+    "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile log_with"
+).split()
+RUN_FILES = (
+    "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
+).split()
+held_locks = {}
+
+
+def claim_folder(accelerator, cfg, stage):
+    """Lock cfg.output_dir for this run. Returns the checkpoint to resume from, or None. Collective.
+
+    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be
+    written, if another run is using it, or if its newest checkpoint was made by a run with other settings.
+    """
+    checkpoint = None
+    if accelerator.is_main_process:
+        folder = Path(cfg.output_dir)
+        lock_folder(folder)
+        if cfg.resume:
+            checkpoint = newest_whole_checkpoint(accelerator, folder)
+        else:
+            move_aside(accelerator, folder)
+        now = identity(cfg, stage)
+        if checkpoint is not None:
+            check_resumable(accelerator, cfg, checkpoint, now)
+        keep_finished(accelerator, cfg, folder, checkpoint)
+        storage.write_atomic(folder / "run.json", json.dumps(now, indent=1))
+    return broadcast_object_list([checkpoint])[0]
+
+
+def lock_folder(folder):
+    """Lock `folder` until this process ends, however it ends.
+
+    Raises UserError if the folder cannot be written or another run is using it.
+    """
+    folder = Path(folder)
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise settings.UserError(
+            f"{folder}: cannot be written: {error.strerror}; choose another --output_dir"
+        ) from None
+    try:
+        # this lock is not inherited by child processes, and the system releases it when the process ends
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise settings.UserError(
+            f"{folder}: another run is using this folder: {file.read().strip()}; "
+            "wait for it, or choose another --output_dir"
+        ) from None
+    held_locks[str(folder)] = file
+    with room_on_disk(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+
+
+def newest_whole_checkpoint(accelerator, folder):
+    """The newest checkpoint whose files are what was written, or None if there is no checkpoint.
+
+    Damaged checkpoints are renamed. Raises UserError if all are damaged.
+    """
+    found = finished_checkpoints(folder)
+    for checkpoint in reversed(found):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return str(checkpoint)
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        accelerator.print(f"{checkpoint} is damaged: {wrong}; renamed to {aside.name} and not used")
+    if found:
+        raise settings.UserError(
+            f"{folder}: none of its checkpoints is whole; start from scratch with --resume false (they are moved aside)"
+        )
+    return None
+
+
+def move_aside(accelerator, folder):
+    """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
+    earlier = []
+    for pattern in RUN_FILES:
+        earlier += sorted(folder.glob(pattern))
+    if not earlier:
+        return
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for path in earlier:
+        os.replace(path, aside / path.name)
+    accelerator.print(f"resume is false: the earlier run in {folder} is now in {aside}")
+
+
+def keep_finished(accelerator, cfg, folder, checkpoint):
+    """Raise UserError if `folder` holds a finished run, which starting again would overwrite.
+
+    A run may continue from a checkpoint to more steps; the model after fewer steps is kept under another name.
+    """
+    if not (folder / "final").is_dir():
+        return
+    try:
+        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
+    except OSError:
+        steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
+    if checkpoint is None or cfg.steps <= steps:
+        more = "" if checkpoint is None else ", or continue with more --steps"
+        raise settings.UserError(
+            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; start from "
+            f"scratch with --resume false (the finished run is moved aside), choose another --output_dir{more}"
+        )
+    kept = folder / f"final-of-{steps}-steps"
+    storage.replace_folder(folder / "final", kept)
+    accelerator.print(f"continuing from {steps} to {cfg.steps} steps; the model after {steps} steps is now {kept}")
+
+
+def identity(cfg, stage):
+    """What the result of a run depends on: its settings, the content of its records, the starting weights."""
+    compared = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE_SETTINGS}
+    return {
+        "stage": stage,
+        "settings": compared,
+        "schedule_steps": cfg.steps,
+        "records": storage.file_hash(cfg.records),
+        "weights": storage.fingerprint(cfg.model) or cfg.model,
+    }
+
+
+def check_resumable(accelerator, cfg, checkpoint, now):
+    """Raise UserError if `checkpoint` was made by a run that differs from this one in what it learns."""
+    path = Path(checkpoint)
+    done = int(path.name.split("-")[1])
+    if done > cfg.steps:
+        raise settings.UserError(
+            f"steps: {cfg.steps}, but {path} is already after step {done}; set more steps, or start from "
+            "scratch with --resume false"
+        )
+    if distributed.is_sharded(accelerator):
+        kind = "sharded weights"
+    else:
+        kind = "an adapter" if cfg.lora_rank else "whole weights"
+    if weights_in(path) != kind:
+        raise settings.UserError(
+            f"{path}: a checkpoint of {weights_in(path)} cannot be resumed in a run of {kind}: start it as before, or "
+            f"export it as a model to start from: python -m tools.export {path} FOLDER"
+        )
+    try:
+        before = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except OSError:
+        accelerator.print(f"{path} has no run.json: settings, records and starting weights are not compared")
+        return
+    changed = []
+    # a setting that did not exist when the checkpoint was made had its default
+    settings_before = {f.name: f.default for f in fields(cfg)} | before["settings"]
+    for name, value in now["settings"].items():
+        if settings_before[name] != value:
+            changed.append(f"{name} was {settings_before[name]!r}, is {value!r}")
+    steps = before["schedule_steps"]
+    if steps != cfg.steps and cfg.lr_schedule != "constant":
+        changed.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
+    if before["records"] != now["records"]:
+        changed.append(f"the content of {cfg.records} has changed")
+    if before["weights"] != now["weights"]:
+        belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
+        changed.append(f"the weights in {cfg.model} have changed{belongs}")
+    differences = "; ".join(changed)
+    if settings_before["lora_rank"] != cfg.lora_rank:
+        raise settings.UserError(
+            f"{path}: {differences}; the rank of an adapter cannot change. Start from scratch with --resume false (the "
+            "earlier run is moved aside), or choose another --output_dir"
+        )
+    if changed and not cfg.resume_changed:
+        raise settings.UserError(
+            f"{path} was made by a different run: {differences}. Start from scratch with --resume false "
+            "(the earlier run is moved aside), choose another --output_dir, or continue anyway with "
+            "--resume_changed true"
+        )
+    if changed:
+        accelerator.print(f"continuing from {path} although {differences}")
+
+
+def weights_in(checkpoint):
+    """What a training checkpoint holds: "whole weights", "sharded weights" or "an adapter"."""
+    if (checkpoint / "pytorch_model_fsdp_0").is_dir():
+        return "sharded weights"
+    return "an adapter" if (checkpoint / "adapter_config.json").is_file() else "whole weights"
+
+
+@contextmanager
+def room_on_disk(path):
+    """Turns a failed write to `path` into a UserError with advice. The previous content stays as it was."""
+    try:
+        yield
+    # torch and safetensors raise their own errors if the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise
+        advice = "free disk space and start the same command again"
+        saved = finished_checkpoints(Path(path).parent)
+        if saved:
+            advice += f": it continues from {saved[-1].name}, which is complete"
+        raise settings.UserError(f"cannot write {path}: {str(error).splitlines()[0]}; {advice}") from error
+
+
+def finished_checkpoints(output_dir):
+    """Finished checkpoints, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def save_checkpoint(accelerator, cfg, step, state):
+    """Everything that is needed to continue after `step` finished steps, written whole or not at all. Collective."""
+    folder = Path(cfg.output_dir) / f"checkpoint-{step}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with room_on_disk(folder):
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.copy(Path(cfg.output_dir) / "run.json", temporary)
+            storage.write_atomic(
+                temporary / "state.json", json.dumps({"step": step, "files": contents(temporary), **state})
+            )
+            storage.replace_folder(temporary, folder)
+    if accelerator.is_main_process:
+        for old in finished_checkpoints(cfg.output_dir)[: -cfg.keep_checkpoints]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def contents(folder):
+    """{file in `folder`: hash of its size and of samples of its bytes}, by which a damaged checkpoint is recognised."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "state.json")
+    return {str(path.relative_to(folder)): storage.sampled_hash(path) for path in files}
+
+
+def damage(checkpoint):
+    """A description of what is wrong with a checkpoint's files; None if nothing is."""
+    try:
+        expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError) as error:
+        return f"state.json cannot be read ({error})"
+    found = contents(checkpoint)
+    for name, value in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != value:
+            return f"{name} is not what was written"
+    return None

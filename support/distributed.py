@@ -1,0 +1,169 @@
+"""Devices and ranks: the accelerator, sharding (FSDP2), the optimizer, seeds, sums over the ranks.
+
+"Collective" in a docstring means that every rank must call the function, or the others wait for it.
+"""
+
+import os
+import random
+import re
+from datetime import timedelta
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils._pytree import tree_map_only
+
+from support import settings
+
+# The shapes of a step change with its prompts, and a GPU's memory fragments. Read when torch first allocates there.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+# FSDP shards each of these layers on its own.
+WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+# What an accelerate config may request but these scripts do not support: the variable it sets, and its name.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+# What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
+OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
+# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still
+# notices a dead rank at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+
+
+def make_accelerator(cfg, shard=True):
+    """Accelerator for this launch. With several processes and `fsdp: full_shard`, prepare() shards the model (FSDP2).
+
+    A user's own accelerate config may set which processes run where, and one with FSDP turns sharding on too. Training
+    settings come from `cfg` alone. With `shard` False each process holds a whole model, as in evaluation.
+
+    Raises UserError for DeepSpeed, Megatron-LM and other parallelism, and for a `log_with` that is not installed.
+    """
+    for name, library in UNSUPPORTED.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise settings.UserError(
+                f"the accelerate config requests {library}, which is not supported here: choose multi-GPU or FSDP"
+            )
+    config_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
+        del os.environ[name]
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    sharded = shard and processes > 1 and (cfg.fsdp == "full_shard" or config_shards)
+    if sharded and cfg.lora_rank:
+        raise settings.UserError(
+            "lora_rank: the accelerate config requests FSDP, but with LoRA each GPU holds the whole model"
+        )
+    plugin = fsdp_plugin(cfg) if sharded else None
+    on_cpu = not torch.cuda.is_available()
+    # under FSDP the plugin's policy casts
+    autocast = "bf16" if cfg.bf16 and plugin is None else "no"
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        fsdp_plugin=plugin,
+        mixed_precision=autocast,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        **tracker_arguments(cfg),
+    )
+    if accelerator.num_processes != processes:
+        raise RuntimeError("accelerate did not join the launched processes")
+    if plugin and on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate does not support FSDP on CPUs, but PyTorch does: turn on accelerate's FSDP2 code (for the tests)
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    # cuDNN's attention spends 30 ms on planning each new shape, and here shapes change at every step
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return accelerator
+
+
+def fsdp_plugin(cfg):
+    """FSDP2 with float32 master weights. An argument that is not given would be read from the user's environment."""
+    compute = torch.bfloat16 if cfg.bf16 else None
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=WRAPPED_LAYERS,
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        reshard_after_forward=True,
+        cpu_offload=False,
+        # policy.load_policy does it, if gradient_checkpointing is set
+        activation_checkpointing=False,
+        cpu_ram_efficient_loading=True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+
+
+def tracker_arguments(cfg):
+    """Arguments of Accelerator for `log_with`. Raises UserError if that package is not installed."""
+    log_with = getattr(cfg, "log_with", "none")
+    if log_with == "none":
+        return {}
+    if find_spec(log_with) is None:
+        raise settings.UserError(f"log_with: {log_with} is not installed: pip install {log_with}, or log_with: none")
+    return {"log_with": log_with, "project_dir": cfg.output_dir}
+
+
+def is_sharded(accelerator):
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def seed_everything(*numbers):
+    """Seed every generator from these numbers. tgrpo.py does so each step, so a resumed step samples the same."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def compute_dtype(cfg):
+    """The dtype of forward passes and of saved models."""
+    return torch.bfloat16 if cfg.bf16 else torch.float32
+
+
+def to_device(inputs, device):
+    """`inputs` (nested dicts and lists) with every tensor on `device`."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
+
+
+def place(accelerator, model):
+    """The model on this rank's device, sharded if the policy is."""
+    return fsdp2_prepare_model(accelerator, model) if is_sharded(accelerator) else model.to(accelerator.device)
+
+
+def prepare(accelerator, model, cfg):
+    """(model, optimizer) ready for training: on their device, and sharded or wrapped if the launch requires it.
+
+    The model is sharded before the optimizer exists: on the ranks whose weights have not arrived yet, accelerate could
+    not replace an optimizer's parameters.
+    """
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if is_sharded(accelerator):
+        model = place(accelerator, model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # foreach: the default updates sharded tensors one by one, six times slower
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay, foreach=True
+    )
+    return accelerator.prepare(model, optimizer)
+
+
+def sum_over_ranks(accelerator, value):
+    """Sum of a number over the ranks. Collective."""
+    total = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(total, "sum").item()

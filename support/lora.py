@@ -1,0 +1,104 @@
+"""LoRA: a trainable adapter on the frozen language model, and its files, which are peft's own."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from support import distributed
+
+# The linear layers of the language model. The vision tower has some of the same names, but stays frozen.
+ADAPTED_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def adapted_layers(model):
+    """The linear layers that have an adapter."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def add_adapter(model, cfg):
+    """`model`, frozen, with a trainable adapter: each adapted weight W acts as W + (alpha / rank) B A (Hu et al. 2021).
+
+    B is 0 at first, so the policy starts as the checkpoint. A and B are float32 whatever the dtype of W.
+    """
+    # A is random, and the same each time the run starts
+    distributed.seed_everything(cfg.seed)
+    config = LoraConfig(
+        r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=ADAPTED_LAYERS
+    )
+    # an absolute path, so that the adapter can be loaded from any folder
+    config.base_model_name_or_path = str(Path(cfg.model).resolve()) if Path(cfg.model).exists() else cfg.model
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for layer in adapted_layers(model):
+        # in bfloat16 autocast does it; peft would first cast to float32
+        layer.cast_input_dtype_enabled = False
+    return model
+
+
+@contextmanager
+def adapter_off(model):
+    """Within it a model with an adapter computes without it, as the checkpoint it started from.
+
+    A model without an adapter is not changed.
+    """
+    for layer in adapted_layers(model):
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in adapted_layers(model):
+            layer.enable_adapters(True)
+
+
+def merged_state(state, model):
+    """`state`, the state dict of `model`, as that of a plain model. Changes the model: its weights include the adapter.
+
+    In place, because a second copy may not fit beside the model. Each sum is rounded once, to the dtype of W.
+    """
+    for layer in adapted_layers(model):
+        layer.merge()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+
+
+def adapter_tensors(model):
+    """The tensors of the model's adapter, under the names that peft gives them in a file."""
+    # embeddings are not adapted; by default peft would look on the hub whether they were
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def save_adapter(model, folder):
+    """Write the model's adapter into `folder`, as files that peft's PeftModel.from_pretrained loads."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(adapter_tensors(model), f"{folder}/{ADAPTER_FILE}")
+    model.peft_config["default"].save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_adapter(model, folder):
+    """Read what save_adapter wrote into the model's adapter. KeyError or RuntimeError if it is another adapter."""
+    saved = load_file(f"{folder}/{ADAPTER_FILE}")
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(saved[name])
+
+
+def checkpoint_adapter_only(accelerator):
+    """Checkpoints then hold the adapter in peft's format, and no other weights."""
+
+    def save(models, states, folder):
+        if accelerator.is_main_process:
+            save_adapter(accelerator.unwrap_model(models[0]), folder)
+        states.clear()
+
+    def load(models, folder):
+        load_adapter(accelerator.unwrap_model(models.pop()), folder)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

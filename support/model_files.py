@@ -1,0 +1,245 @@
+"""Checkpoints in the hub's layout: checking, loading and saving a model and its processor.
+
+A checkpoint may also be a LoRA adapter in peft's format; it is then merged into the checkpoint that it belongs to.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from support import checkpoints, distributed, lora, settings, storage
+
+
+def load_processor(cfg):
+    """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
+    base = storage.adapter_chain(cfg.model)[0]
+    check_hub(base)
+    try:
+        processor = AutoProcessor.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "Unrecognized image processor" in reason:
+            reason = (
+                "transformers does not know the image processor that preprocessor_config.json names. The hub's "
+                "first revision of Qwen2.5-VL names Qwen2_5_VLImageProcessor: write "
+                "Qwen2VLImageProcessor, which is the same class"
+            )
+        raise settings.UserError(f"{cfg.model}: its processor cannot be loaded: {reason:.300}") from error
+    # older folders have the template in the tokenizer's config only
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not processor.chat_template:
+        raise settings.UserError(
+            f"{cfg.model}: no chat template, neither in a file chat_template.* nor in tokenizer_config.json"
+        )
+    return processor
+
+
+def load_weights(cfg, dtype, accelerator=None, device=None):
+    """The checkpoint `cfg.model` as transformers' model, see policy.load_policy.
+
+    If the model will be sharded, only rank 0 reads the weights and sends them to the other ranks, so a machine holds
+    one copy. Raises UserError if the checkpoint's tensors are not the model's.
+    """
+    base, *adapters = storage.adapter_chain(cfg.model)
+    if accelerator and distributed.is_sharded(accelerator) and not accelerator.is_main_process:
+        with init_empty_weights():
+            model = empty_model(Qwen2_5_VLConfig.from_pretrained(base), dtype)
+        # init_empty_weights has untied them
+        model.tie_weights()
+        model.generation_config = generation_config(base, model.config)
+    else:
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=None if device is None else {"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        refuse_other_tensors(base, report)
+        if lora.adapted_layers(model):
+            raise settings.UserError(f"{base} is an adapter on the hub; download it, and set model to its folder")
+        for adapter in adapters:
+            model = merge_adapter(model, adapter)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # these hooks are only for reentrant checkpointing; here they would push gradients through a frozen vision tower
+        model.disable_input_require_grads()
+    return model
+
+
+def generation_config(model, config):
+    """The checkpoint's generation config; if it has none, the one that from_pretrained derives from its config."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def refuse_other_tensors(model, report):
+    """Raise UserError with the tensors that the checkpoint lacks or should not have. Missing ones would be random."""
+    problems = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report.get(f"{kind}_keys", ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{kind} {', '.join(names[:3])}{more}")
+    if problems:
+        raise settings.UserError(f"{model}: these weights are not the model's: {'; '.join(problems)}")
+
+
+def empty_model(config, dtype):
+    """The model without loaded weights."""
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+# How names of tensors begin in adapters that were made with transformers before 4.52, and how they do now.
+OLDER_NAMES = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
+
+
+def merge_adapter(model, folder):
+    """`model` with the adapter in `folder`, in peft's format, added to its weights. UserError if that is impossible."""
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise settings.UserError(f"{folder}: adapter_model.safetensors is missing")
+    try:
+        wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
+        report = wrapped.load_adapter(folder, "default", key_mapping=OLDER_NAMES)._asdict()
+        refuse_other_tensors(folder, report)
+        names = " ".join(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        if model.config.tie_word_embeddings and re.search(r"\b(lm_head|embed_tokens)\b", names):
+            raise ValueError("it changes the embedding or the head, which are one matrix in this model")
+        # peft has frozen the model
+        return wrapped.merge_and_unload().requires_grad_(True)
+    # a damaged or unusual adapter may raise anything
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise settings.UserError(f"{folder}: this adapter cannot be merged: {reason:.200}") from error
+
+
+# The files of a checkpoint, besides its weights, from which a model and its processor are loaded.
+STARTING_FILES = (
+    "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
+    "added_tokens.json special_tokens_map.json"
+).split()
+
+
+def starting_files(model):
+    """{name: bytes} of a checkpoint's own config, generation config, preprocessor, chat template and tokenizer files.
+
+    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so what loads the
+    starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
+    """
+    model = storage.adapter_chain(model)[0]
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
+    found = set()
+    for pattern in STARTING_FILES:
+        found |= set(folder.glob(pattern))
+    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
+
+
+def with_dtype(config, dtype):
+    """A copy of a config.json's dict in which every dtype entry (torch_dtype until transformers 4.55) is `dtype`."""
+    name = str(dtype).removeprefix("torch.")
+    named = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return named | {key: name for key in ("dtype", "torch_dtype") if key in config}
+
+
+def save_model(accelerator, model, files, folder, dtype=None):
+    """`folder` becomes a checkpoint laid out like the one that `files` (starting_files) are from.
+
+    Collective: every rank must call it. Written whole or not at all.
+    """
+    # gathers the shards; the full state dict is on rank 0
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        write_model(state, accelerator.unwrap_model(model), files, folder, dtype)
+    accelerator.wait_for_everyone()
+
+
+def write_model(state, model, files, folder, dtype=None):
+    """The files of save_model from a full state dict of `model`; `dtype` None keeps the weights' own."""
+    has_adapter = bool(lora.adapted_layers(model))
+    if has_adapter:
+        state = lora.merged_state(state, model)
+    # the base class, empty: it knows the names of the weights in files
+    with torch.device("meta"):
+        shell = Qwen2_5_VLForConditionalGeneration(model.config)
+    # the tied head is the embedding; in gathered shards they no longer share memory
+    for name in shell.all_tied_weights_keys:
+        state.pop(name, None)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    dtype = next(iter(state.values())).dtype
+    folder = Path(folder)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with checkpoints.room_on_disk(folder):
+        shell.save_pretrained(temporary, state_dict=state)
+        for written in temporary.glob("*config*.json"):
+            written.unlink()
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        config_json = json.loads(files["config.json"])
+        if "dtype" not in config_json:
+            config_json.setdefault("torch_dtype", None)
+        text = json.dumps(with_dtype(config_json, dtype), indent=2) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
+        if has_adapter:
+            # not beside the weights, where transformers would find it and add it to them again
+            lora.save_adapter(model, temporary / "adapter")
+        storage.replace_folder(temporary, folder)
+
+
+def check_model(cfg, stage, made_by=None):
+    """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint.
+
+    `made_by` is the script that makes one; the message shows its command.
+    """
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
+    is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
+    if is_hub_name and not is_local:
+        return
+    base, *adapters = storage.adapter_chain(cfg.model)
+    if adapters:
+        check_model(settings.SharedConfig(model=base), f"{stage}.model: {cfg.model} is an adapter; its base")
+        return
+    config = Path(cfg.model) / "config.json"
+    if not config.is_file():
+        hint = ""
+        if made_by:
+            hint = f"; make one with: accelerate launch {made_by} --config {settings.given('config', 'CONFIG')}"
+        raise settings.UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise settings.UserError(f"{config}: not a model's config: {error}") from None
+    if model_type != "qwen2_5_vl":
+        raise settings.UserError(
+            f"{stage}.model: {cfg.model} holds a model of type {model_type}; these scripts train qwen2_5_vl"
+        )
+
+
+def check_hub(model):
+    """UserError if `model` is a hub name and the hub cannot be reached; transformers would retry for minutes."""
+    if Path(model).exists() or is_offline_mode():
+        return
+    try:
+        HfApi().model_info(model, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise settings.UserError(
+            f"model: {model} is neither a local folder nor a model on the hub that you may read"
+        ) from None
+    except (OSError, HTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise settings.UserError(
+            f"model: {model} is not a local folder, and the hub cannot be reached: {reason:.200}; with "
+            "HF_HUB_OFFLINE=1 a copy in the hub's cache is used"
+        ) from None

@@ -1,0 +1,229 @@
+"""Files of records: reading them, and checking each record before anything starts.
+
+A file that is not a list of records stops the run at once. A bad row is skipped, counted and named, up to the fraction
+`max_unreadable` of the rows.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from support import parsing, settings
+
+# The fields that every record has, with their types.
+REQUIRED_FIELDS = {
+    "problem_id": (str, int),
+    "problem": str,
+    "data_type": str,
+    "problem_type": str,
+    "solution": (str, int, float),
+    "path": str,
+}
+# "frame" is a folder of numbered stills.
+DATA_TYPES = ("video", "image", "frame")
+# Tokens that mean pixels or turns to the model, not words.
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+SURROGATE = re.compile("[\ud800-\udfff]")
+# How other formats mark the position of the pixels in a question.
+PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image)>")
+# An error lists this many bad rows.
+MAX_LISTED = 1000
+
+
+def load_records(parse_solution, path, data_root, max_unreadable=0.0, need_process=False):
+    """(records, bad rows) of a JSON or JSONL file: a list of dicts in file order, and {"row 7": what is wrong}.
+
+    Rows count from 1. Solutions have their answer tags. parse_solution(solution, problem_type, options) raises
+    ValueError for a solution that cannot be read (rewards.parse_solution). Raises UserError, with a list of the bad
+    rows, if they are more than the fraction `max_unreadable` of all rows.
+    """
+    rows = read_rows(path)
+    refuse_conversations(path, rows)
+    usable, reasons = split_rows(parse_solution, rows, data_root, need_process)
+    bad_rows = {f"row {number}": reason for number, reason in reasons.items()}
+    if len(bad_rows) > max_unreadable * len(rows) or not usable:
+        lines = [f"  {name}: {reason}" for name, reason in bad_rows.items()]
+        if len(lines) > MAX_LISTED:
+            lines = [*lines[:MAX_LISTED], f"  and {len(lines) - MAX_LISTED} more"]
+        raise settings.UserError(
+            f"{path}: {len(bad_rows)} of {len(rows)} rows are bad, more than max_unreadable {max_unreadable} allows:\n"
+            + "\n".join(lines)
+            + "\nRaise max_unreadable to train without them, or write the usable rows to a file of their own: "
+            "python -m tools.check_data --config CONFIG --stage STAGE --out FILE"
+        )
+    return list(usable.values()), bad_rows
+
+
+def split_rows(parse_solution, rows, data_root, need_process=False):
+    """({row number: record}, {row number: what is wrong}), numbers from 1. Solutions get their answer tags."""
+    usable = {}
+    reasons = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            check_record(parse_solution, row, data_root, need_process)
+            usable[number] = row | {"solution": parsing.tagged_solution(row["solution"])}
+        except ValueError as error:
+            reasons[number] = str(error)
+    return usable, reasons
+
+
+def refuse_conversations(path, rows):
+    """Raises UserError, one line, for a file of conversations in the format of LLaVA and other chat data sets."""
+    for name in ("conversations", "messages"):
+        if isinstance(rows[0], dict) and name in rows[0] and "problem" not in rows[0]:
+            raise settings.UserError(
+                f"{path}: row 1 is a conversation ({name!r}); a record has problem, solution, path and so on: "
+                "see docs/own_clips.md"
+            )
+
+
+def check_record(parse_solution, row, data_root, need_process):
+    """Raises ValueError naming the first wrong field of `row` and its value."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a record, got {row!r:.80}")
+    check_question(row)
+    for name in ("problem", "solution", "process"):
+        check_text(name, row.get(name))
+    options = row.get("options") or []
+    for option_text in options:
+        check_text("options", option_text)
+    try:
+        parse_solution(row["solution"], row["problem_type"], options)
+    except ValueError as error:
+        raise ValueError(f"solution: {error}") from None
+    if need_process:
+        check_process(row.get("process"))
+    check_times(row)
+    media_path(row["path"], data_root)
+    picture_path = row.get("image_path")
+    if picture_path:
+        if not isinstance(picture_path, str):
+            raise ValueError(f"image_path: expected text, got {picture_path!r:.80}")
+        media_path(picture_path, data_root)
+
+
+def check_question(row):
+    """Raises ValueError if a required field is missing or has the wrong type, or if the options are wrong."""
+    for name, kind in REQUIRED_FIELDS.items():
+        if row.get(name) in (None, ""):
+            raise ValueError(f"{name}: missing")
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise ValueError(f"{name}: expected text, got {row[name]!r:.80}")
+    if not plain_problem(row):
+        raise ValueError(f"problem: missing, there is only {row['problem']!r:.80}")
+    if row["data_type"] not in DATA_TYPES:
+        raise ValueError(f"data_type: expected one of {', '.join(DATA_TYPES)}, got {row['data_type']!r:.80}")
+    options = row.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
+        raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
+    if row["problem_type"] == "multiple choice" and not options:
+        raise ValueError("options: a multiple choice question without options")
+
+
+def check_text(name, text):
+    """Raises ValueError if the model would not read the text as words, or if it cannot be encoded."""
+    if not isinstance(text, str):
+        return
+    # this runs on every text of 263,071 rows, so first the quick look
+    token = CONTROL_TOKEN.search(text) if "<|" in text else None
+    if token:
+        raise ValueError(f"{name}: holds {token[0]}, a token that the model takes for pixels or the end of a turn")
+    if not text.isascii() and SURROGATE.search(text):
+        raise ValueError(f"{name}: half of a surrogate pair is not text: {text!a:.80}")
+
+
+def check_process(process):
+    """Raises ValueError unless `process` is a chain of thought in one think block."""
+    if not isinstance(process, str) or not process.strip():
+        raise ValueError("process: missing; the SFT stage needs a chain of thought")
+    tags = [tag for tag, _, _ in parsing.tags_in(process)]
+    if tags != ["<think>", "</think>"]:
+        raise ValueError(f"process: expected one think block, <think>…</think>, got {process!r:.80}")
+
+
+def check_times(row):
+    """Raises ValueError if `start` and `end` of a clip, or the rate of a folder of stills, make no sense."""
+    start = row.get("start")
+    end = row.get("end")
+    if start is not None or end is not None:
+        if not is_number(start) or not is_number(end):
+            raise ValueError(f"start, end: expected two numbers of seconds, got {start!r:.40}, {end!r:.40}")
+        if start > end:
+            raise ValueError(f"start, end: {start} is after {end}")
+    rate = row.get("fps")
+    if row["data_type"] == "frame" and rate is not None:
+        if not is_number(rate) or not 0.001 <= rate <= 1000:
+            raise ValueError(f"fps: expected stills per second, got {rate!r:.40}")
+
+
+def is_number(value):
+    """Whether a value from JSON is a number that can be a time in seconds (NaN is not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def media_path(path, data_root):
+    """The absolute path of media. Raises ValueError if it escapes data_root (symlinks are allowed)."""
+    root = os.path.abspath(data_root)
+    absolute = os.path.abspath(os.path.join(root, path))
+    # with the separator, as /data/media2 also starts with /data/media
+    is_inside = absolute == root or absolute.startswith(os.path.join(root, ""))
+    if "\0" in path or not is_inside:
+        raise ValueError(f"path: leaves the data root {data_root}: {path!r:.80}")
+    return absolute
+
+
+def plain_problem(record):
+    """The question without the placeholders for pixels that other formats use.
+
+    >>> plain_problem({"problem": "<video>\\nWhat is in <image> and where?"})
+    'What is in and where?'
+    """
+    return PLACEHOLDER.sub("", record["problem"]).strip()
+
+
+def read_rows(path):
+    """The list in a JSON file, or the lines of a JSONL file. Raises UserError for any other or an empty file."""
+    try:
+        # utf-8-sig: Windows programs may begin a file with a byte order mark
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise settings.UserError(f"{path}: cannot read these records: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise settings.UserError(f"{path}: not UTF-8 text: {error}") from None
+    rows = []
+    number = 0
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        refuse_object(path, text)
+        where = f", line {number}" if number else ""
+        raise settings.UserError(f"{path}{where}: not JSON: {error}") from None
+    if len(rows) == 1:
+        refuse_object(path, text)
+    if not rows:
+        raise settings.UserError(f"{path}: no records in this file")
+    return rows
+
+
+def refuse_object(path, text):
+    """Raise UserError if the text is a single JSON object, for example {"train": [records]}."""
+    if not text.lstrip().startswith("{"):
+        return
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    for name, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            raise settings.UserError(
+                f"{path}: one JSON object with the list of records under {name!r:.40}; "
+                "expected that list itself, or one record per line"
+            )
+    if "\n" in text.strip():
+        raise settings.UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")

@@ -1,0 +1,115 @@
+"""Files that are whole even after a crash, and hashes by which their content is recognised. Needs no torch."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from support import settings
+
+
+def replace_folder(new, old):
+    """Put the finished folder `new` where `old` is."""
+    if old.exists():
+        trash = old.with_name(f".{old.name}.old")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.replace(old, trash)
+        os.replace(new, old)
+        shutil.rmtree(trash)
+    else:
+        os.replace(new, old)
+
+
+def write_atomic(path, text):
+    """Write a file so that it has either its old content or all of the new one, even after a crash.
+
+    Raises UserError if it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise settings.UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def append_rows(path, rows):
+    """Append `rows` (dicts) to a JSONL file. Raises UserError if they cannot be written; earlier rows stay."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise settings.UserError(
+            f"cannot write {path}: {error.strerror or error}; free disk space and start the same command again: it "
+            "continues from there"
+        ) from error
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes, as 16 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def sampled_hash(path):
+    """A hash of a file's size and of 1 MB at 16 offsets: all of a small file, and enough of a large one."""
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(16):
+            file.seek(size * i // 16)
+            digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def adapter_chain(model):
+    """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
+
+    Raises UserError for an adapter without a base, and for a folder that holds a model and an adapter: transformers
+    would load both.
+    """
+    config = Path(model) / "adapter_config.json"
+    if not config.is_file():
+        return [model]
+    if config.with_name("config.json").is_file():
+        raise settings.UserError(
+            f"{model} holds a model and an adapter; move {config.name} and its weights to another folder"
+        )
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise settings.UserError(f"{config}: not the config of an adapter: {error!r}") from None
+    if not isinstance(base, str):
+        raise settings.UserError(
+            f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}"
+        )
+    return [*adapter_chain(base), model]
+
+
+@functools.cache
+def fingerprint(model):
+    """A hash of the weights in a checkpoint folder, because a path may later hold others; "" for a hub name.
+
+    For an adapter, of the weights below it too.
+    """
+    files = []
+    for folder in adapter_chain(model):
+        files += sorted(Path(folder).glob("*.safetensors"))
+        # of an adapter only
+        files += sorted(Path(folder).glob("adapter_config.json")) + sorted(Path(folder).glob("adapter_model.bin"))
+    digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
+    return digest.hexdigest()[:16] if files else ""
+
+
+def read_jsonl(path):
+    """Rows of a JSONL file. An incomplete last line, left by a crash, is ignored (its work is repeated)."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]

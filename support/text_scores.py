@@ -1,0 +1,108 @@
+"""How similar two texts are: the word error rate and ROUGE, equal to jiwer's and to Google's rouge_score."""
+
+import re
+import unicodedata
+from collections import Counter
+
+from support import parsing
+
+
+def edit_distance(a, b):
+    """Fewest insertions, deletions and substitutions that turn list a into list b (Levenshtein)."""
+    # row[j]: the distance of the words of a so far from the first j words of b
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        new_row = [i]
+        for j, y in enumerate(b, 1):
+            substitution = row[j - 1] if x == y else row[j - 1] + 1
+            new_row.append(min(row[j] + 1, new_row[j - 1] + 1, substitution))
+        row = new_row
+    return row[-1]
+
+
+def word_error_rate(reference, hypothesis):
+    """Edits that turn one list of words into the other, per word of the reference; at least 0, as in jiwer 4.0.
+
+    For an empty reference it is the number of edits.
+    """
+    return edit_distance(reference, hypothesis) / max(len(reference), 1)
+
+
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def rouge_words(text):
+    """Words for ROUGE: runs of letters, marks and digits; in a script without spaces each character is a word.
+
+    For ASCII text these are the words of Google's rouge_score without stemming (the released code stems).
+
+    >>> rouge_words("The cat's 2 mats"), rouge_words("naïve 猫が")
+    (['the', 'cat', 's', '2', 'mats'], ['naïve', '猫', 'が'])
+    """
+    if text.isascii():
+        return re.findall(r"[a-z0-9]+", text.lower())
+    pieces = []
+    for character in parsing.normalized("NFKC", text).lower():
+        kind = unicodedata.category(character)
+        if kind[0] not in "LMN" and kind != "Cf":
+            pieces.append(" ")
+        elif SPACELESS.match(character):
+            pieces.append(f" {character} ")
+        elif kind != "Cf":
+            # Cf: invisible characters such as joiners
+            pieces.append(character)
+    return "".join(pieces).split()
+
+
+def text_with_words(text):
+    """The text, if ROUGE can read a word in it. Else raises ValueError."""
+    if not rouge_words(parsing.plain(text)):
+        raise ValueError(f"no word that ROUGE can read (letters, digits) in {text[:80]!r}")
+    return text
+
+
+def f1(overlap, n_reference, n_hypothesis):
+    """Harmonic mean of overlap / n_reference and overlap / n_hypothesis; 0 for empty texts."""
+    if not overlap:
+        return 0.0
+    return 2 * overlap / (n_reference + n_hypothesis)
+
+
+def n_grams(words, n):
+    """Counter of the runs of n words. Raises ValueError if n < 1."""
+    if n < 1:
+        raise ValueError(f"rouge_n needs n >= 1, got {n}")
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def rouge_n(reference, hypothesis, n):
+    """F1 of the n-grams of two texts, in [0, 1]; as in rouge_score. Raises ValueError if n < 1."""
+    a = n_grams(rouge_words(reference), n)
+    b = n_grams(rouge_words(hypothesis), n)
+    return f1((a & b).total(), a.total(), b.total())
+
+
+def common_subsequence(a, b):
+    """Length of the longest common subsequence of two lists."""
+    # words that only one list has cannot be in it
+    shared = set(a) & set(b)
+    a = [word for word in a if word in shared]
+    b = [word for word in b if word in shared]
+    # row[j]: the length for the words of b so far and the first j words of a
+    row = [0] * (len(a) + 1)
+    for y in b:
+        new_row = [0]
+        for j, x in enumerate(a, 1):
+            new_row.append(row[j - 1] + 1 if x == y else max(row[j], new_row[j - 1]))
+        row = new_row
+    return row[-1]
+
+
+def rouge_l(reference, hypothesis):
+    """F1 of the longest common subsequence of words, in [0, 1]; as in rouge_score."""
+    a = rouge_words(reference)
+    b = rouge_words(hypothesis)
+    return f1(common_subsequence(a, b), len(a), len(b))

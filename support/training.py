@@ -1,0 +1,255 @@
+"""A training run: its folder, steps, log, checkpoints, and how it stops. Both training scripts use one Run."""
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from support import checkpoints, distributed, model_files, settings, storage
+
+
+def learning_rate(step, cfg):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then `lr_schedule` down to min_lr_ratio · lr."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    if cfg.lr_schedule == "linear":
+        decay = 1 - progress
+    else:
+        decay = (1 + math.cos(math.pi * progress)) / 2
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * decay)
+
+
+def set_learning_rate(optimizer, step, cfg):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
+
+
+class Run:
+    """A training run in `cfg.output_dir`: its folder, batches, metrics, checkpoints, and how it stops.
+
+    Create it before anything slow happens: it claims the folder and raises UserError for a batch that the ranks cannot
+    share, for a folder in use, and for a checkpoint of a different run. After prepare(), call resume(). Collective, as
+    are all methods.
+
+    `bad_rows` {name: reason} are the rows that load_records left out, `n_records` is the number of the others.
+    """
+
+    def __init__(self, accelerator, cfg, stage, n_records, bad_rows):
+        self.accelerator = accelerator
+        self.cfg = cfg
+        self.stage = stage
+        self.folder = Path(cfg.output_dir)
+        self.n_rows = n_records + len(bad_rows)
+        # {name: reason} of every row that was skipped
+        self.skipped = dict(bad_rows)
+        self.steps_without_gradient = 0
+        check_batch_size(cfg, accelerator.num_processes)
+        self.checkpoint = checkpoints.claim_folder(accelerator, cfg, stage)
+        for name, reason in bad_rows.items():
+            accelerator.print(f"skipped {name}: {reason}")
+
+    def resume(self):
+        """Load the newest checkpoint, if there is one, into what accelerator.prepare() was given."""
+        state = {"step": 0}
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+            self.accelerator.print(f"resumed from {self.checkpoint}")
+            state = json.loads((Path(self.checkpoint) / "state.json").read_text(encoding="utf-8"))
+        self.first_step = state["step"]
+        self.skipped |= state.get("skipped", {})
+        self.stop = StopSignal()
+        self.start_log()
+
+    def start_log(self):
+        """Drop the logged rows of steps that will be repeated, and start a tracker if `log_with` names one."""
+        if self.accelerator.is_main_process:
+            for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
+                rows = [row for row in storage.read_jsonl(path) if row["step"] < self.first_step]
+                if rows or path.exists():
+                    storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            config = {self.stage: asdict(self.cfg)}
+            storage.write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        if self.cfg.log_with == "tensorboard":
+            # the name of a folder in output_dir
+            self.accelerator.init_trackers("tensorboard")
+        if self.cfg.log_with == "wandb":
+            name = {"wandb": {"name": self.cfg.output_dir}}
+            self.accelerator.init_trackers("video-r1", config=asdict(self.cfg), init_kwargs=name)
+
+    def steps(self, batches):
+        """Yields (step, readable samples) for this rank's `batches` (lists of Samples), with a progress bar."""
+        self.bar = tqdm(
+            batches,
+            initial=self.first_step,
+            total=self.cfg.steps,
+            desc=self.stage,
+            disable=not self.accelerator.is_main_process,
+        )
+        self.seconds = {}
+        self.last_lap = time.perf_counter()
+        for step, batch in enumerate(self.bar, self.first_step):
+            self.lap("data_wait")
+            yield step, self.drop_unreadable(batch)
+
+    def drop_unreadable(self, batch):
+        """The readable samples of `batch`. All ranks count the unreadable ones; too many of them end the run."""
+        errors = [(f"{s.record['problem_id']} ({s.record['path']})", s.error) for s in batch if s.error]
+        errors = gather_object(errors)
+        for name, reason in errors:
+            if name not in self.skipped:
+                self.accelerator.print(f"skipped {name}: {reason}")
+                self.skipped[name] = reason
+        if len(self.skipped) > self.cfg.max_unreadable * self.n_rows:
+            raise settings.UserError(
+                f"{len(self.skipped)} of {self.n_rows} records are unusable, more than max_unreadable "
+                f"{self.cfg.max_unreadable} allows; `python -m tools.check_data` lists them. "
+                f"The last: {list(self.skipped.values())[-1]}"
+            )
+        return [sample for sample in batch if not sample.error]
+
+    def micro_batches(self, items, dummy):
+        """Yields (micro-batch, weight): this rank's items of a step, `micro_batch_size` at a time.
+
+        Sharded weights are gathered by all ranks together, so every rank must run the same number of forward passes. If
+        unreadable records left a rank with too few, it runs `dummy` with weight 0, from which nothing is learned.
+        """
+        size = self.cfg.micro_batch_size
+        for first in range(0, self.cfg.batch_size // self.accelerator.num_processes, size):
+            if items[first : first + size]:
+                yield items[first : first + size], 1.0
+            elif self.accelerator.num_processes > 1:
+                yield [dummy], 0.0
+
+    def clip_gradient(self, model):
+        """Clip the gradient to `max_grad_norm`. Returns its norm over all ranks, before clipping."""
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.cfg.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def is_finite(self, grad_norm, step):
+        """Whether to take this optimizer step. The norm is that of all ranks, so they decide alike.
+
+        Three steps in a row without a finite gradient raise RuntimeError.
+        """
+        if math.isfinite(grad_norm):
+            self.steps_without_gradient = 0
+            return True
+        self.steps_without_gradient += 1
+        self.accelerator.print(f"step {step}: the gradient norm is {grad_norm}; this step is skipped")
+        if self.steps_without_gradient == 3:
+            raise RuntimeError(
+                f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or check the data"
+            )
+        return False
+
+    def lap(self, name):
+        """The seconds since the last lap; logged as time/<name>."""
+        now = time.perf_counter()
+        seconds = now - self.last_lap
+        self.last_lap = now
+        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + seconds
+        return seconds
+
+    def log(self, step, metrics, show):
+        """Write a step's metrics, learning rate, seconds and peak memory to metrics.jsonl and to the tracker.
+
+        `show` is the metric in the progress bar.
+        """
+        self.bar.set_postfix({show.split("/")[-1]: metrics.get(show)})
+        metrics = metrics | {"lr": learning_rate(step, self.cfg), "data/skipped": len(self.skipped), **self.seconds}
+        self.seconds = {}
+        if self.accelerator.device.type == "cuda":
+            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        self.append("metrics.jsonl", step, [rounded])
+        if self.cfg.log_with != "none":
+            self.accelerator.log(metrics, step=step)
+
+    def log_rollouts(self, step, rows):
+        """Append the rows of all ranks to rollouts.jsonl."""
+        self.append("rollouts.jsonl", step, gather_object(list(rows)))
+
+    def append(self, name, step, rows):
+        if self.accelerator.is_main_process:
+            storage.append_rows(self.folder / name, [{"step": step, **row} for row in rows])
+
+    def checkpoint_or_stop(self, step):
+        """Save a checkpoint if one is due. True if the run was asked to stop: then it is saved, and the caller returns.
+
+        The ranks decide together, or one would leave while the others wait for it.
+        """
+        finished = step + 1
+        stop = distributed.sum_over_ranks(self.accelerator, float(self.stop.asked)) > 0
+        due = self.cfg.save_every and finished % self.cfg.save_every == 0 and finished < self.cfg.steps
+        if stop or due:
+            checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, {"skipped": self.skipped})
+        if stop:
+            self.accelerator.print(
+                f"stopped after {finished} of {self.cfg.steps} steps; the same command continues from "
+                f"{self.cfg.output_dir}/checkpoint-{finished}"
+            )
+        return stop
+
+    def finish(self, model, starting_files, name):
+        """Save the trained model as output_dir/final, and print where it is and which records were skipped."""
+        final = f"{self.cfg.output_dir}/final"
+        model_files.save_model(self.accelerator, model, starting_files, final, distributed.compute_dtype(self.cfg))
+        if self.skipped:
+            self.accelerator.print(f"{len(self.skipped)} unusable records were skipped: {', '.join(self.skipped)}")
+        self.accelerator.print(f"{name}: {final}")
+        self.accelerator.end_training()
+
+
+def check_batch_size(cfg, ranks):
+    """Raise UserError, at start-up, for a batch that the ranks cannot share evenly."""
+    share = cfg.batch_size // ranks
+    if cfg.batch_size % ranks:
+        raise settings.UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
+    if share % min(cfg.micro_batch_size, share):
+        raise settings.UserError(
+            f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}"
+        )
+
+
+def launcher():
+    """The id of the process that launched this one if it is accelerate's or torch's launcher, else None."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return os.getppid() if re.search(r"accelerate|torchrun|torch\.distributed", command) else None
+
+
+class StopSignal:
+    """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to stop.
+
+    The loop then saves and exits with status 0. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.launcher = launcher()
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        # print() is not allowed here: the signal may have interrupted one
+        os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving\n")
+
+    @property
+    def asked(self):
+        return self.received or (self.launcher is not None and os.getppid() != self.launcher)

@@ -1,0 +1,59 @@
+"""Worker processes that decode and prepare samples ahead of the training step, and never outlive it."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+
+def loader(samples, batches, cfg):
+    """Yields the samples of each batch (a list of draws), prepared ahead by worker processes.
+
+    Workers return numpy arrays: passing many small tensors through shared memory is slower than copying them.
+    """
+    prefetch = 4 if cfg.num_workers else None
+    for batch in with_workers(samples, cfg, batch_sampler=batches, prefetch_factor=prefetch, collate_fn=as_numpy):
+        yield [convert_arrays(sample, np.ndarray, torch.from_numpy) for sample in batch]
+
+
+def as_numpy(batch):
+    """The samples with numpy arrays for tensors. Not a lambda: Python 3.14 pickles what it hands to workers."""
+    return [convert_arrays(sample, torch.Tensor, torch.Tensor.numpy) for sample in batch]
+
+
+def convert_arrays(sample, kind, function):
+    """A copy of a Sample with `function` applied to every array of type `kind` in it."""
+    return type(sample)(**tree_map_only(kind, function, vars(sample)))
+
+
+def with_workers(dataset, cfg, **arguments):
+    """A DataLoader whose worker processes ignore signals, and end when this process ends for any reason."""
+    # nothing else would end them if this process fails
+    atexit.register(kill_workers)
+    return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=start_worker, **arguments)
+
+
+def start_worker(_):
+    """Leaves signals to the main process. A scheduler signals all processes, but the current step needs its clips."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def leave_with(parent):
+    """Ends this worker once its parent is gone: blocked on a full pipe, it would run forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def kill_workers():
+    for child in multiprocessing.active_children():
+        child.kill()

@@ -1,0 +1,79 @@
+"""Check a stage's records before training: print one example as the model sees it, then decode every file once.
+
+    python -m tools.check_data --config configs/toy.yaml --stage tgrpo                     # lists what is unusable
+    python -m tools.check_data --config configs/toy.yaml --stage sft --out usable.json     # writes the usable rows, too
+
+The exit status is 1 if more rows are unusable than `max_unreadable` allows. With --out it is 0.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+import data
+import rewards
+from support import record_files, settings, storage, workers
+from support.settings import UserError, option
+
+
+@dataclass
+class CheckConfig(settings.SharedConfig):
+    """The settings that all stages share."""
+
+    out: str = option("", "file for the usable rows")
+
+
+def why_unreadable(record, cfg):
+    """Why the media of a record cannot be read, or None."""
+    try:
+        data.load_media(record, cfg)
+    except data.Unusable as error:
+        return str(error)
+
+
+def check_media(records, cfg):
+    """Reads the media of {row number: record} in worker processes. Returns {row number: why they cannot be read}."""
+    read = functools.partial(why_unreadable, cfg=cfg)
+    results = workers.with_workers(list(records.values()), cfg, batch_size=None, collate_fn=read)
+    results = tqdm(results, total=len(records), desc="reading media", unit="row")
+    return {number: reason for number, reason in zip(records, results) if reason}
+
+
+def check(cfg, stage):
+    """Prints an example and the unusable rows, writes the others to cfg.out if it is given. Returns the exit status."""
+    rows = record_files.read_rows(cfg.records)
+    record_files.refuse_conversations(cfg.records, rows)
+    usable, reasons = record_files.split_rows(rewards.parse_solution, rows, cfg.data_root, need_process=stage == "sft")
+    for record in list(usable.values())[:1]:
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print("\nprompt:\n" + data.messages(record, cfg)[0]["content"][1]["text"] + "\n")
+    reasons |= check_media(usable, cfg)
+    for number in sorted(reasons):
+        row = rows[number - 1]
+        name = f" (problem_id {row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
+        print(f"row {number}{name}: {reasons[number]}")
+    usable_rows = [row for number, row in enumerate(rows, 1) if number not in reasons]
+    print(f"{len(usable_rows)} of {len(rows)} rows of {cfg.records} can be used by {stage}")
+    if not cfg.out:
+        return int(len(reasons) > cfg.max_unreadable * len(rows))
+    if not usable_rows:
+        raise UserError(f"{cfg.records}: no row can be used, {cfg.out} is not written")
+    storage.write_atomic(cfg.out, json.dumps(usable_rows, indent=1, ensure_ascii=False))
+    print(f"they are in {cfg.out}")
+    return 0
+
+
+def main():
+    # the stage names the section of the config to read
+    parser = settings.SettingsParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
+    known, others = parser.parse_known_args()
+    cfg = settings.load_config(CheckConfig, known.stage, argv=others, doc=__doc__, partial=True, required=("records",))
+    sys.exit(check(cfg, known.stage))
+
+
+if __name__ == "__main__":
+    main()
