@@ -602,7 +602,6 @@ def check_seed(out, seed):
 
 
 def main():
-    settings.print_utf8()
     args = parse_arguments()
     out = args.out.resolve()
     if args.fresh:

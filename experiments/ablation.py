@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, stop_stages_on_sigterm, train_sft
 from experiments.worlds import WORLDS
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.storage import read_jsonl, write_atomic
 from support.tables import table
 from tools.plot import save_figure
@@ -373,7 +373,6 @@ def report(out, world_name, arms):
 
 
 def main():
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation", help="folder for all results")
     parser.add_argument("--world", choices=WORLDS, default="background", help="default: background")

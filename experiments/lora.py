@@ -13,7 +13,6 @@ from pathlib import Path
 
 from experiments.two_rationales import BOTH_ORDERS
 from experiments.worlds import skill_teacher
-from support.settings import print_utf8
 from support.tables import table
 from toy import HEADINGS, ROOT, Rules, check_seed, flawed_teacher, launch, make_model, make_world, measure, stage
 
@@ -72,7 +71,6 @@ def seeds_table(results):
 
 
 def main():
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/lora", help="folder for all results")
     parser.add_argument(

@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 
 from experiments.worlds import WORLDS
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.storage import read_jsonl
 from support.tables import mean_and_se, table
 from toy import ROOT, check_seed, make_model, make_world, stage
@@ -225,7 +225,6 @@ def scores(out, world, name):
 
 
 def main():
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for all results; default: runs/two_rationales/WORLD")
     parser.add_argument("--world", choices=WORLDS, default="background", help="default: background")

@@ -13,7 +13,7 @@ from collections import Counter
 
 from rewards import CORRECT, accuracy_reward, format_reward, parse_solution
 from support.record_files import check_record, read_rows
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.storage import write_atomic
 
 # Fields of a prediction that its record keeps: always these, and these if they are there.
@@ -84,7 +84,6 @@ def record_of(row, completion):
 
 
 def main(argv=None):
-    print_utf8()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.storage import read_jsonl
 
 # (metric, title of its panel, label of its axis)
@@ -126,7 +126,6 @@ def plot(files, out):
 
 
 def main(argv=None):
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="metrics.jsonl")
     parser.add_argument("--out", help="picture to write; default: metrics.png beside the first file")

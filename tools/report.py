@@ -313,7 +313,6 @@ def answer_table(columns, benchmarks):
 
 
 def main(argv=None):
-    settings.print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", nargs="+", help="predictions.jsonl of an evaluation, or of several to compare")
     parser.add_argument("--data_root", default=".", help="folder of the media; default: the current folder")

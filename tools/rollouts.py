@@ -16,7 +16,7 @@ from pathlib import Path
 from rewards import CORRECT, accuracy_reward
 from support.parsing import extract_answer, lettered
 from support.record_files import read_rows
-from support.settings import SharedConfig, UserError, print_utf8, read_yaml
+from support.settings import SharedConfig, UserError, read_yaml
 from support.storage import read_jsonl
 from tools.report import MAX_QUESTIONS, ORDER_NAMES, answer_card, evenly_spaced, write_page
 
@@ -146,7 +146,6 @@ def write_rollouts(path, out, steps=(), records="", data_root=""):
 
 
 def main(argv=None):
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="rollouts.jsonl")
     parser.add_argument("--step", type=int, nargs="+", default=[], help="only these steps; default: all")

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from support.record_files import read_rows
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.storage import write_atomic
 
 
@@ -47,7 +47,6 @@ def share_of_clips(text):
 
 
 def main(argv=None):
-    print_utf8()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.tables import table
 
 MODELS = {"sft": "SFT model", "tgrpo": "T-GRPO"}
@@ -52,7 +52,6 @@ def seeds_table(folders):
 
 
 def main(argv=None):
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders that toy.py --out wrote, one per seed")
     print(seeds_table(parser.parse_args(argv).folders))
