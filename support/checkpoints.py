@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -25,6 +25,7 @@ RESUMABLE_SETTINGS = (
 RUN_FILES = (
     "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
 ).split()
+START_ANEW = "start from scratch with --resume false (the earlier run is moved aside)"
 held_locks = {}
 
 
@@ -89,23 +90,19 @@ def newest_whole_checkpoint(accelerator, folder):
     for checkpoint in reversed(found):
         wrong = damage(checkpoint)
         if wrong is None:
-            return str(checkpoint)
+            return checkpoint
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
         accelerator.print(f"{checkpoint} is damaged: {wrong}; renamed to {aside.name} and not used")
     if found:
-        raise settings.UserError(
-            f"{folder}: none of its checkpoints is whole; start from scratch with --resume false (they are moved aside)"
-        )
+        raise settings.UserError(f"{folder}: none of its checkpoints is whole; {START_ANEW}")
     return None
 
 
 def move_aside(accelerator, folder):
     """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
-    earlier = []
-    for pattern in RUN_FILES:
-        earlier += sorted(folder.glob(pattern))
+    earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
     if not earlier:
         return
     number = 1
@@ -125,15 +122,12 @@ def keep_finished(accelerator, cfg, folder, checkpoint):
     """
     if not (folder / "final").is_dir():
         return
-    try:
-        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
-    except OSError:
-        steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
+    steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
     if checkpoint is None or cfg.steps <= steps:
         more = "" if checkpoint is None else ", or continue with more --steps"
         raise settings.UserError(
-            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; start from "
-            f"scratch with --resume false (the finished run is moved aside), choose another --output_dir{more}"
+            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; {START_ANEW}, choose "
+            f"another --output_dir{more}"
         )
     kept = folder / f"final-of-{steps}-steps"
     storage.replace_folder(folder / "final", kept)
@@ -152,14 +146,11 @@ def identity(cfg, stage):
     }
 
 
-def check_resumable(accelerator, cfg, checkpoint, now):
-    """Raise UserError if `checkpoint` was made by a run that differs from this one in what it learns."""
-    path = Path(checkpoint)
-    done = int(path.name.split("-")[1])
-    if done > cfg.steps:
+def check_resumable(accelerator, cfg, path, now):
+    """Raise UserError if the checkpoint at `path` was made by a run that differs from this one in what it learns."""
+    if step_of(path) > cfg.steps:
         raise settings.UserError(
-            f"steps: {cfg.steps}, but {path} is already after step {done}; set more steps, or start from "
-            "scratch with --resume false"
+            f"steps: {cfg.steps}, but {path} is already after step {step_of(path)}; set more steps, or {START_ANEW}"
         )
     if distributed.is_sharded(accelerator):
         kind = "sharded weights"
@@ -170,39 +161,38 @@ def check_resumable(accelerator, cfg, checkpoint, now):
             f"{path}: a checkpoint of {weights_in(path)} cannot be resumed in a run of {kind}: start it as before, or "
             f"export it as a model to start from: python -m tools.export {path} FOLDER"
         )
-    try:
-        before = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except OSError:
-        accelerator.print(f"{path} has no run.json: settings, records and starting weights are not compared")
-        return
-    changed = []
-    # a setting that did not exist when the checkpoint was made had its default
-    settings_before = {f.name: f.default for f in fields(cfg)} | before["settings"]
+    before = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    differences = "; ".join(changes(before, now, cfg))
+    if before["settings"]["lora_rank"] != cfg.lora_rank:
+        raise settings.UserError(
+            f"{path}: {differences}; the rank of an adapter cannot change: {START_ANEW}, or choose another --output_dir"
+        )
+    if differences and not cfg.resume_changed:
+        raise settings.UserError(
+            f"{path} was made by a different run: {differences}; {START_ANEW}, choose another --output_dir, or "
+            "continue anyway with --resume_changed true"
+        )
+    if differences:
+        accelerator.print(f"continuing from {path} although {differences}")
+
+
+def changes(before, now, cfg):
+    """What differs between the identity of the run `before` and of this one, as a list of texts."""
+    found = []
     for name, value in now["settings"].items():
-        if settings_before[name] != value:
-            changed.append(f"{name} was {settings_before[name]!r}, is {value!r}")
+        # a run of another stage has other settings
+        value_before = before["settings"].get(name)
+        if value_before != value:
+            found.append(f"{name} was {value_before!r}, is {value!r}")
     steps = before["schedule_steps"]
     if steps != cfg.steps and cfg.lr_schedule != "constant":
-        changed.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
+        found.append(f"steps was {steps}, is {cfg.steps}, which the {cfg.lr_schedule} schedule depends on")
     if before["records"] != now["records"]:
-        changed.append(f"the content of {cfg.records} has changed")
+        found.append(f"the content of {cfg.records} has changed")
     if before["weights"] != now["weights"]:
         belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
-        changed.append(f"the weights in {cfg.model} have changed{belongs}")
-    differences = "; ".join(changed)
-    if settings_before["lora_rank"] != cfg.lora_rank:
-        raise settings.UserError(
-            f"{path}: {differences}; the rank of an adapter cannot change. Start from scratch with --resume false (the "
-            "earlier run is moved aside), or choose another --output_dir"
-        )
-    if changed and not cfg.resume_changed:
-        raise settings.UserError(
-            f"{path} was made by a different run: {differences}. Start from scratch with --resume false "
-            "(the earlier run is moved aside), choose another --output_dir, or continue anyway with "
-            "--resume_changed true"
-        )
-    if changed:
-        accelerator.print(f"continuing from {path} although {differences}")
+        found.append(f"the weights in {cfg.model} have changed{belongs}")
+    return found
 
 
 def weights_in(checkpoint):
@@ -228,10 +218,15 @@ def room_on_disk(path):
         raise settings.UserError(f"cannot write {path}: {str(error).splitlines()[0]}; {advice}") from error
 
 
+def step_of(checkpoint):
+    """The number of finished steps in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def finished_checkpoints(output_dir):
     """Finished checkpoints, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def save_checkpoint(accelerator, cfg, step, state):
@@ -265,7 +260,7 @@ def contents(folder):
 def damage(checkpoint):
     """A description of what is wrong with a checkpoint's files; None if nothing is."""
     try:
-        expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
+        expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError) as error:
         return f"state.json cannot be read ({error})"
     found = contents(checkpoint)

@@ -146,9 +146,10 @@ def make_parser(known, stage, doc):
     )
     parser.add_argument("--config", help=f"YAML file: shared settings at the top level, then a section '{stage}:'")
     for name, f in known.items():
-        choices = f" ({' | '.join(f.metadata['limits']['choices'])})" if "choices" in f.metadata["limits"] else ""
+        limits = f.metadata["limits"]
+        choices = f" ({' | '.join(limits['choices'])})" if "choices" in limits else ""
         default = f.default_factory() if f.default is MISSING else f.default
-        text = f"{f.metadata['help']}{choices}; default: {'none' if default in ('', []) else default}"
+        text = f"{f.metadata['help']}{choices}; default: {default!r}"
         # --resume alone is --resume true
         parser.add_argument(
             f"--{name}",
