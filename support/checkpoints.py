@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -62,18 +61,13 @@ def lock_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise settings.UserError(
-            f"{folder}: cannot be written: {error.strerror}; choose another --output_dir"
-        ) from None
+        raise settings.UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         # this lock is not inherited by child processes, and the system releases it when the process ends
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise settings.UserError(
-            f"{folder}: another run is using this folder: {file.read().strip()}; "
-            "wait for it, or choose another --output_dir"
-        ) from None
+        raise settings.UserError(f"{folder}: another run is using this folder: {file.read().strip()}") from None
     held_locks[str(folder)] = file
     with room_on_disk(path):
         file.truncate(0)
@@ -225,7 +219,8 @@ def step_of(checkpoint):
 
 def finished_checkpoints(output_dir):
     """Finished checkpoints, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    # a half-written one is checkpoint-7.tmp
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=step_of)
 
 

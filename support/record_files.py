@@ -70,12 +70,9 @@ def split_rows(parse_solution, rows, data_root, need_process=False):
 
 def refuse_conversations(path, rows):
     """Raises UserError, one line, for a file of conversations in the format of LLaVA and other chat data sets."""
-    for name in ("conversations", "messages"):
-        if isinstance(rows[0], dict) and name in rows[0] and "problem" not in rows[0]:
-            raise settings.UserError(
-                f"{path}: row 1 is a conversation ({name!r}); a record has problem, solution, path and so on: "
-                "see docs/own_clips.md"
-            )
+    names = rows[0] if isinstance(rows[0], dict) else ()
+    if ("conversations" in names or "messages" in names) and "problem" not in names:
+        raise settings.UserError(f"{path}: row 1 is a conversation, not a record: see docs/own_clips.md")
 
 
 def check_record(parse_solution, row, data_root, need_process):
@@ -86,8 +83,8 @@ def check_record(parse_solution, row, data_root, need_process):
     for name in ("problem", "solution", "process"):
         check_text(name, row.get(name))
     options = row.get("options") or []
-    for option_text in options:
-        check_text("options", option_text)
+    for text in options:
+        check_text("options", text)
     try:
         parse_solution(row["solution"], row["problem_type"], options)
     except ValueError as error:
@@ -97,9 +94,9 @@ def check_record(parse_solution, row, data_root, need_process):
     check_times(row)
     media_path(row["path"], data_root)
     picture_path = row.get("image_path")
+    if not isinstance(picture_path, str | None):
+        raise ValueError(f"image_path: expected text, got {picture_path!r:.80}")
     if picture_path:
-        if not isinstance(picture_path, str):
-            raise ValueError(f"image_path: expected text, got {picture_path!r:.80}")
         media_path(picture_path, data_root)
 
 
@@ -166,9 +163,8 @@ def media_path(path, data_root):
     """The absolute path of media. Raises ValueError if it escapes data_root (symlinks are allowed)."""
     root = os.path.abspath(data_root)
     absolute = os.path.abspath(os.path.join(root, path))
-    # with the separator, as /data/media2 also starts with /data/media
-    is_inside = absolute == root or absolute.startswith(os.path.join(root, ""))
-    if "\0" in path or not is_inside:
+    # compared by folders: as text, /data/media2 starts with /data/media
+    if "\0" in path or os.path.commonpath([root, absolute]) != root:
         raise ValueError(f"path: leaves the data root {data_root}: {path!r:.80}")
     return absolute
 
@@ -191,39 +187,34 @@ def read_rows(path):
         raise settings.UserError(f"{path}: cannot read these records: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise settings.UserError(f"{path}: not UTF-8 text: {error}") from None
+    refuse_object(path, text)
     rows = []
-    number = 0
+    where = path
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             for number, line in enumerate(text.split("\n"), 1):
+                where = f"{path}, line {number}"
                 if line.strip():
                     rows.append(json.loads(line))
     except (ValueError, RecursionError) as error:
-        refuse_object(path, text)
-        where = f", line {number}" if number else ""
-        raise settings.UserError(f"{path}{where}: not JSON: {error}") from None
-    if len(rows) == 1:
-        refuse_object(path, text)
+        raise settings.UserError(f"{where}: not JSON: {error}") from None
     if not rows:
         raise settings.UserError(f"{path}: no records in this file")
     return rows
 
 
 def refuse_object(path, text):
-    """Raise UserError if the text is a single JSON object, for example {"train": [records]}."""
+    """Raise UserError if the text is one JSON object, such as {"train": [records]}, but not one record on one line."""
     if not text.lstrip().startswith("{"):
         return
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
+        # an object on each line, or not JSON
         return
-    for name, value in tree.items():
-        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            raise settings.UserError(
-                f"{path}: one JSON object with the list of records under {name!r:.40}; "
-                "expected that list itself, or one record per line"
-            )
-    if "\n" in text.strip():
-        raise settings.UserError(f"{path}: one JSON object over several lines; expected a list, or one record per line")
+    lists = [name for name, value in tree.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists or "\n" in text.strip():
+        where = f" with the list of records under {lists[0]!r:.40}" if lists else " over several lines"
+        raise settings.UserError(f"{path}: one JSON object{where}; expected a list, or one record per line")
