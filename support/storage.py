@@ -46,8 +46,7 @@ def append_rows(path, rows):
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise settings.UserError(
-            f"cannot write {path}: {error.strerror or error}; free disk space and start the same command again: it "
-            "continues from there"
+            f"cannot write {path}: {error.strerror or error}; free disk space and start the same command again"
         ) from error
 
 
@@ -78,9 +77,7 @@ def adapter_chain(model):
     if not config.is_file():
         return [model]
     if config.with_name("config.json").is_file():
-        raise settings.UserError(
-            f"{model} holds a model and an adapter; move {config.name} and its weights to another folder"
-        )
+        raise settings.UserError(f"{model} holds a model and an adapter; move {config.name} and its weights elsewhere")
     try:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
