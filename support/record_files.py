@@ -88,10 +88,7 @@ def check_record(parse_solution, row, data_root, need_process):
     options = row.get("options") or []
     for option_text in options:
         check_text("options", option_text)
-    try:
-        parse_solution(row["solution"], row["problem_type"], options)
-    except ValueError as error:
-        raise ValueError(f"solution: {error}") from None
+    parse_solution(row["solution"], row["problem_type"], options)
     if need_process:
         check_process(row.get("process"))
     check_times(row)

@@ -45,7 +45,7 @@ def load(tmp_path, text, *argv, cls=tgrpo.TGRPOConfig, stage="tgrpo"):
         (
             "tgrpo:\n  temporal_rule: magic",
             [],
-            "tgrpo.temporal_rule: expected one of margin, paper, released, none, credit, got 'magic'",
+            "tgrpo.temporal_rule: expected one of margin, paper, released, none, got 'magic'",
         ),
         ("bf16: maybe", [], "bf16: expected true or false, got 'maybe'"),
         ("tgrpo: 3", [], "some.yaml: tgrpo: expected a section of settings, got 3"),
