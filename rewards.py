@@ -175,16 +175,20 @@ PROBLEM_TYPES = {
 
 
 def parse_solution(solution, problem_type, options=None):
-    """The truth inside "<answer>…</answer>" or without tags: a letter, a number or a text. Else raises ValueError.
+    """The truth inside "<answer>…</answer>" or without tags: a letter, a number or a text.
 
-    With `options`, the letter must belong to one of them.
+    With `options`, the letter must belong to one of them. Raises ValueError that names the wrong field.
     """
     if problem_type not in PROBLEM_TYPES:
-        raise ValueError(f"no problem type {problem_type!r:.80}: expected one of {', '.join(PROBLEM_TYPES)}")
+        raise ValueError(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r:.80}")
     text = parsing.extract_answer(parsing.tagged_solution(solution))
     if not text:
-        raise ValueError(f"no answer in {solution!r:.80}")
-    truth = PROBLEM_TYPES[problem_type].read_truth(text)
-    if problem_type == "multiple choice" and options and truth not in parsing.option_letters(options):
-        raise ValueError(f"answer {truth} is not among the options {', '.join(parsing.option_letters(options))}")
+        raise ValueError(f"solution: no answer in {solution!r:.80}")
+    try:
+        truth = PROBLEM_TYPES[problem_type].read_truth(text)
+    except ValueError as error:
+        raise ValueError(f"solution: {error}") from None
+    letters = parsing.option_letters(options or [])
+    if problem_type == "multiple choice" and options and truth not in letters:
+        raise ValueError(f"solution: answer {truth} is not among the options {', '.join(letters)}")
     return truth

@@ -15,6 +15,7 @@ import data
 from support import record_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
+from tools import check_data
 
 GOOD = {
     "problem_id": 1,
@@ -104,7 +105,7 @@ def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
     file = tmp_path / "records.json"
     file.write_text(json.dumps([GOOD, GOOD | change]))
     with pytest.raises(UserError) as error:
-        record_files.load_records(file, tmp_path, need_process=True)
+        data.load_records(file, tmp_path, need_process=True)
     assert f"row 2: {message}" in str(error.value) and "row 1" not in str(error.value) and str(file) in str(error.value)
 
 
@@ -114,7 +115,7 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
     rows = [GOOD | {"problem_type": "x"} if i % 3 == 0 else GOOD for i in range(30)]
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     with pytest.raises(UserError) as error:
-        record_files.load_records(file, tmp_path)
+        data.load_records(file, tmp_path)
     assert [f"row {i + 1}:" in str(error.value) for i in range(30)] == [i % 3 == 0 for i in range(30)]
 
 
@@ -141,7 +142,7 @@ def test_broken_record_files_give_one_clear_error(tmp_path, text, message):
     file = tmp_path / "records.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        record_files.load_records(file, tmp_path, max_unreadable=0.5)
+        data.load_records(file, tmp_path, max_unreadable=0.5)
 
 
 def test_json_and_jsonl_give_equal_records_with_unknown_keys(tmp_path):
@@ -150,7 +151,7 @@ def test_json_and_jsonl_give_equal_records_with_unknown_keys(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
     for name in ("a.json", "a.jsonl"):
-        assert record_files.load_records(tmp_path / name, tmp_path) == (rows, {})
+        assert data.load_records(tmp_path / name, tmp_path) == (rows, {})
 
 
 def test_a_few_bad_rows_are_skipped_and_named(tmp_path):
@@ -158,12 +159,12 @@ def test_a_few_bad_rows_are_skipped_and_named(tmp_path):
     odd = {3: {"solution": "<answer>C</answer>"}, 50: {"problem_type": "maths"}, 99: {"path": ""}}
     rows = [GOOD | {"problem_id": i} | odd.get(i, {}) for i in range(1, 101)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    records, bad_rows = record_files.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.03)
+    records, bad_rows = data.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.03)
     assert [r["problem_id"] for r in records] == [i for i in range(1, 101) if i not in odd]
     assert list(bad_rows) == ["row 3", "row 50", "row 99"] and bad_rows["row 99"] == "path: missing"
-    way_on = "3 of 100 rows are bad, more than max_unreadable 0.02(?s:.*)--check --out FILE$"
+    way_on = "3 of 100 rows are bad, more than max_unreadable 0.02(?s:.*)tools.check_data (?s:.*)--out FILE$"
     with pytest.raises(UserError, match=way_on) as error:
-        record_files.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.02)
+        data.load_records(tmp_path / "a.json", tmp_path, max_unreadable=0.02)
     assert all(f"row {i}: " in str(error.value) for i in odd)
 
 
@@ -175,7 +176,7 @@ def test_solutions_without_tags_get_them(tmp_path):
         GOOD | {"solution": " 2.5 ", "problem_type": "regression"},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    records, _ = record_files.load_records(tmp_path / "a.json", tmp_path)
+    records, _ = data.load_records(tmp_path / "a.json", tmp_path)
     assert [r["solution"] for r in records] == ["<answer>B</answer>", "<answer>3</answer>", "<answer>2.5</answer>"]
 
 
@@ -186,9 +187,9 @@ def test_check_writes_the_usable_rows_unchanged(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     out = tmp_path / "readable.json"
     paths = ["--records", str(tmp_path / "a.json"), "--data_root", str(tmp_path), "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["data.py", "--check", "--num_workers", "0", "--max_unreadable", "0.01", *paths])
+    monkeypatch.setattr("sys.argv", ["check_data", "--num_workers", "0", "--max_unreadable", "0.01", *paths])
     with pytest.raises(SystemExit) as exit:
-        data.main()
+        check_data.main()
     printed = capsys.readouterr().out
     assert exit.value.code == 0 and f"2 of 4 rows of {tmp_path / 'a.json'} can be used by tgrpo" in printed
     name = f"(problem_id {GOOD['problem_id']})"
@@ -205,7 +206,7 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
     for i in odd:
         lines[i] = json.dumps(texts[0] | {"solution": "<answer>many</answer>", "problem_type": "numerical"}) + "\n"
     (tmp_path / "all.jsonl").write_text("".join(lines))
-    load_records = record_files.load_records
+    load_records = data.load_records
     loaded = {}
 
     def timed_load(*arguments, **keywords):
@@ -215,7 +216,7 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
         loaded.update(seconds=time.process_time() - begin, n_records=len(records), bad_rows=list(bad_rows))
         return records, bad_rows
 
-    monkeypatch.setattr(record_files, "load_records", timed_load)
+    monkeypatch.setattr(data, "load_records", timed_load)
     out = run("tgrpo", records=tmp_path / "all.jsonl", batch_size=1, micro_batch_size=1)
     assert loaded["seconds"] < 30 and loaded["n_records"] == 263_011
     assert loaded["bad_rows"] == [f"row {i + 1}" for i in odd] and len(odd) == 60
@@ -228,8 +229,8 @@ def test_a_set_of_263071_rows_loads_quickly_and_trains(tmp_path, world, run, mon
 def test_a_folder_whose_name_starts_like_the_root_is_outside(tmp_path):
     """Guards: paths compared as text, where /data/media2 starts with /data/media."""
     with pytest.raises(ValueError, match="leaves the data root"):
-        record_files.media_path(GOOD | {"path": "../media2/clip.mp4"}, tmp_path / "media")
-    assert record_files.media_path(GOOD | {"path": "./a/../b.mp4"}, tmp_path) == str(tmp_path / "b.mp4")
+        record_files.media_path("../media2/clip.mp4", tmp_path / "media")
+    assert record_files.media_path("./a/../b.mp4", tmp_path) == str(tmp_path / "b.mp4")
 
 
 # ------------------------------------------------------------------------------------------------------ media
@@ -265,7 +266,7 @@ def test_unreadable_media_are_named_and_nothing_else_is_shown(tmp_path, kind, da
     with pytest.raises(data.Unusable, match="clip.mp4: .+"):
         data.load_media(record, config(tmp_path))
     sample = data.Samples([record], None, config(tmp_path), ("ordered", "shuffled"))[0]
-    assert sample.ordered is None and sample.shuffled is None and "clip.mp4" in sample.error
+    assert "ordered" not in sample.inputs and "shuffled" not in sample.inputs and "clip.mp4" in sample.error
 
 
 @pytest.mark.parametrize("total, expected", [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (12, [1, 4, 7, 10])])

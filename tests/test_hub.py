@@ -74,9 +74,8 @@ def test_every_stage_runs_on_the_hub_layout(hub, run, monkeypatch, capsys, tmp_p
 
     sft = stopped_and_resumed("sft", hub / layout)
     final = stopped_and_resumed("tgrpo", sft, max_new_tokens=8)
-    credit = run("tgrpo", "credit", model=sft, temporal_rule="credit", max_new_tokens=8)
-    for folder in (tmp_path / f"tgrpo/{layout}", credit):
-        assert all(math.isfinite(v) for row in read_jsonl(folder / "metrics.jsonl") for v in row.values())
+    rows = read_jsonl(tmp_path / f"tgrpo/{layout}/metrics.jsonl")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
 
     export.export(tmp_path / f"tgrpo/{layout}/checkpoint-1", tmp_path / "exported")
     exported = checked_final(tmp_path / "exported", hub / layout, torch.float32)

@@ -17,9 +17,10 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 import data
 import policy
 import tgrpo
-from support import model_files, record_files, settings, training
-from support.settings import SharedConfig
+from support import model_files, training
+from support.settings import SharedConfig, UserError
 from support.storage import fingerprint, read_jsonl
+from tools import check_data
 
 
 def weights(folder):
@@ -152,7 +153,7 @@ def test_temporal_rule_none_is_grpo(run):
 
 def test_a_missing_sft_model_names_the_sft_command(run):
     """Guards: a traceback for a user who starts with the second stage."""
-    with pytest.raises(settings.UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
+    with pytest.raises(UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
         run("tgrpo", model="runs/nowhere/final")
 
 
@@ -208,7 +209,7 @@ def test_skipped_records_are_still_counted_after_a_resume(run, broken_world, cap
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
     """Guards: training for a day on the rest of a broken download."""
     folder, _ = broken_world
-    with pytest.raises(settings.UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
+    with pytest.raises(UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
         run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.01)
 
 
@@ -218,10 +219,9 @@ def test_check_lists_unreadable_files(broken_world, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv",
         [
-            "data.py",
+            "check_data.py",
             "--config",
             "configs/toy.yaml",
-            "--check",
             "--records",
             str(folder / "rl.json"),
             "--data_root",
@@ -231,7 +231,7 @@ def test_check_lists_unreadable_files(broken_world, monkeypatch, capsys):
         ],
     )
     with pytest.raises(SystemExit) as exit:
-        data.main()
+        check_data.main()
     said = capsys.readouterr().out
     assert exit.value.code == 1 and "empty file" in said and "11 of 12 rows of " in said
 
@@ -243,21 +243,21 @@ def test_sft_trains_the_target_tokens_only(world):
     """Guards: loss on the prompt and on its video placeholders."""
     cfg = settings(world)
     processor = model_files.load_processor(cfg)
-    records, _ = record_files.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
-    samples = [data.Samples(records, processor, cfg, targets=True, shuffle=False)[i] for i in range(6)]
+    records, _ = data.load_records(world / "world/sft.json", cfg.data_root, need_process=True)
+    samples = [data.Samples(records, processor, cfg, targets=True, in_file_order=True)[i] for i in range(6)]
     model = policy.load_policy(cfg)
-    prompts = [sample.ordered for sample in samples]
+    prompts = [sample.inputs["ordered"] for sample in samples]
     packed = policy.pack(model, prompts, [[s.target] for s in samples], processor.tokenizer.pad_token_id)
     assert processor.tokenizer.decode(packed.targets_M) == "".join(
         r["process"] + "\n" + r["solution"] + "<|im_end|>" for r in records[:6]
     )
     ids = packed.inputs["input_ids"]
     # each position predicts the token that follows it
-    assert torch.equal(ids.flatten()[packed.predict_M + 1], packed.targets_M)
+    assert torch.equal(ids.flatten()[packed.source_M + 1], packed.targets_M)
     logps_NT, _ = policy.completion_logps(model, packed)
     # Hugging Face's own loss, with an ordinary mask
     labels = torch.full_like(ids, -100).flatten()
-    labels[packed.predict_M + 1] = packed.targets_M
+    labels[packed.source_M + 1] = packed.targets_M
     lengths = torch.tensor([len(x["input_ids"][0]) + len(s.target) for x, s in zip(prompts, samples)])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     inputs = packed.inputs | {"attention_mask": mask.long()}
@@ -267,7 +267,7 @@ def test_sft_trains_the_target_tokens_only(world):
 
 def one(world, record, orders=("ordered", "shuffled"), **values):
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
-    return data.Samples([record], model_files.load_processor(cfg), cfg, orders, shuffle=False)[0]
+    return data.Samples([record], model_files.load_processor(cfg), cfg, orders, in_file_order=True)[0]
 
 
 RECORD = {
@@ -287,10 +287,10 @@ def test_frame_times_reach_the_model(world, tmp_path):
     sample = one(world, RECORD | {"root": tmp_path})
     # shuffled clips have the times of the ordered ones
     for order in ("ordered", "shuffled"):
-        x = getattr(sample, order)
+        x = sample.inputs[order]
         assert x["second_per_grid_ts"].tolist() == [2.0]
         model = policy.load_policy(settings(world))
-        video = x["mm_token_type_ids"][0] == 2
+        video = x["mm_token_type_ids"][0] == data.VIDEO
         time = policy.mrope_positions(x, model.config.vision_config)[0, video]
         # tokens_per_second is 2
         assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]
@@ -300,45 +300,44 @@ def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
     """Guards: a shuffle that loses frames or changes nothing."""
     write_video(tmp_path / "clip.mp4", 8)
     sample = one(world, RECORD | {"root": tmp_path})
-    ordered, shuffled = (getattr(sample, order)["pixel_values_videos"] for order in ("ordered", "shuffled"))
+    ordered, shuffled = (sample.inputs[order]["pixel_values_videos"] for order in ("ordered", "shuffled"))
     assert ordered.shape == shuffled.shape and not torch.equal(ordered, shuffled)
 
     def frames(x):
         return x.view(64, 3, 2, 14, 14).mean((1, 3, 4)).view(4, 16, 2).mean(1).flatten()
 
     assert torch.allclose(frames(ordered).sort().values, frames(shuffled).sort().values, atol=1e-4)
-    assert torch.equal(sample.ordered["input_ids"], sample.shuffled["input_ids"])
+    assert torch.equal(sample.inputs["ordered"]["input_ids"], sample.inputs["shuffled"]["input_ids"])
 
 
 def test_each_clip_has_its_own_shuffle_of_the_configured_unit(world, tmp_path):
-    """Guards: one permutation for all clips; a shuffle_unit that is never read; K equal shuffles for the credit."""
+    """Guards: one permutation for all clips; a shuffle_unit that is never read or equal extra shuffles."""
     write_video(tmp_path / "clip.mp4", 8)
     records = [{k: v for k, v in RECORD.items()} for _ in range(6)]
     for unit in ("frame", "patch"):
         cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path), "shuffle_unit": unit})
-        samples = data.Samples(
-            records, model_files.load_processor(cfg), cfg, ("shuffled",), shuffle=False, n_shuffles=4
-        )
+        names = ("shuffled", "shuffled 1", "shuffled 2", "shuffled 3", "shuffled 4")
+        samples = data.Samples(records, model_files.load_processor(cfg), cfg, names, in_file_order=True)
         orders = [tuple(samples[i].frame_order) for i in range(6)]
         assert len(set(orders)) > 3 and orders == [tuple(samples[i].frame_order) for i in range(6)]
         assert all(order[i + 1] == order[i] + 1 for order in orders for i in range(0, 8, 2)) == (unit == "patch")
-        drawn = [x["pixel_values_videos"] for x in samples[0].extra_shuffles]
-        assert len(drawn) == 4 and any(not torch.equal(drawn[0], x) for x in drawn[1:])
+        drawn = [samples[0].inputs[name]["pixel_values_videos"] for name in names[1:]]
+        assert any(not torch.equal(drawn[0], x) for x in drawn[1:])
 
 
 def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
     """Guards: a temporal reward for a single frame; an infinite loop that looks for another permutation of it."""
     write_video(tmp_path / "clip.mp4", 1)
     sample = one(world, RECORD | {"root": tmp_path})
-    assert sample.shuffled is None and sample.ordered["video_grid_thw"].tolist() == [[1, 4, 4]]
+    assert "shuffled" not in sample.inputs and sample.inputs["ordered"]["video_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
     """Guards: one 4000-pixel picture that fills a GPU's memory."""
     Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
     sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
-    assert sample.shuffled is None
-    assert 60 <= (sample.ordered["mm_token_type_ids"] == policy.VIDEO).sum() <= 100
+    assert "shuffled" not in sample.inputs
+    assert 60 <= (sample.inputs["ordered"]["mm_token_type_ids"] == data.VIDEO).sum() <= 100
 
 
 def test_small_clips_are_not_enlarged(world, tmp_path):
@@ -346,14 +345,14 @@ def test_small_clips_are_not_enlarged(world, tmp_path):
     clip.
     """
     write_video(tmp_path / "clip.mp4", 4)
-    assert one(world, RECORD | {"root": tmp_path}).ordered["video_grid_thw"].tolist() == [[2, 4, 4]]
+    assert one(world, RECORD | {"root": tmp_path}).inputs["ordered"]["video_grid_thw"].tolist() == [[2, 4, 4]]
 
 
 def test_long_prompts_are_skipped_not_cut(world, tmp_path):
     """Guards: truncation that removes video tokens but keeps their pixels."""
     write_video(tmp_path / "clip.mp4", 4)
     sample = one(world, RECORD | {"root": tmp_path, "problem": "why " * 300}, max_prompt_tokens=200)
-    assert "max_prompt_tokens is 200" in sample.error and sample.ordered is None
+    assert "max_prompt_tokens is 200" in sample.error and "ordered" not in sample.inputs
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -382,7 +381,7 @@ def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
 def test_evaluation_refuses_to_mix_settings(run):
     """Guards: a mean over answers given with 16 frames and answers given with 64."""
     run("evaluate")
-    with pytest.raises(settings.UserError, match="max_frames 8"):
+    with pytest.raises(UserError, match="max_frames 8"):
         run("evaluate", max_frames=4)
 
 
@@ -401,7 +400,7 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
     )
     # outside of the tests, each run is a process of its own
     fingerprint.cache_clear()
-    with pytest.raises(settings.UserError, match="weights"):
+    with pytest.raises(UserError, match="weights"):
         run("evaluate", model=model, records=records)
     save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
     fingerprint.cache_clear()
@@ -409,7 +408,7 @@ def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(r
     rows = json.loads(records.read_text())
     rows[0]["problem"] = "Another question?"
     records.write_text(json.dumps(rows))
-    with pytest.raises(settings.UserError, match="other questions"):
+    with pytest.raises(UserError, match="other questions"):
         run("evaluate", model=model, records=records)
 
 
@@ -461,18 +460,19 @@ def test_each_order_shows_the_frames_that_it_names(world, tmp_path):
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
     orders = ("ordered", "reversed", "single", "blind")
     sample = data.Samples([RECORD], model_files.load_processor(cfg), cfg, orders)[0]
-    ordered, ordered_brightness = brightness(sample.ordered)
-    assert ordered == list(range(8)) and brightness(sample.reversed)[0] == list(range(8))[::-1]
-    _, single_brightness = brightness(sample.single)
-    assert sample.single["video_grid_thw"].tolist() == [[1, 4, 4]]
+    ordered, ordered_brightness = brightness(sample.inputs["ordered"])
+    assert ordered == list(range(8)) and brightness(sample.inputs["reversed"])[0] == list(range(8))[::-1]
+    _, single_brightness = brightness(sample.inputs["single"])
+    assert sample.inputs["single"]["video_grid_thw"].tolist() == [[1, 4, 4]]
     assert torch.allclose(single_brightness, ordered_brightness[4].expand(2), atol=1e-4)
-    assert sample.shuffled is None and "pixel_values_videos" not in sample.blind
+    assert "shuffled" not in sample.inputs and "pixel_values_videos" not in sample.inputs["blind"]
     vision = {model_files.load_processor(cfg).video_token_id, model_files.load_processor(cfg).image_token_id}
-    assert not vision & set(sample.blind["input_ids"][0].tolist())
+    assert not vision & set(sample.inputs["blind"]["input_ids"][0].tolist())
     # the words are the same
-    kept = sample.ordered["mm_token_type_ids"][0] == policy.TEXT
-    words = [token for token in sample.ordered["input_ids"][0, kept].tolist() if token in sample.blind["input_ids"]]
-    assert words == sample.blind["input_ids"][0].tolist()
+    kept = sample.inputs["ordered"]["mm_token_type_ids"][0] == 0
+    blind_ids = sample.inputs["blind"]["input_ids"][0].tolist()
+    words = [token for token in sample.inputs["ordered"]["input_ids"][0, kept].tolist() if token in blind_ids]
+    assert words == blind_ids
 
 
 def test_the_questions_own_picture_is_last_in_every_order(world, tmp_path):
@@ -484,9 +484,9 @@ def test_the_questions_own_picture_is_last_in_every_order(world, tmp_path):
     orders = ("ordered", "shuffled", "reversed", "single", "blind")
     sample = data.Samples([record], model_files.load_processor(cfg), cfg, orders)[0]
     for order, last in (("ordered", 7), ("shuffled", 7), ("reversed", 7), ("single", 3)):
-        assert brightness(getattr(sample, order))[0][-1] == last, order
-    assert brightness(sample.reversed)[0] == [6, 5, 4, 3, 2, 1, 0, 7]
-    assert "pixel_values_videos" not in sample.blind
+        assert brightness(sample.inputs[order])[0][-1] == last, order
+    assert brightness(sample.inputs["reversed"])[0] == [6, 5, 4, 3, 2, 1, 0, 7]
+    assert "pixel_values_videos" not in sample.inputs["blind"]
 
 
 @pytest.mark.parametrize("kind", ["picture", "one frame"])
@@ -500,7 +500,7 @@ def test_what_has_no_order_is_asked_in_order_and_blind_only(world, tmp_path, kin
     record = RECORD | {"data_type": "image" if kind == "picture" else "video"}
     orders = ("ordered", "shuffled", "reversed", "single", "blind")
     sample = data.Samples([record], model_files.load_processor(cfg), cfg, orders)[0]
-    assert [order for order in orders if getattr(sample, order) is not None] == ["ordered", "blind"]
+    assert [order for order in orders if order in sample.inputs] == ["ordered", "blind"]
 
 
 def test_prompts_with_and_without_frames_share_a_batch(world, tmp_path):
@@ -509,7 +509,7 @@ def test_prompts_with_and_without_frames_share_a_batch(world, tmp_path):
     cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
     processor = model_files.load_processor(cfg)
     sample = data.Samples([RECORD], processor, cfg, ("ordered", "reversed", "blind"))[0]
-    prompts = [sample.ordered, sample.blind, sample.reversed]
+    prompts = [sample.inputs["ordered"], sample.inputs["blind"], sample.inputs["reversed"]]
     model = policy.load_policy(cfg).eval()
     together = policy.rollout(model, prompts, [1, 1, 1], processor.tokenizer, 0, 12)
     for prompt, completion in zip(prompts, together):

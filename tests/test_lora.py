@@ -51,7 +51,7 @@ def clip_logps(model, folder, world, gradients=torch.no_grad()):
     records = json.loads((world / "world/sft.json").read_text())
     picture = next(record for record in records if record["data_type"] == "image")
     samples = data.Samples([*records[:2], picture], processor, cfg, targets=True)
-    prompts = [samples[i].ordered for i in range(3)]
+    prompts = [samples[i].inputs["ordered"] for i in range(3)]
     packed = policy.pack(model, prompts, [[samples[i].target] for i in range(3)], 0)
     with gradients:
         return policy.completion_logps(model, packed)[0]
@@ -266,17 +266,17 @@ def test_an_adapter_of_others_is_merged_at_load_and_is_the_reference(hub, world,
 
     common_settings = dict(model=tmp_path / "theirs", max_new_tokens=8, **TRAINING)
     full = run("tgrpo", "full", **common_settings)
-    lora = run("tgrpo", "lora", save_every=1, **LORA, **common_settings)
-    for out in (full, lora):
+    adapted = run("tgrpo", "lora", save_every=1, **LORA, **common_settings)
+    for out in (full, adapted):
         rows = read_jsonl(out / "metrics.jsonl")
         assert rows[0]["policy/kl"] == 0 < rows[1]["policy/kl"]
     # an adapter of an adapter
-    both = policy.load_policy(TrainConfig(model=str(lora / "final/adapter")))
-    trained = policy.load_policy(TrainConfig(model=str(lora / "final")))
+    both = policy.load_policy(TrainConfig(model=str(adapted / "final/adapter")))
+    trained = policy.load_policy(TrainConfig(model=str(adapted / "final")))
     assert difference(both.state_dict(), trained.state_dict()) < 1e-6
     assert difference(merged.state_dict(), trained.state_dict()) > 1e-3
-    export.export(lora / "checkpoint-1", tmp_path / "exported")
-    assert 0 < difference(weights(tmp_path / "exported"), weights(lora / "final")) < 0.05
+    export.export(adapted / "checkpoint-1", tmp_path / "exported")
+    assert 0 < difference(weights(tmp_path / "exported"), weights(adapted / "final")) < 0.05
 
 
 def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
@@ -371,8 +371,8 @@ def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
     assert (run("sft", "old", **settings) / "final").is_dir()
 
 
-def test_rollouts_and_credits_see_no_dropout(world, run, monkeypatch):
-    """Guards: completions and credits of a model with random neurons switched off."""
+def test_rollouts_see_no_dropout(world, run, monkeypatch):
+    """Guards: completions of a model with random neurons switched off."""
     modes = []
 
     for name in ("rollout", "completion_logps"):
@@ -388,8 +388,8 @@ def test_rollouts_and_credits_see_no_dropout(world, run, monkeypatch):
                 handle.remove()
 
         monkeypatch.setattr(tgrpo, name, watched)
-    run("tgrpo", temporal_rule="credit", lora_dropout=0.5, **LORA, max_new_tokens=4, steps=1)
-    assert ("rollout", False, False) in modes and ("completion_logps", False, False) in modes
+    run("tgrpo", lora_dropout=0.5, **LORA, max_new_tokens=4, steps=1)
+    assert ("rollout", False, False) in modes
     assert ("completion_logps", True, True) in modes
     assert not [mode for mode in modes if not mode[1] and mode[2]]
 

@@ -1,11 +1,12 @@
 """Real clips and pictures: which frames are shown, at which times and sizes, and what is named unusable.
 
-    python tests/test_media.py          # how many files of ../shared/media each reader gets right (docs/frames.md)
+    python tests/test_media.py          # how many files of tests/media each reader gets right (docs/frames.md)
 
 Painted clips show their frames' numbers: the lower half holds ten vertical bars; bar b is white if bit b of the number
 is 1.
 """
 
+import functools
 import gc
 import json
 import multiprocessing
@@ -28,10 +29,10 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 import data
 from support import frames, model_files
 from support.settings import SharedConfig
+from tools import check_data
 
-MEDIA = Path(__file__).parent.parent.parent / "shared/media"
-TRUTH = json.loads((MEDIA / "truth.json").read_text()) if MEDIA.is_dir() else {}
-real_files = pytest.mark.skipif(not TRUTH, reason=f"{MEDIA} is missing: it is beside the repository, not in it")
+MEDIA = Path(__file__).parent / "media"
+TRUTH = json.loads((MEDIA / "truth.json").read_text(encoding="utf-8"))
 TURNED = ("rot90.mp4", "rot90_mpeg4.mp4")
 
 
@@ -115,7 +116,6 @@ def write_clip(
 # ------------------------------------------------------------------------------------------------- the real files
 
 
-@real_files
 @pytest.mark.parametrize("n", [5, 16, 64])
 @pytest.mark.parametrize("name", sorted(set(TRUTH) - {"fast_cut_60.mp4", "lost_keyframes.mp4"}))
 def test_real_clips_show_the_frames_on_display(name, n):
@@ -136,7 +136,6 @@ def test_real_clips_show_the_frames_on_display(name, n):
     assert shown.shape[1:3] == (height, width)
 
 
-@real_files
 @pytest.mark.parametrize("name", TURNED)
 def test_rotated_clips_are_upright(name):
     """Guards: a display matrix that is applied for one codec only, or in the wrong direction."""
@@ -149,14 +148,12 @@ def test_rotated_clips_are_upright(name):
     assert upright_HWC.shape[:2] == (128, 96) and rows.mean() > 100 and columns.mean() < 24
 
 
-@real_files
 def test_a_partial_download_is_named():
     """Guards: 324 of 700 frames taken for the whole clip, so that "what happens at the end" is about its middle."""
     with pytest.raises(data.Unusable, match="fast_cut_60.mp4: incomplete: 13.0 s of the 28.0 s"):
         data.load_media(record("fast_cut_60.mp4"), config(MEDIA))
 
 
-@real_files
 def test_a_clip_with_lost_key_frames_is_right_in_its_sound_parts():
     """Guards: a read that never returns (decord); frames of another time in place of the lost ones."""
     truth = TRUTH["lost_keyframes.mp4"]
@@ -170,14 +167,13 @@ def test_a_clip_with_lost_key_frames_is_right_in_its_sound_parts():
     assert len(sound) > 10 and [number_of(shown[k]) for k in sound] == [truth["numbers"][expected[k]] for k in sound]
 
 
-@real_files
 @pytest.mark.parametrize("reader", ["exact", "decord"])
 def test_check_ends_on_a_clip_that_hangs_decord(reader, monkeypatch):
     """Guards: a worker of --check or of training that hangs on one damaged file."""
     monkeypatch.setattr(frames, "READ_SECONDS", 3)
     begin = time.perf_counter()
     records = {7: record("lost_keyframes.mp4")}
-    reasons = data.check_media(records, config(MEDIA, video_reader=reader, max_frames=64, num_workers=1))
+    reasons = check_data.check_media(records, config(MEDIA, video_reader=reader, max_frames=64, num_workers=1))
     assert time.perf_counter() - begin < 30
     if reader == "exact":
         assert reasons == {}
@@ -185,7 +181,6 @@ def test_check_ends_on_a_clip_that_hangs_decord(reader, monkeypatch):
         assert set(reasons.values()) <= {"lost_keyframes.mp4: decord has not read it after 3 s"}
 
 
-@real_files
 @pytest.mark.parametrize("name", ["black_on_transparent.png", "palette_transparent.png"])
 def test_transparent_backgrounds_become_white(name):
     """Guards: black writing on a transparent background, all of it black."""
@@ -196,7 +191,6 @@ def test_transparent_backgrounds_become_white(name):
     assert (np.asarray(image)[~clear] == stored[~clear][:, :3]).all() and not np.asarray(image).min()
 
 
-@real_files
 def test_a_16_bit_ramp_stays_a_ramp():
     """Guards: 16-bit greys clipped at 255, so that all are white."""
     pixels = np.asarray(data.load_media(record("gray16.png", "image"), config(MEDIA))[0])[..., 0].astype(int)
@@ -508,7 +502,7 @@ def test_a_reader_in_the_parent_does_not_hang_its_forked_workers(tmp_path):
     write_clip(tmp_path / "a.mp4", range(10))
     gc.disable()
     try:
-        frames.read_clip(tmp_path / "a.mp4", 4)
+        frames.read_clip(tmp_path / "a.mp4", functools.partial(data.even_frames, n=4))
         worker = multiprocessing.get_context("fork").Process(target=gc.collect)
         worker.start()
         worker.join(10)
@@ -648,7 +642,7 @@ def test_stills_of_unequal_size_get_the_size_of_the_first(tmp_path):
 
 
 def count_right(reader, n=16):
-    """{file: whether 16 frames of it are right, or a part of a download is named} of the clips in ../shared/media."""
+    """{file: whether 16 frames of it are right, or a part of a download is named} of the clips in tests/media."""
     verdicts = {}
     for name, truth in TRUTH.items():
         try:
@@ -670,9 +664,10 @@ def count_right(reader, n=16):
 def test_huge_frames_are_shrunk_while_decoding(tmp_path, monkeypatch):
     """Guards: a worker that holds 16 frames of 8K (1.6 GB), of which the model sees a hundredth of the pixels."""
     write_clip(tmp_path / "clip.mp4", ticks=range(8), size=(112, 56))
-    whole = frames.read_clip(tmp_path / "clip.mp4", 4).frames_FHWC
+    choose = functools.partial(data.even_frames, n=4)
+    whole = frames.read_clip(tmp_path / "clip.mp4", choose).frames_FHWC
     monkeypatch.setattr(frames, "MOST_PIXELS", 112 * 56 // 4)
-    shrunk = frames.read_clip(tmp_path / "clip.mp4", 4).frames_FHWC
+    shrunk = frames.read_clip(tmp_path / "clip.mp4", choose).frames_FHWC
     assert whole.shape == (4, 56, 112, 3) and shrunk.shape == (4, 28, 56, 3)
     assert abs(whole.mean((1, 2, 3)) - shrunk.mean((1, 2, 3))).max() < 3
 

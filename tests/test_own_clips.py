@@ -9,26 +9,15 @@ from pathlib import Path
 import pytest
 
 import data
-from rewards import ACCURACY
+from rewards import parse_solution
 from support import record_files
 from support.parsing import extract_answer
 from support.settings import UserError
 from support.storage import read_jsonl
-from tools import distill, split
+from tools import check_data, distill, split
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = json.loads((ROOT / "examples/records.json").read_text(encoding="utf-8"))
-
-
-def run_data(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-    data.main()
-
-
-def test_the_examples_show_every_data_type_and_problem_type():
-    """Guards: a type without an example, so that nobody knows what its record looks like."""
-    assert {r["data_type"] for r in EXAMPLES} == set(record_files.DATA_TYPES)
-    assert {r["problem_type"] for r in EXAMPLES} == set(ACCURACY)
 
 
 def test_the_documented_records_are_the_examples():
@@ -75,8 +64,10 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
 def test_the_examples_media_can_be_read(monkeypatch, stage):
     """Guards: a check of the user's files that fails on the documented files."""
     arguments = ("--records", ROOT / "examples/records.json", "--data_root", ROOT / "examples", "--num_workers", 0)
+    arguments = ("check_data", "--config", "examples/own.yaml", "--stage", stage, *map(str, arguments))
+    monkeypatch.setattr(sys, "argv", list(arguments))
     with pytest.raises(SystemExit) as done:
-        run_data(monkeypatch, "--config", "examples/own.yaml", "--stage", stage, "--check", *arguments)
+        check_data.main()
     assert not done.value.code
 
 
@@ -172,13 +163,6 @@ def test_neither_side_of_a_split_is_empty(share, n_test):
     assert len(test) == n_test and len(train) == 3 - n_test
 
 
-@pytest.mark.parametrize("flag, command", [("--split", "tools.split"), ("--distill", "tools.distill")])
-def test_a_flag_that_became_a_tool_names_the_tool(monkeypatch, flag, command):
-    """Guards: an old command line that fails without naming the command that replaced it."""
-    with pytest.raises(UserError, match=f"{flag} is now a command of its own: python -m {command}"):
-        run_data(monkeypatch, "--records", "mine.json", flag, "0.1", "--out", "x")
-
-
 def test_a_split_is_written_whole_and_counted(tmp_path, capsys):
     """Guards: rows changed in the process; counts of rows printed as counts of clips."""
     rows = rows_on(10, 2)
@@ -225,7 +209,7 @@ def test_a_file_of_conversations_gives_one_line(tmp_path, row):
     """Guards: "problem_id: missing" a thousand times, for a file in LLaVA's format."""
     (tmp_path / "llava.json").write_text(json.dumps([row] * 1000))
     with pytest.raises(UserError, match="llava.json: row 1 is a conversation") as error:
-        record_files.load_records(tmp_path / "llava.json", tmp_path)
+        data.load_records(tmp_path / "llava.json", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -236,6 +220,6 @@ def test_a_chain_of_thought_without_one_think_block_is_named(process):
     """Guards: an SFT model that unlearns the tags, so that every format reward is 0 afterwards."""
     row = EXAMPLES[0] | {"process": process}
     with pytest.raises(ValueError, match="process: expected one think block"):
-        record_files.check_record(row, ROOT / "examples", need_process=True)
-    record_files.check_record(row, ROOT / "examples", need_process=False)
-    record_files.check_record(EXAMPLES[0], ROOT / "examples", need_process=True)
+        record_files.check_record(parse_solution, row, ROOT / "examples", need_process=True)
+    record_files.check_record(parse_solution, row, ROOT / "examples", need_process=False)
+    record_files.check_record(parse_solution, EXAMPLES[0], ROOT / "examples", need_process=True)

@@ -25,7 +25,7 @@ def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
     }
     processor = model_files.load_processor(cfg)
     model = policy.load_policy(cfg).eval()
-    ours = data.Samples([record], processor, cfg, shuffle=False)[0].ordered
+    ours = data.Samples([record], processor, cfg, in_file_order=True)[0].inputs["ordered"]
 
     text = processor.apply_chat_template(data.messages(record, cfg), tokenize=False, add_generation_prompt=True)
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
@@ -33,7 +33,7 @@ def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
         text=[text], images=[Image.open(tmp_path / "picture.png")], images_kwargs={"size": size}, return_tensors="pt"
     )
     theirs = {name: theirs[name] for name in theirs}
-    assert (theirs["mm_token_type_ids"] == policy.IMAGE).sum() > 4
+    assert (theirs["mm_token_type_ids"] == 1).sum() > 4
 
     positions = policy.mrope_positions(ours, model.config.vision_config)
     grid = theirs["image_grid_thw"]

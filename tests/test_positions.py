@@ -15,7 +15,7 @@ WIDE = (8, 16, 30)
 
 def wide_prompt(seconds):
     """15 tokens, the clip, 5 tokens; only what positions depend on."""
-    kinds = [policy.TEXT] * 15 + [policy.VIDEO] * (8 * 8 * 15) + [policy.TEXT] * 5
+    kinds = [0] * 15 + [data.VIDEO] * (8 * 8 * 15) + [0] * 5
     return {
         "mm_token_type_ids": torch.tensor([kinds]),
         "video_grid_thw": torch.tensor([WIDE]),

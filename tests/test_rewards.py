@@ -9,15 +9,14 @@ import time
 
 import pytest
 
+import rewards
 from benchmarks.vsibench import mean_relative_accuracy
 from rewards import (
-    ACCURACY,
     CORRECT,
     accuracy_reward,
     format_reward,
     length_reward,
     parse_solution,
-    relative_accuracy,
     temporal_reward,
 )
 from support import parsing, text_scores
@@ -392,7 +391,11 @@ def test_regression(answer, truth, expected):
     assert score("regression", answer, truth) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("accuracy", [relative_accuracy, mean_relative_accuracy])
+def regression_accuracy(prediction, truth):
+    return rewards.regression_accuracy(repr(float(prediction)), truth)
+
+
+@pytest.mark.parametrize("accuracy", [regression_accuracy, mean_relative_accuracy])
 def test_relative_scores_by_their_properties(accuracy):
     """Guards: a score outside [0, 1], one that grows with the error or depends on unit or sign, credit for nan."""
     rng = random.Random(1)
@@ -502,13 +505,13 @@ def test_rouge_sees_words_of_any_script(text, words):
 
 
 def test_word_error_rate_equals_jiwers():
-    """Guards: edits per word of the longer text, free substitutions, words split at a lone tab, no empty reference."""
+    """Guards: edits per word of the longer text, free substitutions, no empty reference."""
     jiwer = pytest.importorskip("jiwer")
-    for reference, hypothesis in [*text_pairs(3), ("", ""), ("", "a b"), ("a b", ""), (" \n ", "a"), ("a\nb", "a b")]:
-        assert word_error_rate(reference, hypothesis) == pytest.approx(jiwer.wer(reference, hypothesis), abs=1e-9), (
-            reference,
-            hypothesis,
-        )
+    for reference, hypothesis in [*text_pairs(3), ("", ""), ("", "a b"), ("a b", "")]:
+        reference = " ".join(reference.split())
+        hypothesis = " ".join(hypothesis.split())
+        expected = jiwer.wer(reference, hypothesis)
+        assert word_error_rate(reference.split(), hypothesis.split()) == pytest.approx(expected, abs=1e-9)
 
 
 def test_edits_and_common_words_by_their_properties():
@@ -559,7 +562,9 @@ def test_ocr_shortcut_changes_no_score():
         reference = " ".join(reference.split())
         hypothesis = " ".join(hypothesis.split())
         if reference and hypothesis:
-            assert score("OCR", hypothesis, reference) == max(0.0, 1 - word_error_rate(reference, hypothesis))
+            assert score("OCR", hypothesis, reference) == max(
+                0.0, 1 - word_error_rate(reference.split(), hypothesis.split())
+            )
 
 
 def test_free_form():
@@ -615,7 +620,7 @@ def test_parse_solution(solution, problem_type, options, truth):
         ("<answer>1e999</answer>", "numerical", None, "finite"),
         ("<answer>1,00</answer>", "numerical", None, "number"),
         ("<answer>√ 😀</answer>", "free-form", None, "ROUGE"),
-        ("<answer>B</answer>", "multiple-choice", None, "no problem type 'multiple-choice'"),
+        ("<answer>B</answer>", "multiple-choice", None, "problem_type: expected one of"),
         ("<answer>" + "x\n" * 9999 + "</answer>", "numerical", None, "number"),
     ],
 )
@@ -630,9 +635,8 @@ def test_a_solution_that_no_answer_matches_is_an_error(solution, problem_type, o
 
 
 def test_each_type_gives_1_for_its_own_truth():
-    """Guards: one record's type used for its neighbours (released code); a type without a rule, which scores 0."""
+    """Guards: one record's type used for its neighbours (released code)."""
     truths = {"multiple choice": "B", "numerical": "4", "OCR": "NO EXIT", "free-form": "the cat sat", "regression": "4"}
-    assert set(ACCURACY) == set(truths)
     for problem_type, truth in truths.items():
         assert score(problem_type, truth, truth) == 1 > CORRECT
 

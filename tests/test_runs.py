@@ -200,7 +200,8 @@ def test_a_sharded_checkpoint_in_a_whole_run_names_the_export_command(run, start
 def test_two_runs_cannot_share_a_folder_and_a_crash_releases_it(run, tmp_path):
     """Guards: two runs that overwrite each other's checkpoints; a lock that remains after a crash."""
     folder = tmp_path / "out"
-    code = f"from support import checkpoints; import time; checkpoints.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
+    locked = f"checkpoints.lock_folder({str(folder)!r}); print('locked', flush=True)"
+    code = f"from support import checkpoints; import time; {locked}; time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "locked\n"
     for stage in ("tgrpo", "evaluate"):

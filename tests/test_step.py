@@ -14,7 +14,7 @@ import tgrpo
 import toy
 from data import Sample
 from policy import completion_logps, rollout
-from support import model_files, record_files, settings
+from support import metrics, model_files, settings
 from support.storage import read_jsonl
 from tgrpo import Group, TGRPOConfig, score
 
@@ -25,22 +25,23 @@ BARE = "<answer>B</answer>"
 
 
 def scored(texts, shuffled=(), record=RECORD, lengths=None, **settings):
+    """(a scored group, its metrics)."""
     cfg = TGRPOConfig(**{"length_min": 5, "length_max": 9, "length_omega": 0.2, **settings})
     completions = [torch.tensor([7] * (n - 1) + [1]) for n in lengths or [2] * len(texts)]
     group = Group(Sample(record), completions, list(texts), shuffled_texts=list(shuffled))
-    metrics = score(group, cfg, [1])
-    return group, metrics
+    score(group, cfg)
+    return group, metrics.of_group(group, cfg, eos=[1])
 
 
 def test_score_of_a_group_computed_by_hand():
     """Guards: a reward left out or counted twice, p̃ of the wrong group, a bonus for wrong answers, wrong metrics."""
-    group, metrics = scored([RIGHT, BARE, WRONG, RIGHT], [WRONG, RIGHT], lengths=[6, 2, 6, 20])
+    group, logged = scored([RIGHT, BARE, WRONG, RIGHT], [WRONG, RIGHT], lengths=[6, 2, 6, 20])
     assert {name: values.tolist() for name, values in group.rewards.items()} == {
         "accuracy": [1, 1, 0, 1],
         "format": [1, 0, 1, 1],
         "length": [pytest.approx(0.2), 0, 0, 0],
-        "temporal": [pytest.approx(0.075)] * 2 + [0, pytest.approx(0.075)],
     }
+    assert group.temporal_G.tolist() == [pytest.approx(0.075)] * 2 + [0, pytest.approx(0.075)]
     # p 3/4, p̃ 1/2, r_t 0.3 · 1/4
     rewards = torch.tensor([2.2, 1.0, 1.0, 2.0])
     expected = (rewards - 1.55) / (rewards.std() + 1e-4) + torch.tensor([0.075, 0.075, 0.0, 0.075])
@@ -63,7 +64,7 @@ def test_score_of_a_group_computed_by_hand():
         "completion/length": 8.5,
         "completion/truncated": 0.0,
     }
-    assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
+    assert logged == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
 
 
 def test_every_reward_setting_changes_the_score():
@@ -79,21 +80,21 @@ def test_every_reward_setting_changes_the_score():
         {"temporal_rule": "paper", "alpha": 0.9},
     ):
         assert not torch.allclose(scored(texts, shuffled, **change)[0].advantages_G, base, atol=1e-3), change
-    _, metrics = scored([RIGHT], lengths=[6], length_omega=0.7)
-    assert metrics["reward/length"] == pytest.approx(0.7)
-    _, metrics = scored(texts, shuffled, temporal_target="reward", alpha=1.0)
-    assert metrics["reward/total"] == pytest.approx(1.5 + 0.5 / 2)
-    _, metrics = scored(texts, [RIGHT, RIGHT])
-    assert metrics["temporal/order_helped"] == 0
+    _, logged = scored([RIGHT], lengths=[6], length_omega=0.7)
+    assert logged["reward/length"] == pytest.approx(0.7)
+    _, logged = scored(texts, shuffled, temporal_target="reward", alpha=1.0)
+    assert logged["reward/total"] == pytest.approx(1.5 + 0.5 / 2)
+    _, logged = scored(texts, [RIGHT, RIGHT])
+    assert logged["temporal/order_helped"] == 0
     # a single shuffled completion has no spread
-    _, metrics = scored(texts, [WRONG])
-    assert "temporal/gap_variance" not in metrics
+    _, logged = scored(texts, [WRONG])
+    assert "temporal/gap_variance" not in logged
     # an image
-    _, metrics = scored(texts)
-    assert "temporal/p" not in metrics
+    _, logged = scored(texts)
+    assert "temporal/p" not in logged
     group, _ = scored([RIGHT, WRONG], lengths=[3, 3])
     group.completions[0][-1] = 7
-    assert score(group, TGRPOConfig(), [1])["completion/truncated"] == 0.5
+    assert metrics.of_group(group, TGRPOConfig(), [1])["completion/truncated"] == 0.5
 
 
 def test_each_prompt_is_scored_by_its_own_problem_type():
@@ -105,10 +106,10 @@ def test_each_prompt_is_scored_by_its_own_problem_type():
         ("regression", "4", "3"),
     ):
         record = {"problem_id": 2, "problem_type": kind, "solution": f"<answer>{solution}</answer>"}
-        group, metrics = scored([f"<think></think><answer>{text}</answer>", WRONG.replace("A", "~")], record=record)
+        group, logged = scored([f"<think></think><answer>{text}</answer>", WRONG.replace("A", "~")], record=record)
         right, wrong = group.rewards["accuracy"].tolist()
         assert right == (0.75 if kind == "regression" else 1.0) and wrong < 0.5
-        assert f"accuracy/{kind}" in metrics
+        assert f"accuracy/{kind}" in logged
 
 
 def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
@@ -124,8 +125,8 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
         shuffled_generations=2,
     )
     processor = model_files.load_processor(cfg)
-    records, _ = record_files.load_records(world / "world/rl.json", cfg.data_root)
-    samples = [data.Samples(records, processor, cfg, ("ordered", "shuffled"), shuffle=False)[i] for i in range(12)]
+    records, _ = data.load_records(world / "world/rl.json", cfg.data_root)
+    samples = [data.Samples(records, processor, cfg, ("ordered", "shuffled"), in_file_order=True)[i] for i in range(12)]
     assert {s.record["data_type"] for s in samples} == {"video", "image"}
     asked = []
 
@@ -140,12 +141,13 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
     groups = tgrpo.sample_groups(policy.load_policy(cfg), samples, processor, cfg)
     number = len(samples)
     for i, (sample, group) in enumerate(zip(samples, groups, strict=True)):
-        assert group.sample is sample and asked[i] is sample.ordered and group.texts == [str(i % 10)] * 3
-        if sample.shuffled is None:
+        assert group.sample is sample and asked[i] is sample.inputs["ordered"] and group.texts == [str(i % 10)] * 3
+        if "shuffled" not in sample.inputs:
             assert group.shuffled_texts == []
         else:
-            assert asked[number] is sample.shuffled and group.shuffled_texts == [str(number % 10)] * 2
-            assert not torch.equal(sample.shuffled["pixel_values_videos"], sample.ordered["pixel_values_videos"])
+            assert asked[number] is sample.inputs["shuffled"] and group.shuffled_texts == [str(number % 10)] * 2
+            pixels = [sample.inputs[order]["pixel_values_videos"] for order in ("ordered", "shuffled")]
+            assert not torch.equal(*pixels)
             number += 1
 
 
@@ -240,7 +242,7 @@ def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run
     assert len(kept) == 3 and max(g.advantages_G.abs().max() for g in kept) > 0.3
     banned = policy.placeholder_ids(model)
     losses = [
-        -advantage * naive.completion_logps(model, g.sample.ordered, c, 0.7, banned).mean()
+        -advantage * naive.completion_logps(model, g.sample.inputs["ordered"], c, 0.7, banned).mean()
         for g in kept
         for advantage, c in zip(g.advantages_G, g.completions)
     ]

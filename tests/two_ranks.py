@@ -132,15 +132,6 @@ def hub_stages(layout):
         return final
 
     final = trained(tgrpo, trained(sft, FOLDER / "hub" / layout), max_new_tokens=8)
-    run(
-        tgrpo,
-        f"{layout}/credit",
-        model=OUT / layout / "sft/final",
-        temporal_rule="credit",
-        max_new_tokens=8,
-        steps=1,
-        **settings,
-    )
     run(evaluate, f"{layout}/eval", model=final, bf16="true", max_new_tokens=8, batch_size=8)
 
 
@@ -174,7 +165,6 @@ def main():
     if "one stage" in MORE:
         return
     run(tgrpo, "tgrpo", updates_per_rollout=2)
-    run(tgrpo, "credit", temporal_rule="credit")
     # micro-batches of pictures beside videos on one rank, videos alone on the other
     for stage in (sft, tgrpo):
         run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
@@ -184,11 +174,11 @@ def main():
         return
 
     # a scheduler stops one of the ranks
-    def stop_once(group, cfg, eos):
+    def stop_once(group, cfg):
         tgrpo.score = real_score
         if RANK == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real_score(group, cfg, eos)
+        return real_score(group, cfg)
 
     tgrpo.score = stop_once
     run(tgrpo, "stopped", updates_per_rollout=2)

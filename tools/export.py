@@ -15,8 +15,14 @@ from transformers import Qwen2_5_VLConfig
 from policy import load_policy
 from support.checkpoints import damage, weights_in
 from support.distributed import compute_dtype
-from support.lora import merge_adapter
-from support.model_files import check_model, empty_model, refuse_other_tensors, starting_files, write_model
+from support.model_files import (
+    check_model,
+    empty_model,
+    merge_adapter,
+    refuse_other_tensors,
+    starting_files,
+    write_model,
+)
 from support.settings import SharedConfig, UserError, read_yaml
 from support.storage import adapter_chain
 
