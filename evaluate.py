@@ -166,7 +166,7 @@ def answer(cfg):
     processor = model_files.load_processor(cfg)
     model = policy.load_policy(cfg, distributed.compute_dtype(cfg), device=accelerator.device).eval()
 
-    questions = [index for index in answer_files.by_length(records) if index not in answered]
+    questions = [index for index in by_length(records) if index not in answered]
     mine = questions[accelerator.process_index :: accelerator.num_processes]
     batches = [mine[first : first + cfg.batch_size] for first in range(0, len(mine), cfg.batch_size)]
     samples = data.Samples(records, processor, cfg, cfg.orders, in_file_order=True)
@@ -187,6 +187,20 @@ def answer(cfg):
     rows = answer_files.finish(accelerator, folder, records, made_with, written)
     accelerator.end_training()
     return rows
+
+
+def by_length(records):
+    """The numbers of the records, in groups of one kind of media and of questions of about the same length.
+
+    A batch is padded to its longest prompt, and waits for its longest answer.
+    """
+
+    def kind_and_length(index):
+        record = records[index]
+        text = record["problem"] + "".join(record.get("options") or [])
+        return record["benchmark"], record["data_type"], len(text), index
+
+    return sorted(range(len(records)), key=kind_and_length)
 
 
 def answer_batch(model, samples, processor, cfg, made_with):

@@ -85,8 +85,9 @@ def question_scores(rows):
 def clustered_mean(pairs):
     """Mean of paired differences with its 95 % interval, mean ± 1.96 standard errors, clustered by clip.
 
-    pairs: (difference, clip) of each question. Questions on one clip are not independent, so their deviations are summed before they are squared. With few clips
-    (fewer than 30) the interval is too narrow. `low` and `high` are None for a single clip.
+    pairs: (difference, clip) of each question. Questions on one clip are not independent, so their deviations are
+    summed before they are squared. With few clips (fewer than 30) the interval is too narrow. `low` and `high` are None
+    for a single clip.
 
     >>> clustered_mean([(1, "a"), (0, "a"), (1, "b"), (0, "b")])                 # both clips agree
     {'mean': 0.5, 'low': 0.5, 'high': 0.5, 'n': 4, 'clips': 2}

@@ -1,4 +1,4 @@
-"""The files of an evaluation that may be killed and resumed, and in which order its questions are asked.
+"""The files of an evaluation that may be killed and resumed.
 
 Each process appends its rows to predictions.<process>.jsonl. At the end, and when a run is resumed, one process merges
 these files. A row has `index` (of its question), `frames` (their order), `question_rows` (how many rows its question
@@ -14,20 +14,6 @@ from support import settings, storage
 MERGED = "predictions.jsonl"
 # What makes a question the same one in a resumed run.
 QUESTION_FIELDS = ("benchmark", "id", "problem", "options", "solution", "path")
-
-
-def by_length(records):
-    """The numbers of the records, in groups of one kind of media and of questions of about the same length.
-
-    A batch is padded to its longest prompt, and waits for its longest answer.
-    """
-
-    def kind_and_length(index):
-        record = records[index]
-        text = record["problem"] + "".join(record.get("options") or [])
-        return record["benchmark"], record["data_type"], len(text), index
-
-    return sorted(range(len(records)), key=kind_and_length)
 
 
 def start(accelerator, folder, records, made_with):
