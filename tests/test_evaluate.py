@@ -3,13 +3,12 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -26,7 +25,9 @@ from support import model_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
 
-ROOT = Path(__file__).parent.parent
+# Processes fork from a server that has imported everything: three times the imports would be most of the work.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["evaluate", "pytest"])
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
 N = sum(N_QUESTIONS.values())
 
@@ -77,15 +78,21 @@ def in_this_process(words):
 
 
 def start(words, log, rank=0, ranks=1):
-    """A process of its own: one of `ranks` that work together."""
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29657}
-    environment = os.environ | ENVIRONMENT
+    """Start evaluate.py in a process of its own: one of `ranks` that work together."""
+    environment = dict(ENVIRONMENT)
     if ranks > 1:
-        environment |= {name: str(value) for name, value in group.items()}
-    with open(log, "w") as file:
-        return subprocess.Popen(
-            [sys.executable, "evaluate.py", *words], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29657"}
+    process = PROCESSES.Process(target=evaluate_there, args=(words, log, environment))
+    process.start()
+    return process
+
+
+def evaluate_there(words, log, environment):
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    sys.argv = ["evaluate.py", *words]
+    evaluate.main()
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +141,17 @@ def test_two_processes_continue_a_killed_one_to_the_same_files(world, media, who
     words = arguments(world, media, folder)
     killed = start(words, tmp_path / "killed.log")
     while not read_jsonl(folder / "predictions.0.jsonl"):
-        assert killed.poll() is None, (tmp_path / "killed.log").read_text()
+        assert killed.is_alive(), (tmp_path / "killed.log").read_text()
         time.sleep(0.005)
     killed.kill()
-    killed.wait()
+    killed.join()
     assert len(read_jsonl(folder / "predictions.0.jsonl")) < 5 * N and not (folder / "summary.json").exists()
     # as in configs/7b.yaml: no weights are sharded
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     ranks = [start([*words, "--fsdp", "full_shard"], logs[rank], rank, 2) for rank in range(2)]
-    assert [process.wait(timeout=900) for process in ranks] == [0, 0], [log.read_text()[-3000:] for log in logs]
+    for process in ranks:
+        process.join(timeout=600)
+    assert [process.exitcode for process in ranks] == [0, 0], [log.read_text()[-3000:] for log in logs]
     assert "questions were answered before" in logs[0].read_text()
     assert files(folder) == files(whole[0])
 
