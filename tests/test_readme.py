@@ -34,8 +34,8 @@ RUN_BY = {
         "test_what_the_plan_says_of_the_shipped_configs"
     ),
     "python -m experiments.lora": "test_lora_and_full_training_start_from_one_pretrained_model",
-    "python evaluate.py --score predictions.jsonl": "test_scoring_loads_no_torch",
-    "python evaluate.py --score predictions.jsonl --annotations DIR": "test_bare_answers_are_joined",
+    "python -m benchmarks.score predictions.jsonl": "test_scoring_loads_no_torch",
+    "python -m benchmarks.score predictions.jsonl --annotations DIR": "test_bare_answers_are_joined",
     "python -m tools.report predictions.jsonl --data_root DIR": "tests/test_report.py",
     "python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl": "test_several_files_are_named",
     "python -m tools.distill predictions.jsonl --out cot.json --data_root DIR": "test_distilled_answers_train",
