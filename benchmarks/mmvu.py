@@ -9,7 +9,6 @@ Open-ended questions need a judge model: they are kept and listed as unscored.
 from benchmarks.shared import choice_field, make_record, text_field
 
 FILES = [["validation.json"]]
-NOTE = "multiple choice only; open-ended questions need a judge and are listed as unscored"
 
 
 def records(row, number, file, base):
@@ -27,3 +26,7 @@ def records(row, number, file, base):
 
 def is_unscored(row):
     return row.get("problem_type") not in (None, "multiple choice")
+
+
+def extra_scores(rows, by_task):
+    return {"note": "multiple choice only; open-ended questions need a judge and are listed as unscored"}

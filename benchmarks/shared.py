@@ -58,6 +58,12 @@ def answer_of(prediction):
     return text.strip()
 
 
+def with_error(score, se):
+    """A score with its standard error, as text; a missing number is "-"."""
+    numbers = ["-" if value is None else f"{value:.1f}" for value in (score, se)]
+    return " ± ".join(numbers)
+
+
 def mean_score(rows):
     """Mean score of scored rows in percent, its standard error (None for fewer than two), and their number."""
     if not rows:

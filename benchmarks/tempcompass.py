@@ -13,8 +13,7 @@ from benchmarks.shared import choice_field, make_record, mean_score_by, text_fie
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")
 FILES = [[f"questions/{name}.json" for name in FORMATS], [f"{name}/test-*.parquet" for name in FORMATS]]
-NESTED_FOLDER = "questions"
-NOTE = "pooled over multi-choice, yes_no and caption_matching; captioning, which needs a judge, is left out"
+GROUPS = ("dim",)
 
 
 def flatten(table):
@@ -87,7 +86,9 @@ def names_caption(answer, line):
 
 
 def extra_scores(rows, by_task):
-    """Adds the scores by dimension to each format."""
+    """Adds the scores by dimension to each format in `by_task`."""
     for task, part in by_task.items():
         part["by_dim"] = mean_score_by([row for row in rows if row["task"] == task], "dim")
-    return {}
+    return {
+        "note": "pooled over multi-choice, yes_no and caption_matching; captioning, which needs a judge, is left out"
+    }

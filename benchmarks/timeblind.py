@@ -10,7 +10,7 @@ model of the paper answers 48.2 % of the instances, people 98.2 %.
 import math
 import re
 
-from benchmarks.shared import choice_field, make_record, mean_score, text_field
+from benchmarks.shared import choice_field, make_record, mean_score, text_field, with_error
 from support.parsing import parse_letter
 
 FILES = [["data.jsonl"]]
@@ -44,7 +44,7 @@ def score_answer(row, answer, truth):
     return float(found == truth), found is not None
 
 
-def overall_score(rows, by_task):
+def extra_scores(rows, by_task):
     """Share of the instances whose four answers are right; `accuracy` is that of single answers."""
     right = {}
     for row in rows:
@@ -53,10 +53,12 @@ def overall_score(rows, by_task):
     share = sum(count == 4 for count in right.values()) / len(right) if right else None
     se = 100 * math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
     accuracy = mean_score(rows)
+    single = with_error(accuracy["score"], accuracy["se"])
     return {
         "score": None if share is None else 100 * share,
         "se": se,
         "instances": len(right),
         "accuracy": accuracy["score"],
         "se_accuracy": accuracy["se"],
+        "note": f"share of {len(right)} instances with all four right; single answers: {single}",
     }

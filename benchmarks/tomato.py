@@ -9,7 +9,6 @@ The authors show 16 frames.
 from benchmarks.shared import make_record, text_field
 
 FILES = [["data/*.json"]]
-NESTED_FOLDER = "data"
 
 
 def flatten(table):

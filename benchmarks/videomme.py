@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.shared import make_record, text_field
 
 FILES = [["test.jsonl"], ["test.json"], ["test-*.parquet"], ["videomme/test-*.parquet"]]
+GROUPS = ("duration", "domain", "sub_category")
 
 
 def records(row, number, file, base):
@@ -23,5 +24,5 @@ def records(row, number, file, base):
         f"data/{existing[0] if existing else names[0]}",
         row.get("options") or (),
         "multiple choice",
-        **{key: text_field(row, key) for key in ("duration", "domain", "sub_category")},
+        **{key: text_field(row, key) for key in GROUPS},
     )

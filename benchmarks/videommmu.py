@@ -13,12 +13,11 @@ import re
 from itertools import product
 from pathlib import Path
 
-from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field
+from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field, with_error
 from support.parsing import extract_answer
 
 TRACKS = ("Perception", "Comprehension", "Adaptation")
 FILES = [[f"data/{track.lower()}_video.json" for track in TRACKS], [f"{track}/test-*.parquet" for track in TRACKS]]
-NESTED_FOLDER = "data"
 
 # folder of the videos: its subjects
 DISCIPLINES = {
@@ -156,7 +155,7 @@ def meets(guess, truth):
     return truth == guess
 
 
-def overall_score(rows, by_task):
+def extra_scores(rows, by_task):
     """Mean of the tracks (of all questions if a file names no tracks), and the knowledge gain."""
     with_video = [row for row in rows if row.get("task") != "question_only"]
     tracks = [by_task[track] for track in TRACKS if track in by_task]
@@ -169,11 +168,11 @@ def overall_score(rows, by_task):
 
 def knowledge_gain(after, before):
     """100 (after − before) / (100 − before) in percent, and its standard error (first order, independent runs)."""
+    gain = se = None
     left_to_learn = 100 - before["score"]
-    if left_to_learn == 0:
-        return {"delta_knowledge": None, "se_delta_knowledge": None}
-    se = None
-    if after["se"] is not None and before["se"] is not None:
-        se_before = before["se"] * (100 - after["score"]) / left_to_learn
-        se = 100 / left_to_learn * math.hypot(after["se"], se_before)
-    return {"delta_knowledge": 100 * (after["score"] - before["score"]) / left_to_learn, "se_delta_knowledge": se}
+    if left_to_learn > 0:
+        gain = 100 * (after["score"] - before["score"]) / left_to_learn
+        if after["se"] is not None and before["se"] is not None:
+            se_before = before["se"] * (100 - after["score"]) / left_to_learn
+            se = 100 / left_to_learn * math.hypot(after["se"], se_before)
+    return {"delta_knowledge": gain, "se_delta_knowledge": se, "note": f"knowledge gain: {with_error(gain, se)}"}

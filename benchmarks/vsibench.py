@@ -10,7 +10,7 @@ of all numbers. That is `score_video_r1`.)
 
 import math
 
-from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field
+from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field, with_error
 from rewards import relative_error
 from support.parsing import number_or_nan
 
@@ -69,7 +69,7 @@ def mean_relative_accuracy(prediction, truth):
     return sum(error <= 1 - threshold for threshold in thresholds) / 10
 
 
-def overall_score(rows, by_task):
+def extra_scores(rows, by_task):
     """Mean over the tasks that are there (`tasks` is their number, up to 8), and Video-R1's score."""
     task_scores = []
     for task in TASKS:
@@ -79,9 +79,11 @@ def overall_score(rows, by_task):
     letters = mean_score([row for row in rows if row["task"] not in NUMBERS])
     numbers = mean_score([row for row in rows if row["task"] in NUMBERS])
     video_r1 = mean_of_parts([letters, numbers] if letters["n"] and numbers["n"] else [])
+    of_two = with_error(video_r1["score"], video_r1["se"])
     return {
         **mean_of_parts(task_scores),
         "tasks": len(task_scores),
         "score_video_r1": video_r1["score"],
         "se_video_r1": video_r1["se"],
+        "note": f"mean of {len(task_scores)} of 8 tasks; Video-R1's mean of letters and numbers: {of_two}",
     }

@@ -12,4 +12,4 @@ FOLDER = "vsibench"
 records = vsibench.records
 check_row = vsibench.check_row
 score_answer = vsibench.score_answer
-overall_score = vsibench.overall_score
+extra_scores = vsibench.extra_scores

@@ -1,27 +1,60 @@
-"""benchmarks/: files in the official schemas (our own rows), scores computed by hand; each test names its bug."""
+"""benchmarks/: annotation files in the official layouts (our own rows), scores by hand; each test names its bug.
+
+annotations/ has files of each benchmark that is tested here. A new benchmark needs none: no test reads all of NAMES.
+"""
 
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import (
-    answer_of,
-    benchmarks_in,
-    join_annotations,
-    load_benchmark,
-    missing_media,
-    print_table,
-    score_answer,
-    score_benchmark,
-    scored_rows,
-)
+from benchmarks import join_annotations, load_benchmark, missing_media, tempcompass
+from benchmarks.answers import benchmarks_in, is_strict, score_answer, score_benchmark, scored_rows
+from benchmarks.orders import clustered_mean, print_orders, summarise
+from benchmarks.score import main, print_table
+from benchmarks.shared import answer_of
 from benchmarks.videommmu import mmmu_open
-from rewards import accuracy_reward
+from rewards import accuracy_reward, parse_solution
 from support.record_files import check_record
 from support.settings import UserError
+
+ROOT = Path(__file__).parent.parent
+ANNOTATIONS = Path(__file__).parent / "annotations"
+# questions of each benchmark in annotations/, without VideoMMMU's question-only ones
+N_QUESTIONS = {
+    "vsibench": 2,
+    "videommmu": 4,
+    "mvbench": 3,
+    "tempcompass": 5,
+    "mmvu": 2,
+    "videomme": 2,
+    "tvbench": 2,
+    "tomato": 1,
+    "timeblind": 4,
+    "vsibench_debiased": 1,
+    "videoholmes": 1,
+}
+
+
+def read(path):
+    """The content of an annotation file: the rows of a .jsonl file, or the JSON."""
+    text = (ANNOTATIONS / path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.endswith(".jsonl") else json.loads(text)
+
+
+VIDEOMME = read("videomme/test.jsonl")
+
+
+def fields(record, names):
+    return [record[name] for name in names.split()]
 
 
 def score_prediction(row):
@@ -54,308 +87,69 @@ def touch(path):
     path.touch()
 
 
-VSI = [
-    {
-        "id": 0,
-        "dataset": "scannet",
-        "scene_name": "scene0999_00",
-        "question_type": "object_counting",
-        "question": "How many lamps?",
-        "ground_truth": "4",
-        "options": None,
-    },
-    {
-        "id": 1,
-        "dataset": "arkitscenes",
-        "scene_name": "777",
-        "question_type": "object_rel_direction_hard",
-        "question": "Where is the lamp?",
-        "ground_truth": "C",
-        "options": ["A. left", "B. right", "C. behind"],
-    },
-]
-
-MVBENCH = {
-    "action_sequence": [
-        {
-            "video": "AB9CD.mp4",
-            "question": "What came first?",
-            "candidates": ["He sat.", "He ran."],
-            "answer": "He ran.",
-            "start": 1.5,
-            "end": 9.0,
-        }
-    ],
-    "counterfactual_inference": [
-        {"video": "v1.mp4", "question": "Which one?", "candidates": ["only this"], "answer": "only this"}
-    ],
-    "episodic_reasoning": [
-        {
-            "video": "show_s01",
-            "question": "Why?",
-            "candidates": ["a", "b", "c"],
-            "answer": "c",
-            "start": 0.0,
-            "end": 4.0,
-            "fps": 3,
-            "show_name": "x",
-            "subtitle": "",
-        }
-    ],
-}
-
-TVBENCH = {
-    "moving_direction": [
-        {"video": "m1.mp4", "question": "Which way does it move?", "candidates": ["Down", "Up"], "answer": "Up"}
-    ],
-    "action_localization": [
-        {
-            "video": "l1.mp4",
-            "question": "When?",
-            "candidates": ["early", "late"],
-            "answer": "late",
-            "start": 1,
-            "end": 9,
-        }
-    ],
-}
-
-TOMATO = {
-    "shape&trend": {
-        "40": {
-            "question": "What is drawn?",
-            "options": ["A circle.", "A square.", "A line."],
-            "answer": 1,
-            "key": "0215-06",
-            "demonstration_type": "human",
-            "motion_type": "shape&trend",
-            "variation": {"composite": 0},
-        }
-    }
-}
-
-TIMEBLIND = [
-    {
-        "index": index,
-        "video_path": f"TimeBlind/videos/vid_0_{index % 2}.mp4",
-        "question": question,
-        "answer": answer,
-        "type": kind,
-    }
-    for index, (kind, question, answer) in enumerate(
-        [
-            ("yes_no", "Does he sit first?", "Yes"),
-            ("yes_no", "Does he sit first?", "No"),
-            ("multiple_choice", "What is first? A: sit. B: run.", "B"),
-            ("multiple_choice", "What is first? A: sit. B: run.", "A"),
-        ]
-    )
-]
-
-HOLMES = [
-    {
-        "video ID": "dGS48",
-        "Question ID": "3",
-        "Question Type": "SR",
-        "Question": "Who is he?",
-        "Options": {"A": "a brother", "B": "a thief", "C": "nobody"},
-        "Answer": "B",
-        "Explanation": "x",
-    }
-]
-
-TEMPCOMPASS = {
-    "multi-choice": {
-        "11": {
-            "action": [{"question": "What happens?\nA. it falls\nB. it flies", "answer": "B. it flies"}],
-            "speed": [{"question": "How fast?\nA. slow\nB. fast\nC. both", "answer": "A. slow"}],
-        }
-    },
-    "yes_no": {
-        "11": {"action": [{"question": "Does it fly?", "answer": "yes"}, {"question": "Does it fall?", "answer": "no"}]}
-    },
-    "caption_matching": {
-        "11": {
-            "order": [
-                {
-                    "question": "Which caption fits?\nOption 1: It falls.\nOption 2: It flies.",
-                    "answer": "Option 2: It flies.",
-                }
-            ]
-        }
-    },
-    "captioning": {"11": {"action": [{"question": "Describe it.", "answer": "B. it flies"}]}},
-}
-
-VIDEOMMMU = {
-    "perception": {
-        "Perception": {
-            "0": {
-                "id": "validation_Biology_901",
-                "link_selected": "url",
-                "question": "Which cell?",
-                "options": ["a root", "a leaf"],
-                "answer": "B",
-            }
-        }
-    },
-    "comprehension": {
-        "Comprehension": {
-            "0": {
-                "id": "validation_Biology_901",
-                "link_selected": "url",
-                "question": "What grows?",
-                "options": [f"option {i}" for i in range(14)],
-                "answer": "N",
-            }
-        }
-    },
-    "adaptation": {
-        "Adaptation": {
-            "0": {
-                "id": "validation_Art_Theory_7",
-                "link_selected": "url",
-                "question": "Who? <image 1>",
-                "options": ["he", "she"],
-                "answer": "A",
-                "question_type": "multiple-choice",
-            },
-            "1": {
-                "id": "validation_Math_15",
-                "link_selected": "url",
-                "question": "How many? <image 1>",
-                "options": [],
-                "answer": "3.5",
-                "question_type": "open",
-            },
-        }
-    },
-}
-
-MMVU = [
-    {
-        "id": "validation_0",
-        "video": "https://example.org/resolve/main/videos/Physics/3.mp4",
-        "youtube_url": "",
-        "question_type": "multiple-choice",
-        "metadata": {"subject": "Physics", "textbook": "", "rationale": "", "knowledge": []},
-        "question": "Which law?",
-        "choices": {"A": "first", "B": "second", "C": "third", "D": "none", "E": "all"},
-        "answer": "E",
-    },
-    {
-        "id": "validation_1",
-        "video": "https://example.org/resolve/main/videos/Physics/4.mp4",
-        "youtube_url": "",
-        "question_type": "open-ended",
-        "metadata": {"subject": "Physics"},
-        "question": "Why?",
-        "answer": "friction",
-        "choices": {"A": "", "B": "", "C": "", "D": "", "E": ""},
-    },
-]
-
-VIDEOMME = [
-    {
-        "video_id": "001",
-        "duration": "short",
-        "domain": "Sports",
-        "sub_category": "Tennis",
-        "url": "",
-        "videoID": f"yt{i}",
-        "question_id": f"001-{i}",
-        "task_type": "Counting",
-        "question": "How many?",
-        "options": ["A. one.", "B. two.", "C. three.", "D. four."],
-        "answer": "D",
-    }
-    for i in (1, 2)
-]
-
-
 @pytest.fixture
 def root(tmp_path):
-    """All benchmarks' annotation files, in folders of their names."""
-    write(tmp_path / "vsibench/test.jsonl", VSI)
-    write(tmp_path / "vsibench/test_debiased.jsonl", VSI[1:])
-    for task, rows in TVBENCH.items():
-        write(tmp_path / f"tvbench/json/{task}.json", rows)
-    for task, table in TOMATO.items():
-        write(tmp_path / f"tomato/data/{task}.json", table)
-    write(tmp_path / "timeblind/data.jsonl", TIMEBLIND)
-    write(tmp_path / "videoholmes/test_Video-Holmes.json", HOLMES)
-    for task, rows in MVBENCH.items():
-        write(tmp_path / f"mvbench/json/{task}.json", rows)
-    for form, table in TEMPCOMPASS.items():
-        write(tmp_path / f"tempcompass/questions/{form}.json", table)
-    for track, table in VIDEOMMMU.items():
-        write(tmp_path / f"videommmu/data/{track}_video.json", table)
-    write(tmp_path / "mmvu/validation.json", MMVU)
-    write(tmp_path / "videomme/test.jsonl", VIDEOMME)
-    return tmp_path
+    """A copy of the annotation files, to which a test may add."""
+    return shutil.copytree(ANNOTATIONS, tmp_path / "annotations")
 
 
 # ----------------------------------------------------------------------------------------------- files to records
 
 
-@pytest.mark.parametrize(
-    "name, n", [("vsibench", 2), ("mvbench", 3), ("tempcompass", 5), ("videommmu", 4), ("mmvu", 2), ("videomme", 2)]
-)
-def test_records_of_every_benchmark_pass_the_checks_of_data(root, name, n):
+@pytest.mark.parametrize("name", N_QUESTIONS)
+def test_records_of_every_benchmark_pass_the_checks_of_data(name):
     """Guards: a reader whose records data.py rejects, or that drops rows or repeats ids."""
-    records = load_benchmark(name, root)
-    assert len(records) == n == len({r["id"] for r in records})
+    records = load_benchmark(name, ANNOTATIONS)
+    assert len(records) == N_QUESTIONS[name] == len({r["id"] for r in records})
     for record in records:
-        check_record(record, root, need_process=False)
+        check_record(parse_solution, record, ANNOTATIONS, need_process=False)
         assert record["benchmark"] == name and isinstance(record["id"], str) and record["problem_id"] == record["id"]
         # relative to root, whichever folder held the file
-        assert record["path"].startswith(name + "/")
+        assert record["path"].startswith(name.removesuffix("_debiased") + "/")
         if not record.get("unscored"):
             # the truth answers its own question
-            answer = record["solution"]
-            assert score_prediction({**record, "prediction": answer}) == 1
+            assert score_prediction({**record, "prediction": record["solution"]}) == 1
 
 
-def test_vsibench_types_and_paths(root):
+def test_a_new_benchmark_is_one_file_and_one_name(tmp_path, monkeypatch, capsys):
+    """Guards: steps on the page that no longer work; a second list to which a new benchmark must be added."""
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    module = ModuleType("gates")
+    exec(re.search("```python\n(.*?)```", page, re.S)[1], vars(module))
+    monkeypatch.setitem(benchmarks.MODULES, "gates", module)
+    rows = [{"video": 7, "question": "Does it open?", "options": ["yes", "no"], "key": "B"}]
+    write(tmp_path / "gates/gates.json", rows)
+    (record,) = load_benchmark("gates", tmp_path)
+    assert (record["path"], record["options"]) == ("gates/videos/7.mp4", ["A. yes", "B. no"])
+    summary = summarise([{**record, "prediction": "B", "frames": order} for order in ("ordered", "blind")])
+    print_table(summary)
+    assert summary["gates"]["score"] == 100 and "| gates " in capsys.readouterr().out
+
+
+def test_vsibench_types_and_paths():
     """Guards: numbers asked as letters; media in the wrong folder."""
-    number, letter = load_benchmark("vsibench", root)
-    assert (number["id"], number["problem_type"], number["options"], number["path"]) == (
-        "0",
-        "regression",
-        [],
-        "vsibench/scannet/scene0999_00.mp4",
-    )
-    assert (letter["task"], letter["problem_type"], letter["solution"], letter["path"]) == (
-        "object_rel_direction_hard",
-        "multiple choice",
-        "<answer>C</answer>",
-        "vsibench/arkitscenes/777.mp4",
-    )
+    number, letter = load_benchmark("vsibench", ANNOTATIONS)
+    path = "vsibench/scannet/scene0999_00.mp4"
+    assert fields(number, "id problem_type options path") == ["0", "regression", [], path]
+    assert fields(letter, "task problem_type") == ["object_rel_direction_hard", "multiple choice"]
+    assert fields(letter, "solution path") == ["<answer>C</answer>", "vsibench/arkitscenes/777.mp4"]
 
 
-def test_mvbench_letters_clips_and_folders(root):
+def test_mvbench_letters_clips_and_folders():
     """Guards: the answer's text used as its letter; whole videos instead of their parts."""
-    sequence, single, frames = load_benchmark("mvbench", root)
-    assert (sequence["id"], sequence["task"], sequence["options"], sequence["solution"]) == (
-        "action_sequence/0",
-        "action_sequence",
-        ["A. He sat.", "B. He ran."],
-        "<answer>B</answer>",
-    )
-    assert (sequence["start"], sequence["end"], sequence["path"]) == (
-        1.5,
-        9.0,
-        "mvbench/video/star/Charades_v1_480/AB9CD.mp4",
-    )
+    sequence, single, frames = load_benchmark("mvbench", ANNOTATIONS)
+    assert fields(sequence, "id task") == ["action_sequence/0", "action_sequence"]
+    assert fields(sequence, "options solution") == [["A. He sat.", "B. He ran."], "<answer>B</answer>"]
+    assert fields(sequence, "start end path") == [1.5, 9.0, "mvbench/video/star/Charades_v1_480/AB9CD.mp4"]
     assert single["options"] == ["A. only this"] and "start" not in single
     assert (frames["data_type"], frames["path"]) == ("frame", "mvbench/video/tvqa/frames_fps3_hq/show_s01")
-    whole = load_benchmark("mvbench", root, clip_segments=False)
+    whole = load_benchmark("mvbench", ANNOTATIONS, clip_segments=False)
     assert not any("start" in r or "end" in r for r in whole)
 
 
-def test_tempcompass_formats(root):
+def test_tempcompass_formats():
     """Guards: captioning scored without a judge model; options asked twice; two questions with one id."""
-    records = load_benchmark("tempcompass", root)
+    records = load_benchmark("tempcompass", ANNOTATIONS)
     assert [r["id"] for r in records] == [
         "multi-choice/11/action/0",
         "multi-choice/11/speed/0",
@@ -364,13 +158,8 @@ def test_tempcompass_formats(root):
         "caption_matching/11/order/0",
     ]
     choice, _, yes, _, caption = records
-    assert (choice["problem"], choice["options"], choice["solution"], choice["dim"], choice["path"]) == (
-        "What happens?",
-        ["A. it falls", "B. it flies"],
-        "<answer>B</answer>",
-        "action",
-        "tempcompass/videos/11.mp4",
-    )
+    assert fields(choice, "problem options") == ["What happens?", ["A. it falls", "B. it flies"]]
+    assert fields(choice, "solution dim path") == ["<answer>B</answer>", "action", "tempcompass/videos/11.mp4"]
     assert (yes["problem_type"], yes["options"], yes["solution"]) == ("free-form", [], "<answer>yes</answer>")
     assert "Option 1: It falls." in caption["problem"] and caption["solution"] == "<answer>Option 2: It flies.</answer>"
 
@@ -396,7 +185,7 @@ def test_videommmu_tracks_and_question_image(root):
 def test_videommmu_question_image_given_as_a_file(root):
     """Guards: an image file of the annotation that is not appended."""
     touch(root / "videommmu/images/q.png")
-    table = json.loads(json.dumps(VIDEOMMMU["adaptation"]))
+    table = read("videommmu/data/adaptation_video.json")
     table["Adaptation"]["0"]["image"] = "images/q.png"
     write(root / "videommmu/data/adaptation_video.json", table)
     record = load_benchmark("videommmu", root)[2]
@@ -406,68 +195,40 @@ def test_videommmu_question_image_given_as_a_file(root):
 def test_mmvu_and_videomme(root):
     """Guards: open questions scored as letters; missing group keys; .MP4 and .mkv files that are not found."""
     choice, open_ended = load_benchmark("mmvu", root)
-    assert (choice["options"][4], choice["solution"], choice["task"], choice["path"]) == (
-        "E. all",
-        "<answer>E</answer>",
-        "Physics",
-        "mmvu/videos/Physics/3.mp4",
-    )
+    assert fields(choice, "solution task path") == ["<answer>E</answer>", "Physics", "mmvu/videos/Physics/3.mp4"]
+    assert choice["options"][4] == "E. all"
     assert open_ended["unscored"] and open_ended["options"] == [] and "unscored" not in choice
     touch(root / "videomme/data/yt2.mkv")
     first, second = load_benchmark("videomme", root)
     assert (first["path"], second["path"]) == ("videomme/data/yt1.mp4", "videomme/data/yt2.mkv")
-    assert [first[k] for k in ("task", "duration", "domain", "sub_category")] == [
-        "Counting",
-        "short",
-        "Sports",
-        "Tennis",
-    ]
+    assert fields(first, "task duration domain sub_category") == ["Counting", "short", "Sports", "Tennis"]
 
 
-def test_parquet_gives_the_same_records(root, tmp_path):
+def test_parquet_gives_the_same_records(tmp_path):
     """Guards: parquet rows that are read differently from JSON rows."""
     other = tmp_path / "parquet"
-    write_parquet(other / "vsibench/test-00000-of-00001.parquet", VSI)
+    write_parquet(other / "vsibench/test-00000-of-00001.parquet", read("vsibench/test.jsonl"))
     write_parquet(other / "videomme/videomme/test-00000-of-00001.parquet", VIDEOMME)
     for form in ("multi-choice", "yes_no", "caption_matching", "captioning"):
-        rows = [
-            {"video_id": v, "dim": d, **r}
-            for v, dims in TEMPCOMPASS[form].items()
-            for d, part in dims.items()
-            for r in part
-        ]
+        rows = tempcompass.flatten(read(f"tempcompass/questions/{form}.json"))
+        for row in rows:
+            del row["index"]
         write_parquet(other / f"tempcompass/{form}/test-00000-of-00001.parquet", rows)
-    for table in VIDEOMMMU.values():
-        [(track, rows)] = table.items()
+    for track in ("perception", "comprehension", "adaptation"):
+        [(track, rows)] = read(f"videommmu/data/{track}_video.json").items()
         rows = [{**r, "image": {"bytes": b"x", "path": "q.png"}} for r in rows.values()]
         write_parquet(other / f"videommmu/{track}/test-00000-of-00001.parquet", rows)
     for name in ("vsibench", "videomme", "tempcompass", "videommmu"):
-        assert load_benchmark(name, other) == load_benchmark(name, root)
+        assert load_benchmark(name, other) == load_benchmark(name, ANNOTATIONS)
 
 
 def test_video_r1_eval_json_is_read_without_official_files(tmp_path):
     """Guards: null options; paths without their folder."""
-    row = {
-        "problem_id": 1,
-        "problem": "Which?",
-        "data_type": "frame",
-        "problem_type": "multiple choice",
-        "original_question_type": "episodic_reasoning",
-        "options": ["A. x", "B. y"],
-        "process": "",
-        "solution": "<answer>B</answer>",
-        "path": "./Evaluation/MVBench/a",
-        "data_source": "",
-    }
-    number = {
-        **row,
-        "problem_id": 2,
-        "options": None,
-        "problem_type": "numerical",
-        "data_type": "video",
-        "solution": "<answer>3.0</answer>",
-    }
-    write(tmp_path / "eval_mvbench.json", [row, number])
+    shared = {"problem": "Which?", "data_type": "frame", "path": "./Evaluation/MVBench/a", "process": ""}
+    letter = {"problem_type": "multiple choice", "original_question_type": "episodic_reasoning"}
+    letter |= {"problem_id": 1, "options": ["A. x", "B. y"], "solution": "<answer>B</answer>"}
+    number = {"problem_type": "numerical", "problem_id": 2, "options": None, "solution": "<answer>3.0</answer>"}
+    write(tmp_path / "eval_mvbench.json", [shared | letter, shared | number])
     first, second = load_benchmark("mvbench", tmp_path)
     assert (first["id"], first["task"], first["path"]) == ("1", "episodic_reasoning", "Evaluation/MVBench/a")
     assert second["options"] == []
@@ -488,57 +249,60 @@ def test_video_r1_eval_json_is_read_without_official_files(tmp_path):
         ("videomme", "test.jsonl", {"question_id": "001-2"}, "id '001-2' is used twice, first in"),
     ],
 )
-def test_bad_rows_are_named_all_at_once(root, name, file, change, message):
+def test_bad_rows_are_named_all_at_once(tmp_path, name, file, change, message):
     """Guards: a bad annotation that is skipped; an error that only names the first of several."""
-    rows = {"vsibench": VSI, "mvbench": MVBENCH["action_sequence"], "mmvu": MMVU, "videomme": VIDEOMME}[name]
-    write(root / name / file, [{**rows[0], **change}, rows[-1] | {"id": "z", "question_id": "001-2"}, ["not a row"]])
+    rows = read(f"{name}/{file}")
+    write(tmp_path / name / file, [rows[0] | change, rows[-1] | {"id": "z", "question_id": "001-2"}, ["not a row"]])
     with pytest.raises(UserError) as error:
-        load_benchmark(name, root)
+        load_benchmark(name, tmp_path)
     assert message in str(error.value) and f"{file}, row 3: expected an object" in str(error.value)
 
 
-def test_records_of_the_benchmarks_made_for_time(root):
+def test_records_of_the_benchmarks_made_for_time():
     """Guards: an answer that is one option off; videos of MVBench's folders; a pair that is taken apart."""
-    localization, direction = load_benchmark("tvbench", root)
-    assert (direction["path"], direction["solution"]) == (
-        "tvbench/video/moving_direction/m1.mp4",
-        "<answer>B</answer>",
-    )
+    localization, direction = load_benchmark("tvbench", ANNOTATIONS)
+    assert fields(direction, "path solution") == ["tvbench/video/moving_direction/m1.mp4", "<answer>B</answer>"]
     assert (localization["start"], localization["end"], localization["id"]) == (1.0, 9.0, "action_localization/0")
-    (shape,) = load_benchmark("tomato", root)
+    (shape,) = load_benchmark("tomato", ANNOTATIONS)
     assert (shape["id"], shape["task"], shape["solution"]) == ("shape&trend/40", "shape&trend", "<answer>B</answer>")
     assert (shape["path"], shape["options"][1]) == ("tomato/videos/human/0215-06.mp4", "B. A square.")
-    blind = load_benchmark("timeblind", root)
+    blind = load_benchmark("timeblind", ANNOTATIONS)
     assert [record["path"] for record in blind] == [f"timeblind/videos/vid_0_{i % 2}.mp4" for i in range(4)]
     answers = [record["solution"] for record in blind]
     assert answers == [f"<answer>{answer}</answer>" for answer in ("yes", "no", "B", "A")]
     assert {record["instance"] for record in blind} == {0} and blind[0]["problem"].endswith("Answer yes or no.")
-    (film,) = load_benchmark("videoholmes", root)
+    (film,) = load_benchmark("videoholmes", ANNOTATIONS)
     assert (film["id"], film["task"], film["path"]) == ("dGS48/3", "SR", "videoholmes/videos_cropped/dGS48.mp4")
     assert film["options"] == ["A. a brother", "B. a thief", "C. nobody"]
     # the files of VSI-Bench and of its debiased part lie in one folder
-    (debiased,) = load_benchmark("vsibench_debiased", root)
+    (debiased,) = load_benchmark("vsibench_debiased", ANNOTATIONS)
     assert (debiased["path"], debiased["benchmark"]) == ("vsibench/arkitscenes/777.mp4", "vsibench_debiased")
-    assert len(load_benchmark("vsibench", root)) == 2
+
+
+DIRECTION = read("tvbench/json/moving_direction.json")[0]
+SHAPE = read("tomato/data/shape&trend.json")["40"]
+PAIR = read("timeblind/data.jsonl")[0]
+FILM = read("videoholmes/test_Video-Holmes.json")[0]
 
 
 @pytest.mark.parametrize(
     "name, file, content, message",
     [
-        ("tvbench", "json/moving_count.json", TVBENCH["moving_direction"], "no task of TVBench is called"),
-        ("tvbench", "json/moving_direction.json", [{**TVBENCH["moving_direction"][0], "answer": "x"}], "not among"),
-        ("tomato", "data/count.json", {"1": {**TOMATO["shape&trend"]["40"], "answer": 3}}, "the number of an option"),
-        ("tomato", "data/count.json", {"1": {**TOMATO["shape&trend"]["40"], "answer": "B"}}, "the number of an option"),
+        ("tvbench", "json/moving_count.json", [DIRECTION], "no task of TVBench is called"),
+        ("tvbench", "json/moving_direction.json", [DIRECTION | {"answer": "x"}], "not among"),
+        ("tomato", "data/count.json", {"1": SHAPE | {"answer": 3}}, "the number of an option"),
+        ("tomato", "data/count.json", {"1": SHAPE | {"answer": "B"}}, "the number of an option"),
         ("tomato", "data/count.json", [1], "not in this benchmark's format"),
-        ("timeblind", "data.jsonl", [{**TIMEBLIND[0], "type": "open"}], "type: expected one of yes_no"),
-        ("timeblind", "data.jsonl", [{**TIMEBLIND[0], "answer": "maybe"}], "answer: expected one of yes, no"),
-        ("timeblind", "data.jsonl", [{**TIMEBLIND[0], "index": "first"}], "row 1: "),
-        ("videoholmes", "test_Video-Holmes.json", [{**HOLMES[0], "Answer": "D"}], "Answer: expected one of A, B, C"),
-        ("videoholmes", "test_Video-Holmes.json", [{**HOLMES[0], "Options": ["x"]}], "Options: expected {letter"),
-        ("videoholmes", "test_Video-Holmes.json", [{**HOLMES[0], "Options": {"B": "x"}}], "letters from A on"),
+        ("tempcompass", "questions/yes_no.json", {"11": ["no dimensions"]}, "not in this benchmark's format"),
+        ("timeblind", "data.jsonl", [PAIR | {"type": "open"}], "type: expected one of yes_no"),
+        ("timeblind", "data.jsonl", [PAIR | {"answer": "maybe"}], "answer: expected one of yes, no"),
+        ("timeblind", "data.jsonl", [PAIR | {"index": "first"}], "row 1: "),
+        ("videoholmes", "test_Video-Holmes.json", [FILM | {"Answer": "D"}], "Answer: expected one of A, B, C"),
+        ("videoholmes", "test_Video-Holmes.json", [FILM | {"Options": ["x"]}], "Options: expected {letter"),
+        ("videoholmes", "test_Video-Holmes.json", [FILM | {"Options": {"B": "x"}}], "letters from A on"),
     ],
 )
-def test_bad_rows_of_the_benchmarks_made_for_time_are_named(tmp_path, name, file, content, message):
+def test_files_in_another_format_are_named(tmp_path, name, file, content, message):
     """Guards: a traceback, or a wrong letter, for a file that is not what the authors published."""
     write(tmp_path / name / file, content)
     with pytest.raises(UserError) as error:
@@ -568,14 +332,14 @@ def test_timeblind_counts_instances_with_four_right_answers():
     assert score_answer(letter) == (1.0, True)
 
 
-def test_files_in_another_format_and_no_files(root, tmp_path):
-    """Guards: a traceback instead of the file's name."""
-    write(root / "tempcompass/questions/yes_no.json", {"11": ["no dimensions"]})
-    for name, folder in (("tempcompass", root), ("mmvu", tmp_path / "empty"), ("activitynet", root)):
-        with pytest.raises(
-            UserError, match="yes_no.json|looked for validation.json, eval_mmvu.json|no benchmark 'activitynet'"
-        ):
-            load_benchmark(name, folder)
+@pytest.mark.parametrize(
+    "name, message",
+    [("mmvu", "looked for validation.json, eval_mmvu.json"), ("activitynet", "no benchmark 'activitynet'")],
+)
+def test_without_files_the_message_names_them(tmp_path, name, message):
+    """Guards: a traceback instead of what was looked for."""
+    with pytest.raises(UserError, match=message):
+        load_benchmark(name, tmp_path)
 
 
 def test_missing_media_are_listed_once(root):
@@ -839,6 +603,15 @@ def test_videommmu_tracks_and_knowledge_gain():
         assert summary["score"] == pytest.approx(175 / 3) and summary["n"] == 10
 
 
+def test_knowledge_gain_has_a_standard_error():
+    """Guards: a gain of 20 % without its error of 60."""
+    # after 50 ± 28.87, before 25 ± 25
+    rows = rows_of("videommmu", {"Adaptation": [1, 1, 0, 0], "question_only": [1, 0, 0, 0]})
+    part = benchmark_scores(rows)["videommmu"]
+    assert part["delta_knowledge"] == pytest.approx(100 * 25 / 75)
+    assert part["se_delta_knowledge"] == pytest.approx(100 / 75 * math.hypot(28.8675, 25 * 50 / 75), abs=1e-3)
+
+
 def test_mmvu_lists_open_questions_as_unscored():
     """Guards: open answers in the denominator or scored by ROUGE."""
     rows = rows_of("mmvu", {"Physics": [1, 0]}) + [row("mmvu", "friction", "friction", "free-form", "Physics", "open")]
@@ -875,43 +648,37 @@ def test_empty_answers_stay_in_the_denominator():
     assert (summary["score"], summary["n"], summary["answered"], summary["unparsed"]) == (20, 5, 2, 0.8)
 
 
-def test_unusable_media_are_counted_beside_the_score():
-    """Guards: an unanswered question that counts as wrong or is not counted."""
-    summary = benchmark_scores(
-        rows_of("mvbench", {"t": [1]}) + [{"benchmark": "mvbench", "id": 9, "error": "cannot be read"}]
-    )["mvbench"]
-    assert (summary["score"], summary["n"], summary["unusable"]) == (100, 1, ["9"])
+def test_answers_are_counted_as_cut_off_and_as_read_leniently(capsys):
+    """Guards: a score that hides that half of the answers were cut off, or that other harnesses could not read them; an
+    unanswered question that counts as wrong or is not counted.
+    """
+    texts = {
+        "strict": "<think>x</think><answer>B</answer>",
+        "bracket": "<answer>(B)</answer>",
+        "bare": "B",
+        "unread": "<answer>A or B</answer>",
+    }
+    rows = [row("mvbench", text, "B", row_id=name, truncated=name == "bare") for name, text in texts.items()]
+    summary = benchmark_scores([*rows, {"benchmark": "mvbench", "id": 9, "error": "cannot be read"}])
+    part = summary["mvbench"]
+    assert (part["score"], part["n"], part["unusable"]) == (75, 4, ["9"])
+    assert (part["lenient"], part["unparsed"], part["truncated"]) == (0.5, 0.25, 0.25)
+    print_table(summary)
+    assert re.search(r"\| mvbench +\| +4 \| +25.0% +\| +50.0% \| +25.0% \| +1 \|", capsys.readouterr().out)
 
 
-def test_bad_predictions_are_an_error():
-    """Guards: one question counted twice; bad rows scored 0."""
-    good = row("mvbench", "B", "B", row_id=1)
-    bad = [
-        {**good, "id": "1"},
-        {**good, "id": 2, "solution": ""},
-        {**good, "id": 3, "prediction": 4},
-        {**good, "id": 4, "solution": "<answer>B"},
-        {"id": 5},
-    ]
-    with pytest.raises(UserError) as error:
-        benchmark_scores([good, *bad])
-    for part in (
-        "5 of 6",
-        "row 2: mvbench '1' is used twice",
-        "row 3: solution: missing",
-        "row 4: prediction: expected text",
-        "row 5: no answer in",
-        "row 6: benchmark: missing",
-    ):
-        assert part in str(error.value)
-    # same id, another benchmark
-    assert benchmark_scores([good, {**good, "benchmark": "mine"}])["mine"]["n"] == 1
+@pytest.mark.parametrize(
+    "text, strict", [("4.0", False), ("4", False), ("<answer>4.5</answer>", True), ("<answer>4 m</answer>", False)]
+)
+def test_a_number_is_written_as_asked_between_tags_and_alone(text, strict):
+    """Guards: numbers that a harness which compares strings could not read, counted as strict."""
+    assert is_strict(row("mine", text, "4", "numerical")) == strict
 
 
 # --------------------------------------------------------------------------------------------------- join and table
 
 
-def test_join_fills_bare_rows(root):
+def test_join_fills_bare_rows():
     """Guards: bare rows scored with another question's solution; unknown ids that are ignored."""
     bare = [
         {"benchmark": "vsibench", "id": 0, "prediction": "3"},
@@ -921,7 +688,7 @@ def test_join_fills_bare_rows(root):
         {"benchmark": "mmvu", "id": "validation_1", "prediction": "friction"},
         row("mine", "B", "B"),
     ]
-    joined = join_annotations(bare, root)
+    joined = join_annotations(bare, ANNOTATIONS)
     assert joined[-1] == bare[-1] and joined[0]["prediction"] == "3" and joined[0]["task"] == "object_counting"
     summary = benchmark_scores(joined)
     assert {name: part["score"] for name, part in summary.items()} == {
@@ -933,30 +700,195 @@ def test_join_fills_bare_rows(root):
     }
     assert summary["videommmu"]["delta_knowledge"] is None and summary["mmvu"]["unscored"] == ["validation_1"]
     with pytest.raises(UserError, match="2 predictions are of no question in .*: vsibench 77, vsibench 'x'"):
-        join_annotations([bare[0], {**bare[0], "id": 77}, {**bare[0], "id": "x"}], root)
+        join_annotations([bare[0], {**bare[0], "id": 77}, {**bare[0], "id": "x"}], ANNOTATIONS)
 
 
-def test_caption_answers_that_name_the_other_line_are_read(root):
+def test_caption_answers_that_name_the_other_line_are_read():
     """Guards: a wrong answer counted as unreadable."""
     rows = [
         {"benchmark": "tempcompass", "id": "caption_matching/11/order/0", "prediction": text}
         for text in ("1", "neither")
     ]
-    assert [benchmark_scores(join_annotations([r], root))["tempcompass"]["unparsed"] for r in rows] == [0, 1]
+    assert [benchmark_scores(join_annotations([r], ANNOTATIONS))["tempcompass"]["unparsed"] for r in rows] == [0, 1]
 
 
 def test_table_marks_published_scores(capsys):
     """Guards: published numbers without a label; a table that fails for an empty or unknown benchmark."""
-    rows = (
-        rows_of("vsibench", {"route_planning": [1, 0]})
-        + rows_of("mine", {"t": [1]})
-        + [row("mmvu", "x", "y", "free-form", "Physics")]
-    )
+    rows = rows_of("vsibench", {"route_planning": [1, 0]}) + rows_of("mine", {"t": [1]})
+    rows.append(row("mmvu", "x", "y", "free-form", "Physics"))
     print_table(benchmark_scores(rows) | {"settings": {"seed": 0}})
     out = capsys.readouterr().out
-    assert (
-        "published" in out.splitlines()[0] and "34.6/35.8/37.1" in out and "1 of 8 tasks" in out and "1 unscored" in out
-    )
+    assert "published" in out.splitlines()[0]
+    for text in ("34.6/35.8/37.1", "1 of 8 tasks", "1 unscored"):
+        assert text in out
     line = next(line for line in out.splitlines() if line.startswith("| vsibench"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["2", "50.0 ± 50.0"]
     assert benchmarks.PUBLISHED["GPT-4o"]["videomme"] == (71.9,)
+
+
+# --------------------------------------------------------------------------------------------------- orders of frames
+
+
+def both_orders(benchmark, marks, **extra):
+    """Rows of {(task, clip): (right in order, right shuffled)}, one per question, letters: B is right."""
+    rows = []
+    for number, ((task, clip), pair) in enumerate(marks.items()):
+        for order, right in zip(("ordered", "shuffled"), pair):
+            fields = {"task": task, "row_id": f"{task}/{number}", "path": clip, "frames": order}
+            rows.append(row(benchmark, "B" if right else "A", "B", **fields, **extra))
+    return rows
+
+
+def test_difference_between_orders_computed_by_hand():
+    """Guards: accuracies of different questions that are subtracted; open answers and stills that are counted."""
+    marks = {("order", "a"): (1, 0), ("order", "b"): (1, 0), ("colour", "c"): (1, 1), ("colour", "d"): (0, 0)}
+    # shown in order only: not in a pair
+    alone = row("mvbench", "A", "B", task="order", row_id="alone", frames="ordered")
+    part = summarise([*both_orders("mvbench", marks), alone])["mvbench"]
+    shuffled = part["orders"]["shuffled"]
+    assert (part["score"], part["n"], shuffled["score"], part["frames"]) == (60, 5, 25, "ordered")
+    difference = shuffled["difference"]
+    assert (difference["mean"], difference["n"], difference["clips"]) == (-50, 4, 4)
+    # each clip deviates by ± 50 from the mean: the standard error is sqrt(4 / 3 · 4 · 50² / 4²)
+    assert difference["low"] == pytest.approx(-50 - 1.96 * 28.8675, abs=1e-3)
+    assert difference["high"] == pytest.approx(-50 + 1.96 * 28.8675, abs=1e-3)
+    assert difference["by_task"]["order"] == {"mean": -100, "low": -100, "high": -100, "n": 2, "clips": 2}
+    assert difference["by_task"]["colour"]["mean"] == 0
+    orders = ("ordered", "shuffled")
+    open_ended = [row("mmvu", "heat", "heat", "free-form", "Physics", "o", frames=order) for order in orders]
+    summary = summarise(open_ended + both_orders("videommmu", {("question_only", "q"): (1, 0)}))
+    for name in ("mmvu", "videommmu"):
+        assert summary[name]["orders"]["shuffled"]["difference"] is None
+
+
+def test_the_table_of_orders_has_scores_and_differences(capsys):
+    """Guards: a difference in the column of another order, or of another task; an order that was not asked as 0."""
+    rows = both_orders("mvbench", {("order", "a"): (1, 0), ("colour", "b"): (1, 1)})
+    print_orders(summarise([*rows, row("mine", "B", "B", frames="ordered"), row("mine", "A", "B", frames="blind")]))
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[3:7]]
+    assert table == [
+        ["mvbench", "100.0", "50.0 (-50.0, -148.0 to +48.0)", ""],
+        ["colour", "100.0", "100.0 (+0.0)", ""],
+        ["order", "100.0", "0.0 (-100.0)", ""],
+        ["mine", "100.0", "", "0.0 (-100.0)"],
+    ]
+
+
+def test_the_interval_of_the_gap_is_paired_and_clustered_by_clip():
+    """Guards: an interval for independent samples (too wide), or for independent questions on one clip (too narrow)."""
+    rng = np.random.default_rng(0)
+    differences = rng.choice([-1.0, 0.0, 0.0, 1.0], size=400)
+    alone = clustered_mean(list(zip(differences, range(400))))
+    assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * differences.std() / 20, rel=0.01)
+    # four questions on a clip that all have the same answer are worth one
+    fours = clustered_mean(list(zip(np.repeat(differences, 4), np.repeat(np.arange(400), 4))))
+    assert fours["high"] - fours["low"] == pytest.approx(alone["high"] - alone["low"], rel=1e-6)
+    # of clips drawn again (bootstrap)
+    drawn = [rng.choice(differences, size=400).mean() for _ in range(2000)]
+    assert [alone["low"], alone["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+
+
+def test_scores_of_shuffled_frames_are_labelled():
+    """Guards: a score of shuffled frames without a label, or one that is lost beside another benchmark."""
+    rows = [*both_orders("mvbench", {("t", "a"): (1, 0)}), row("mine", "B", "B", frames="shuffled")]
+    # a question whose media are missing was not asked in order either
+    gone = {"benchmark": "mine", "id": "gone", "error": "no file"}
+    for extra, unusable in (([], []), ([gone], ["gone"])):
+        part = summarise(rows + extra)["mine"]
+        assert (part["frames"], part["score"], part["n"], part["orders"]) == ("shuffled", 100, 1, {})
+        assert part["unusable"] == unusable
+
+
+# ------------------------------------------------------------------------------------------------------ saved answers
+
+
+def test_scoring_loads_no_torch(tmp_path):
+    """Guards: slow imports before a second of work."""
+    file = tmp_path / "predictions.jsonl"
+    write(file, [row("mvbench", "<think>x</think><answer>B</answer>", "B", row_id=i) for i in range(3000)])
+    program = (
+        f"import sys, runpy; sys.argv = ['score', {str(file)!r}]; "
+        "runpy.run_module('benchmarks.score', run_name='__main__'); "
+        "heavy = {'torch', 'transformers', 'decord', 'PIL', 'accelerate', 'numpy'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    part = json.loads((tmp_path / "summary.json").read_text())["mvbench"]
+    assert (part["score"], part["n"]) == (100, 3000)
+
+
+def test_bare_answers_are_joined_with_the_official_files(tmp_path, capsys):
+    """Guards: a join by position; other scores than for rows that have their solutions."""
+    full = []
+    for name in N_QUESTIONS:
+        for number, record in enumerate(load_benchmark(name, ANNOTATIONS)):
+            full.append({**record, "prediction": record["solution"] if number % 2 else "A"})
+    bare = [{key: answer[key] for key in ("benchmark", "id", "prediction")} for answer in reversed(full)]
+    empty = [{**answer, "solution": "", "options": None} for answer in full]
+    summaries = {}
+    for name, rows in (("full", full), ("bare", bare), ("empty", empty)):
+        write(tmp_path / name / "predictions.jsonl", rows)
+        joined = ["--annotations", str(ANNOTATIONS)] if name != "full" else []
+        main([str(tmp_path / name / "predictions.jsonl"), *joined])
+        summaries[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    # the ids of MMVU's open questions are listed in the order of the rows
+    assert summaries["full"] == summaries["empty"] == summaries["bare"] | {"mmvu": summaries["full"]["mmvu"]}
+    assert len(summaries["full"]) == len(N_QUESTIONS) and capsys.readouterr().out.count("published scores:") == 3
+
+
+def test_bare_rows_of_an_unknown_benchmark_are_an_error():
+    """Guards: a traceback, or a search in the files of another benchmark."""
+    with pytest.raises(UserError, match="no benchmark None, mine: vsibench"):
+        join_annotations([{"benchmark": "mine", "id": 1, "prediction": "B"}, {"id": 2}], ANNOTATIONS)
+
+
+GOOD = row("mvbench", "B", "B", row_id="x")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no records in this file"),
+        (b"\xe9\xff\n", "not UTF-8"),
+        ('{"a": 1}\n{nope\n', "line 2: not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ([GOOD, GOOD], "row 2: mvbench 'x' is used twice, first in row 1"),
+        ([GOOD | {"id": 1}, GOOD | {"id": "1"}], "row 2: mvbench '1' is used twice"),
+        (
+            [GOOD, 3, GOOD | {"task": 3}],
+            "2 of 3 predictions are bad:\n  row 2: expected a prediction, got 3\n  row 3: ",
+        ),
+        ([GOOD | {"benchmark": ["a"]}], "benchmark: expected text"),
+        ([GOOD | {"task": 3}], "task: expected text, got 3"),
+        ([GOOD | {"prediction": {"a": 1}}], "prediction: expected text"),
+        ([GOOD | {"options": 5}], "options: expected a list"),
+        ([GOOD | {"frames": "sideways"}], "frames: expected one of ordered, shuffled, reversed, single, blind"),
+        ([GOOD | {"problem_type": "maths"}], "no problem type 'maths'"),
+        ([GOOD | {"solution": 4}], "solution: expected text"),
+        ([GOOD | {"solution": ""}], "solution: missing"),
+        ([GOOD | {"solution": "<answer>B"}], "no answer in"),
+        ([GOOD | {"path": 7}], "path: expected text"),
+        ([{"benchmark": "mvbench", "id": 1, "prediction": "B"}], "join the official files with --annotations"),
+        ([{k: v for k, v in GOOD.items() if k != "id"}], "id: missing"),
+        ([GOOD | {"frames": order} for order in ("ordered", "blind", "blind")], "row 3: mvbench 'x' is used twice"),
+    ],
+)
+def test_bad_prediction_files_are_one_clear_error(tmp_path, content, message):
+    """Guards: a traceback; a row that is silently dropped or counted twice; wrong row numbers."""
+    file = tmp_path / "predictions.jsonl"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, str):
+        file.write_text(content)
+    else:
+        write(file, content)
+    with pytest.raises(UserError) as error:
+        main([str(file)])
+    assert message in str(error.value) and not (tmp_path / "summary.json").exists()
+
+
+def test_a_file_of_answers_that_is_not_there_is_one_clear_error():
+    """Guards: a traceback."""
+    with pytest.raises(UserError, match="nowhere.jsonl: cannot read"):
+        main(["nowhere.jsonl"])

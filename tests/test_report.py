@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from evaluate import summarise
+from benchmarks.orders import summarise
 from support.settings import SharedConfig, UserError
 from tools import report, rollouts
 

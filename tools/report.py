@@ -26,19 +26,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-import evaluate
-from benchmarks import (
-    ANSWER_COLUMNS,
-    GROUPS,
-    PUBLISHED,
-    answer_cells,
-    benchmarks_in,
-    join_annotations,
-    notes_of,
-    score_benchmark,
-    scored_rows,
-    with_error,
-)
+from benchmarks import PUBLISHED, join_annotations, orders
+from benchmarks.answers import GROUPS, benchmarks_in, score_benchmark, scored_rows
+from benchmarks.score import ANSWER_COLUMNS, answer_cells, notes_of
+from benchmarks.shared import with_error
 from data import Unusable, load_media
 from rewards import CORRECT
 from support import record_files, settings, storage
@@ -88,7 +79,7 @@ def columns_of(runs):
     """{label: scored rows} of what the page compares: the orders of one run, or several runs in their first order."""
     columns = {}
     for label, rows in runs.items():
-        asked = evaluate.rows_by_order(rows)
+        asked = orders.rows_by_order(rows)
         if len(runs) == 1:
             return {ORDER_NAMES.get(order, order): asked[order] for order in asked}
         first = next(iter(asked))
@@ -259,7 +250,7 @@ def score_table(columns, benchmarks):
     for name in benchmarks:
         column_rows = [rows_about(name, rows_of) for rows_of in columns.values()]
         parts = [score_benchmark(name, rows_of) for rows_of in column_rows]
-        differences = [evaluate.paired_difference(rows_of, column_rows[0]) for rows_of in column_rows[1:]]
+        differences = [orders.paired_difference(rows_of, column_rows[0]) for rows_of in column_rows[1:]]
         rows.append(score_row("benchmark", name, parts, differences))
         for model, published in PUBLISHED.items():
             if name in published:
@@ -292,7 +283,7 @@ def score_row(style, label, parts, differences):
     for part, difference in zip(parts, [None, *differences]):
         cell = with_error(part["score"], part["se"]) if part else ""
         if difference:
-            cell += f"\n{evaluate.interval_text(difference)}"
+            cell += f"\n{orders.interval_text(difference)}"
         cells.append(cell)
     return {"style": style, "label": label, "cells": cells}
 
