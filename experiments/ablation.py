@@ -1,32 +1,27 @@
-"""Which completions should get the temporal reward? Twelve ways of rewarding, many seeds, a tiny world with a shortcut.
+"""Which completions should get the temporal reward? Eleven ways of rewarding, a tiny world with a shortcut.
 
-    python -m experiments.ablation                # seeds 0 to 20, 2 processes at a time; see README.md for the time
-    python -m experiments.ablation --world object --seeds 0 1 2 3 4 --arms grpo credit credit_shuffled credit_noise
+    python -m experiments.ablation                                  # seeds 0 to 20; see README.md for the time
+    python -m experiments.ablation --seeds 2 3 --arms grpo credit   # a part of it
+    python -m experiments.ablation --seeds                          # only the tables of what is finished
 
-What is finished is not run again. Each seed has its own world (worlds.py) and its own SFT model. If the SFT model fails
-its check, the seed is listed and left out; the check uses nothing from RL. Every arm starts from the same SFT model and
-sees the same prompts. Writes WORLD.json (all numbers), WORLD.md (the tables), WORLD.png and WORLD_farming.png into
-runs/ablation.
+What is finished is not run again. Each seed has its own world (world.py) and SFT model; every arm starts from it and
+sees the same prompts. A seed whose SFT model fails its check is listed and left out. Writes background.json (numbers)
+and background.md (tables). Two processes with different seeds may share the folder.
 """
 
 import argparse
 import json
 import math
+import signal
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from experiments.two_rationales import MEASURES, check_sft, reinforce, scores, stop_stages_on_sigterm, train_sft
-from experiments.worlds import WORLDS
+from experiments.world import RULES, names_shortcut
 from support.settings import UserError
 from support.storage import read_jsonl, write_atomic
 from support.tables import table
-from tools.plot import save_figure
-from toy import ROOT
+from toy import ROOT, launch, make_model, make_world, stage
 
 
 @dataclass
@@ -34,186 +29,212 @@ class Arm:
     """One way of rewarding. `settings` are those of tgrpo.py; `variant` is one of variants.VARIANTS, or empty."""
 
     label: str
-    settings: tuple
-    colour: str
     variant: str = ""
+    settings: tuple = ()
 
 
-# the rule of configs/credit.yaml
-CREDIT = ("--temporal_rule", "credit", "--temporal_target", "reward", "--advantage_std", "none")
-CREDIT += ("--alpha", 1, "--shuffled_generations", 0)
-TARO = ("--temporal_rule", "credit", "--temporal_target", "reward", "--credit_shuffles", 1)
-TARO += ("--shuffled_generations", 0)
+NO_STD = ("--advantage_std", "none")
 PUBLISHED = ("--temporal_rule", "paper", "--temporal_target", "reward")
-MARGIN = ("--temporal_target", "reward", "--alpha", 1, "--advantage_std", "none")
+MARGIN = ("--temporal_target", "reward", "--alpha", 1, *NO_STD)
 ARMS = {
-    "grpo": Arm("GRPO, group std", ("--temporal_rule", "none"), "tab:gray"),
-    "grpo_no_std": Arm("GRPO, no std", ("--temporal_rule", "none", "--advantage_std", "none"), "black"),
-    "published": Arm("T-GRPO as published", PUBLISHED, "tab:orange"),
-    "published_gdpo": Arm("T-GRPO as published, GDPO", PUBLISHED, "tab:brown", "gdpo"),
-    "margin_advantage": Arm("T-GRPO, in the advantage (default)", (), "tab:red"),
-    "margin_no_std": Arm("T-GRPO, in the reward, α = 1, no std", MARGIN, "tab:pink"),
-    "taro": Arm("TaRO's reward", TARO, "tab:purple", "taro"),
-    "credit": Arm("credit", CREDIT, "tab:blue"),
-    "credit_k1": Arm("credit, K = 1", (*CREDIT, "--credit_shuffles", 1), "deepskyblue"),
-    "credit_relative": Arm("credit, relative to the largest", CREDIT, "navy", "relative"),
-    "credit_shuffled": Arm("shuffled credit", CREDIT, "tab:cyan", "shuffled"),
-    "credit_noise": Arm("noise of equal mean and spread", CREDIT, "tab:green", "noise"),
+    "grpo": Arm("GRPO, group std", settings=("--temporal_rule", "none")),
+    "grpo_no_std": Arm("GRPO, no std", settings=("--temporal_rule", "none", *NO_STD)),
+    "published": Arm("T-GRPO as published", settings=PUBLISHED),
+    "published_gdpo": Arm("T-GRPO as published, GDPO", "gdpo", PUBLISHED),
+    "margin_advantage": Arm("T-GRPO, in the advantage (default)"),
+    "margin_no_std": Arm("T-GRPO, in the reward, α = 1, no std", settings=MARGIN),
+    "taro": Arm("TaRO's reward", "taro"),
+    "credit": Arm("credit", "credit"),
+    "credit_k1": Arm("credit, K = 1", "credit", ("--credit_shuffles", 1)),
+    "credit_shuffled": Arm("shuffled credit", "shuffled"),
+    "credit_noise": Arm("noise of equal mean and spread", "noise"),
 }
-# metrics that are kept for each step of RL
-STEPS = ("temporal/credit_correct", "temporal/credit_wrong", "temporal/credit_clamped", "completion/length")
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom
+# the columns of the results, as `scores` returns them
+MEASURES = {
+    "ordered": "frames in order",
+    "conflict": "misleading shortcut",
+    "gap": "gap",
+    "conflict_sampled": "misleading shortcut, sampled",
+    "names_shortcut": "names the shortcut",
+}
+# the first part of SFT runs until the model reaches this accuracy, but at most so many times
+SKILL = 0.9
+MAX_SKILL_PARTS = 4
+# The check samples so many times. Of one sample only about 110 answers use the skill: chance would decide what passes.
+CHECKS = 4
+# what an SFT model must reach: see check_sft
+BOUNDS = {
+    "skill": (SKILL, 1.0),
+    "shortcut_share": (0.4, 0.8),
+    "skill_right": (0.57, 1.0),
+    "shortcut_followed": (0.5, 1.0),
+}
+# settings of evaluate.py, for greedy and for sampled answers
+BOTH_ORDERS = ("--orders", "ordered", "shuffled")
+SAMPLED = ("--temperature", 1, "--orders", "ordered")
+# 97.5 % quantiles of Student's t for 1 to 20 degrees of freedom
 T_QUANTILES = [
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 ]
 
 
-# --------------------------------------------------------------------------------------------------------- the runs
+# -------------------------------------------------------------------------------------------------- the runs of a seed
 
 
-def run_sft(folder, world, seed):
-    """World and SFT model of one seed. Returns its results, which are also kept in folder/sft.json."""
-    result_file = folder / "sft.json"
-    if not result_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        train_sft(folder, world, seed, folder / "log.txt")
-        measured, faults = check_sft(folder, world)
-        result = {"seed": seed, "check": measured, "faults": faults, "sft": scores(folder, world, "sft")}
-        write_atomic(result_file, json.dumps(result))
-    return json.loads(result_file.read_text(encoding="utf-8"))
+def evaluate(out, seed, model, name, settings):
+    """Answers of the model `out`/`model` to the test questions, in `out`/eval/`name`."""
+    arguments = stage("evaluate.py", out, seed, f"{model}/final", "test.json", f"eval/{name}", *settings)
+    launch(arguments, out / f"eval/{name}/summary.json")
 
 
-def run_arm(folder, world, seed, name):
-    """One arm of one seed. Returns its results, which are also kept in folder/NAME.json."""
-    result_file = folder / f"{name}.json"
-    if not result_file.exists():
-        arm = ARMS[name]
-        reinforce(folder, world, seed, name, arm.settings, arm.variant, folder / f"{name}.log")
-        result = {"arm": described(arm)} | scores(folder, world, name) | curves(folder, world, name)
-        result["credit"] = credit_of_reasons(folder, world, name)
-        write_atomic(result_file, json.dumps(result))
-    return read_arm(result_file, name)
+def train_sft(out, seed):
+    """World, random model, and both parts of SFT; greedy and sampled answers of the SFT model."""
+    if not (out / "world").exists():
+        make_world(out / "world", seed, n_other=0, rules=RULES)
+    if not (out / "base").exists():
+        make_model(out / "base", json.loads((out / "world/sft.json").read_text(encoding="utf-8")), seed)
+    model = "base"
+    for part in range(1, MAX_SKILL_PARTS + 1):
+        name = f"skill{part}"
+        launch(stage("sft.py", out, seed, model, "skill.json", name), out / name / "final")
+        model = f"{name}/final"
+        evaluate(out, seed, name, name, ("--orders", "ordered"))
+        if accuracy(answers(out, name)) >= SKILL:
+            break
+    launch(stage("sft.py", out, seed, model, "sft.json", "sft", "--steps", 120, "--lr", 1e-3), out / "sft/final")
+    evaluate(out, seed, "sft", "sft", BOTH_ORDERS)
+    for i in range(CHECKS):
+        evaluate(out, seed + 1000 * i, "sft", f"sft_sampled{i}", SAMPLED)
 
 
-def described(arm):
-    """What a result is kept with, so that one of an earlier definition of the arm is noticed."""
-    return " ".join(map(str, [*arm.settings, *(["--variant", arm.variant] if arm.variant else [])]))
+def reinforce(out, seed, name):
+    """50 steps of RL from the SFT model, as the arm `name` does it; greedy and sampled answers."""
+    limits = ("--steps", 50, "--save_rollouts", "true", "--save_every", 0, "--num_workers", 1)
+    arm = ARMS[name]
+    arguments = stage("tgrpo.py", out, seed, "sft/final", "rl.json", name, *limits, *arm.settings)
+    if arm.variant:
+        arguments = ["-m", "experiments.variants", "--variant", arm.variant, *arguments[1:]]
+    launch(arguments, out / name / "final")
+    evaluate(out, seed, name, name, BOTH_ORDERS)
+    evaluate(out, seed, name, f"{name}_sampled0", SAMPLED)
 
 
-def read_arm(file, name):
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if result["arm"] != described(ARMS[name]):
-        raise UserError(f"{file}: of the settings {result['arm']!r}, now they are {described(ARMS[name])!r}: remove it")
-    return result
+# ---------------------------------------------------------------------------------------------------- what is measured
 
 
-def curves(folder, world, name):
-    """What one run of RL logged: {"steps": {name: a list with one value per step}}.
+def answers(out, name, **fields):
+    """Rows of eval/`name`/predictions.jsonl with these fields."""
+    rows = read_jsonl(out / f"eval/{name}/predictions.jsonl")
+    return [row for row in rows if all(row[field] == value for field, value in fields.items())]
 
-    names_shortcut: share of the sampled completions whose reason is the shortcut. The others are metrics of tgrpo.py.
+
+def accuracy(rows):
+    """Mean accuracy, 0 to 1; 0 without rows."""
+    return statistics.fmean([row["accuracy"] for row in rows]) if rows else 0.0
+
+
+def check_sft(out):
+    """What is wrong with an SFT model, as a list of texts; without a choice to make, RL would show nothing.
+
+    Before the second part it must have the skill (greedy). After it, sampled, it must give both reasons, be right more
+    often than by chance with the skill as reason, and follow the shortcut that it gives as reason.
     """
-    texts = {}
-    for row in read_jsonl(folder / name / "rollouts.jsonl"):
-        if row["frames"] == "ordered":
-            texts.setdefault(row["step"], []).append(row["text"])
-    steps = {"names_shortcut": []}
-    for step in sorted(texts):
-        steps["names_shortcut"].append(np.mean([world.names_shortcut(text) for text in texts[step]]))
-    metrics = read_jsonl(folder / name / "metrics.jsonl")
-    for metric in STEPS:
-        if metric in metrics[0]:
-            steps[metric] = [row.get(metric) for row in metrics]
-    rounded = {}
-    for metric, values in steps.items():
-        rounded[metric] = [None if value is None else float(f"{value:.3g}") for value in values]
-    return {"steps": rounded}
+    sampled = []
+    for i in range(CHECKS):
+        sampled += answers(out, f"sft_sampled{i}")
+    shortcut = [row for row in sampled if names_shortcut(row["prediction"])]
+    by_skill = [row for row in sampled if not names_shortcut(row["prediction"])]
+    agreeing = accuracy([row for row in shortcut if row["cue"] == "agrees"])
+    misled = accuracy([row for row in shortcut if row["cue"] == "misleads"])
+    measured = {
+        "skill": accuracy(answers(out, max(folder.name for folder in (out / "eval").glob("skill*")))),
+        "shortcut_share": len(shortcut) / len(sampled),
+        "skill_right": accuracy(by_skill),
+        "shortcut_followed": agreeing - misled,
+    }
+    faults = []
+    for name, (low, high) in BOUNDS.items():
+        if not low <= measured[name] <= high:
+            faults.append(f"{name} is {measured[name]:.3f}, not {low} to {high}")
+    return faults
 
 
-def credit_of_reasons(folder, world, name):
-    """Mean credit, in nats, of the correct completions of the first ten steps: {"skill": ..., "shortcut": ...}.
+def scores(out, name):
+    """{measure: 0 to 1} of one model on the test clips.
 
-    A reason without a correct completion, or an arm without credits, is left out.
+    gap: accuracy with the frames in order minus with the frames shuffled. names_shortcut: share of the greedy answers
+    whose reason is the shortcut; `conflict` shows whether they follow it.
     """
+    ordered = answers(out, name, frames="ordered")
+    values = {
+        "ordered": accuracy(ordered),
+        "conflict": accuracy(answers(out, name, frames="ordered", cue="misleads")),
+        "gap": accuracy(ordered) - accuracy(answers(out, name, frames="shuffled")),
+        "conflict_sampled": accuracy(answers(out, f"{name}_sampled0", cue="misleads")),
+        "names_shortcut": statistics.fmean(names_shortcut(row["prediction"]) for row in ordered),
+    }
+    return {name: round(value, 6) for name, value in values.items()}
+
+
+def credit_of_reasons(rollouts):
+    """{reason: mean credit, in nats, of its correct completions in the first ten steps}."""
     credits = {"skill": [], "shortcut": []}
-    for row in read_jsonl(folder / name / "rollouts.jsonl"):
-        if row.get("credit") is None:
-            continue
-        if row["step"] < 10 and row["accuracy"] > 0.5:
-            credits["shortcut" if world.names_shortcut(row["text"]) else "skill"].append(row["credit"])
-    return {reason: statistics.fmean(values) for reason, values in credits.items() if values}
+    for row in read_jsonl(rollouts):
+        if "credit" in row and row["step"] < 10 and row["accuracy"] > 0.5:
+            credits["shortcut" if names_shortcut(row["text"]) else "skill"].append(row["credit"])
+    return {reason: round(statistics.fmean(values), 6) for reason, values in credits.items() if values}
 
 
-def collect(out, arms):
-    """Results of all seeds, in their order, with those of these arms that are finished."""
+def collect(out):
+    """Results of all seeds, in their order, with the arms that are finished."""
     results = []
     for folder in sorted(out.glob("seed*"), key=lambda folder: int(folder.name.removeprefix("seed"))):
-        if not (folder / "sft.json").exists():
+        if not (folder / f"eval/sft_sampled{CHECKS - 1}/summary.json").exists():
             continue
-        result = json.loads((folder / "sft.json").read_text(encoding="utf-8")) | {"arms": {}}
-        for name in arms:
-            if (folder / f"{name}.json").exists():
-                result["arms"][name] = read_arm(folder / f"{name}.json", name)
-        if result["arms"] or result["faults"]:
-            results.append(result)
+        result = {"seed": int(folder.name.removeprefix("seed")), "faults": check_sft(folder)}
+        result |= {"sft": scores(folder, "sft"), "arms": {}}
+        for name in ARMS:
+            if (folder / f"eval/{name}_sampled0/summary.json").exists():
+                credit = credit_of_reasons(folder / name / "rollouts.jsonl")
+                result["arms"][name] = scores(folder, name) | {"credit": credit}
+        results.append(result)
     return results
 
 
-def passed(results):
-    """Results of the seeds whose SFT model passed its check."""
-    return [r for r in results if not r["faults"]]
-
-
-def arms_of(results):
-    """Names of the arms that some seed has, in the order of ARMS."""
-    return [name for name in ARMS if any(name in r["arms"] for r in results)]
-
-
-def of_arm(results, name):
-    """The results of one arm, of the seeds that have it."""
-    return [r["arms"][name] for r in results if name in r["arms"]]
-
-
-# ------------------------------------------------------------------------------------------------------- the tables
-
-
-def mean_interval(values):
-    """(mean, half the width of its 95 % interval by Student's t; NaN for one or two values).
-
-    Two values would give an interval 13 times as wide as their standard error, which says nothing. From 31 degrees of
-    freedom on the quantile of 30 is used, which makes the interval slightly too wide.
-
-    >>> mean, half = mean_interval([0.0, 1.0] * 5)
-    >>> mean, round(half, 3)
-    (0.5, 0.377)
-    """
-    n = len(values)
-    if n < 3:
-        return statistics.fmean(values), math.nan
-    t = T_QUANTILES[min(n - 1, 30) - 1]
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+# ---------------------------------------------------------------------------------------------------------- the tables
 
 
 def cell(values, scale=100, digits=0):
-    """Mean and interval as text, in percent or another scale; without an interval for one or two values."""
-    mean, half = mean_interval(values)
-    interval = "" if math.isnan(half) else f" ± {scale * half:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{interval}"
+    """Mean ± half of its 95 % interval by Student's t, in percent or another scale; no interval below three values.
+
+    >>> cell([0.0, 1.0] * 5)
+    '50 ± 38'
+    """
+    n = len(values)
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    if n < 3:
+        return mean
+    t = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1]
+    half = t * statistics.stdev(values) / math.sqrt(n)
+    return f"{mean} ± {scale * half:.{digits}f}"
+
+
+def of_arm(valid, name):
+    """The results of one arm, of the seeds that have it."""
+    return [result["arms"][name] for result in valid if name in result["arms"]]
 
 
 def results_table(valid):
-    """The results of each arm, one row per arm."""
-
-    def row(label, finished):
-        cells = []
-        for column in MEASURES:
-            cells.append(cell([scores[column] for scores in finished]))
-        return [label, *cells, len(finished)]
-
-    rows = [row("SFT model", [r["sft"] for r in valid])]
-    for name in arms_of(valid):
-        rows.append(row(ARMS[name].label, of_arm(valid, name)))
+    """The results of the SFT models and of each arm, one row per arm."""
+    models = {"SFT model": [result["sft"] for result in valid]}
+    for name, arm in ARMS.items():
+        models[arm.label] = of_arm(valid, name)
+    rows = []
+    for label, finished in models.items():
+        if finished:
+            cells = [cell([scores[measure] for scores in finished]) for measure in MEASURES]
+            rows.append([label, *cells, len(finished)])
     return table(["", *MEASURES.values(), "seeds"], rows)
 
 
@@ -221,172 +242,61 @@ def differences_table(valid):
     """Paired differences: credit minus each other arm, over the seeds that have both."""
     columns = ("ordered", "conflict", "conflict_sampled")
     rows = []
-    for name in arms_of(valid):
-        both = [r["arms"] for r in valid if name in r["arms"] and "credit" in r["arms"]]
+    for name, arm in ARMS.items():
+        both = [result["arms"] for result in valid if {name, "credit"} <= result["arms"].keys()]
         if name == "credit" or not both:
             continue
         cells = []
         for column in columns:
             cells.append(cell([arms["credit"][column] - arms[name][column] for arms in both]))
-        rows.append([ARMS[name].label, *cells, len(both)])
+        rows.append([arm.label, *cells, len(both)])
     return table(["", *(MEASURES[column] for column in columns), "seeds"], rows)
 
 
 def tables(results):
     """The results as Markdown: means with intervals, paired differences, and the seeds that were left out."""
-    valid = passed(results)
-    paragraphs = [
-        "Test clips, percent; mean over the seeds that have the arm, and half of its 95 % interval (Student's t).",
-        results_table(valid),
-    ]
+    valid = [result for result in results if not result["faults"]]
+    paragraphs = []
+    if valid:
+        paragraphs.append(results_table(valid))
     if of_arm(valid, "credit"):
         paragraphs += ["Paired differences, credit minus the other, in points:", differences_table(valid)]
-    credits = [scores["credit"] for scores in of_arm(valid, "credit") if len(scores["credit"]) == 2]
-    if credits:
-        means = []
-        for reason in ("skill", "shortcut"):
-            mean = cell([credit[reason] for credit in credits], scale=1, digits=2)
-            means.append(f"{mean} with the {reason}")
-        paragraphs.append(
-            f"Credit of correct completions in the first ten steps, in nats: {', '.join(means)} as reason."
-        )
-    for r in results:
-        if r["faults"]:
-            paragraphs.append(
-                f"Left out: seed {r['seed']}, whose SFT model failed its check ({'; '.join(r['faults'])})."
-            )
+    for reason in ("skill", "shortcut"):
+        credits = [scores["credit"][reason] for scores in of_arm(valid, "credit") if reason in scores["credit"]]
+        if credits:
+            mean = cell(credits, scale=1, digits=2)
+            paragraphs.append(f"Credit of correct completions in the first ten steps, {reason} as reason: {mean} nats.")
+    failed = [f"seed {result['seed']} ({'; '.join(result['faults'])})" for result in results if result["faults"]]
+    if failed:
+        paragraphs.append(f"Left out, because the SFT model failed its check: {', '.join(failed)}.")
     return "\n\n".join(paragraphs) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------- the pictures
-
-
-def start_figure(rows, columns, size, **settings):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **settings)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def mean_curve(valid, arm, metric):
-    """Mean over the seeds of a metric at each step of RL; NaN where no seed has it."""
-    values = np.array([scores["steps"][metric] for scores in of_arm(valid, arm)], dtype=float)
-    with np.errstate(all="ignore"):
-        counts = np.isfinite(values).sum(0)
-        return np.nansum(values, 0) / np.where(counts, counts, np.nan)
-
-
-def plot(results, path):
-    """How many completions name the shortcut over the steps of RL; test accuracies, one dot per seed."""
-    valid = passed(results)
-    arms = arms_of(valid)
-    figure, (axes,) = start_figure(1, 4, (15, 6.5), width_ratios=(1.8, 1, 1, 1))
-    for name in arms:
-        axes[0].plot(mean_curve(valid, name, "names_shortcut"), color=ARMS[name].colour, label=ARMS[name].label)
-    axes[0].set(title="completions that name the shortcut\n(sampled in RL, mean of seeds)")
-    axes[0].set(xlabel="step of RL", ylabel="share", ylim=(-0.02, 1.02))
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
-
-    panels = {
-        "ordered": "accuracy,\nframes in order",
-        "conflict": "accuracy,\nmisleading shortcut",
-        "gap": "accuracy in order\nminus shuffled",
-    }
-    for axis, (column, title) in zip(axes[1:], panels.items()):
-        for y, name in enumerate(reversed(arms)):
-            values = [scores[column] for scores in of_arm(valid, name)]
-            heights = y + np.linspace(-0.25, 0.25, len(values))
-            axis.plot(values, heights, "o", color=ARMS[name].colour, alpha=0.5, markersize=4)
-            axis.plot(np.mean(values), y, "|", color=ARMS[name].colour, markersize=20, markeredgewidth=3)
-        axis.set(title=title, yticks=range(len(arms)), yticklabels=[], xlim=(-0.07, 1.03))
-    axes[1].set_yticklabels([ARMS[name].label for name in reversed(arms)])
-    figure.suptitle(f"up to {len(valid)} seeds, test clips, greedy. Dots: one seed; bars: the mean", fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_farming(results, path):
-    """Does order-dependent text pay by itself? Credit of correct and of wrong completions, and their length."""
-    valid = passed(results)
-    arms = arms_of(valid)
-    panels = {
-        "temporal/credit_correct": "credit of correct completions, nats",
-        "temporal/credit_wrong": "credit of wrong completions, nats",
-        "temporal/credit_clamped": "share of correct ones with 1 nat or more",
-        "completion/length": "length of a completion, tokens",
-    }
-    figure, (axes,) = start_figure(1, 4, (15, 5))
-    for axis, (metric, title) in zip(axes, panels.items()):
-        for name in arms:
-            # TaRO's credit is per token
-            if metric in of_arm(valid, name)[0]["steps"] and (name != "taro" or metric == "completion/length"):
-                axis.plot(mean_curve(valid, name, metric), color=ARMS[name].colour, label=ARMS[name].label)
-        axis.set(title=title, xlabel="step of RL")
-    handles, labels = axes[3].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(f"sampled in RL, mean of up to {len(valid)} seeds", fontsize=10)
-    save_figure(figure, path)
-
-
-# ------------------------------------------------------------------------------------------------------------ main
-
-
-def ablate(out, world_name, seeds, arms, jobs):
-    """Run what is missing, `jobs` processes at a time, and write the results of the finished seeds."""
-    world = WORLDS[world_name]
-    folders = {seed: out / world_name / f"seed{seed}" for seed in seeds}
-
-    def sft(seed):
-        return run_sft(folders[seed], world, seed)
-
-    def arm(job):
-        seed, name = job
-        run_arm(folders[seed], world, seed, name)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            checked = list(tqdm(pool.map(sft, seeds), total=len(seeds), desc="SFT", unit="seed"))
-            todo = [(result["seed"], name) for result in checked if not result["faults"] for name in arms]
-            for _ in tqdm(pool.map(arm, todo), total=len(todo), desc="RL", unit="arm"):
-                pass
-        except (KeyboardInterrupt, SystemExit) as stop:
-            pool.shutdown(cancel_futures=True)
-            message = f"{stop}\nstopped; the same command continues from here. See the logs in {out / world_name}"
-            raise SystemExit(message) from stop
-    report(out, world_name, arms)
-
-
-def report(out, world_name, arms):
-    """Write the tables, the numbers and the figures of all finished seeds."""
-    results = collect(out / world_name, arms)
-    if not passed(results):
-        raise SystemExit(f"no finished seed passed the check of its SFT model: see {out / world_name}/seed*/sft.json")
-    write_atomic(out / f"{world_name}.json", json.dumps(results))
-    write_atomic(out / f"{world_name}.md", tables(results))
-    plot(results, out / f"{world_name}.png")
-    plot_farming(results, out / f"{world_name}_farming.png")
-    print(f"\n{tables(results)}\nplots: {out / world_name}.png, {out / world_name}_farming.png")
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation", help="folder for all results")
-    parser.add_argument("--world", choices=WORLDS, default="background", help="default: background")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(21)), help="default: 0 to 20")
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(21)), help="default: 0 to 20")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time; default: 2")
-    parser.add_argument("--report", action="store_true", help="only write the results of what is finished")
     args = parser.parse_args()
     out = args.out.resolve()
-    if args.report:
-        report(out, args.world, args.arms)
-    else:
-        stop_stages_on_sigterm()
-        ablate(out, args.world, args.seeds, args.arms, args.jobs)
+    # SIGTERM ends the running stage, too, as Ctrl-C does; alone it would train on, and its folder would be locked
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for seed in args.seeds:
+            folder = out / f"seed{seed}"
+            train_sft(folder, seed)
+            if not check_sft(folder):
+                for name in args.arms:
+                    reinforce(folder, seed, name)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command continues from here") from None
+    results = collect(out)
+    write_atomic(out / "background.json", json.dumps(results))
+    write_atomic(out / "background.md", tables(results))
+    print(f"\n{tables(results)}\n{out / 'background.md'}")
 
 
 if __name__ == "__main__":

@@ -1,184 +1,186 @@
-"""Temporal credit of each completion: what it is worth, who earns it, and the plain computation that it must equal."""
+"""experiments/credit.py and variants.py: what a credit is worth, who earns it, and what its controls keep."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import naive
 import pytest
 import torch
-import yaml
 
+import tgrpo
 from data import Sample
-from policy import Policy, rollout
+from experiments import variants
+from experiments.credit import CreditConfig, CreditGroup, add_credit, credit_bonus, temporal_credit
+from policy import rollout
+from support import metrics, training
+from support.settings import UserError, load_config
 from support.storage import read_jsonl
-from tgrpo import Group, TGRPOConfig, add_credit, score, temporal_credit
 
 ROOT = Path(__file__).parent.parent
-RULE = dict(temporal_rule="credit", temporal_target="reward", advantage_std="none", alpha=1.0, shuffled_generations=0)
-CFG = RULE | dict(credit_shuffles=3, micro_batch_size=2, temperature=0.7)
-RECORD = {"problem_id": 1, "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
+CFG = CreditConfig(credit_shuffles=3, micro_batch_size=2, temperature=0.7, length_omega=0.0)
+RECORD = {"problem_id": 1, "path": "a.mp4", "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
+RIGHT = "<think>x</think><answer>B</answer>"
+WRONG = "<think>x</think><answer>A</answer>"
+# of five completions, of which the last is wrong
+CREDIT_G = torch.tensor([5.0, 0.25, -4.0, 0.5, 9.0])
+CORRECT_G = torch.tensor([True, True, True, True, False])
 
 
-def shuffled(x, seed):
-    """The prompt with its patches of time in another order (never the given one)."""
-    ((T, H, W),) = x["video_grid_thw"].tolist()
-    order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
-    order = order.roll(1) if torch.equal(order, torch.arange(T)) else order
-    return x | {"pixel_values_videos": x["pixel_values_videos"].view(T, H * W, -1)[order].flatten(0, 1)}
+def use(variant, monkeypatch):
+    """Replace what a variant replaces, until the end of the test."""
+    for (where, name), replacement in variants.VARIANTS[variant].items():
+        monkeypatch.setattr(where, name, replacement)
 
 
-def groups_of(prompts, completions, shuffle=shuffled):
-    """Unscored groups; an image has no shuffles."""
-    shuffles = [[shuffle(x, k) for k in range(3)] if x["video_grid_thw"][0, 0] > 1 else [] for x in prompts]
-    return [
-        Group(Sample(RECORD, ordered=x, extra_shuffles=s), c, [""] * len(c))
-        for x, s, c in zip(prompts, shuffles, completions)
-    ]
-
-
-def sampled(model, prompts, G=3):
-    torch.manual_seed(0)
-    flat = rollout(model, prompts, [G] * len(prompts), naive.tokenizer, temperature=1.0, max_new_tokens=10)
-    return [flat[i : i + G] for i in range(0, len(flat), G)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return naive.tiny_policy()
-
-
-def test_credit_equals_a_plain_computation_and_is_none_for_images(model):
-    """Guards: log-probs of another completion or clip, a mean of logs instead of a log of means, a missing
-    temperature.
-    """
-    # video, image, video, of different lengths
+def test_credit_equals_a_plain_computation_and_is_none_for_images():
+    """Guards: log-probs of another completion or clip, a missing temperature, neurons that dropout switches off."""
+    model = naive.tiny_policy(attention_dropout=0.5).eval()
     prompts = naive.mixed_prompts()
-    completions = sampled(model, prompts)
-    groups = groups_of(prompts, completions)
-    add_credit(model, groups, TGRPOConfig(**CFG), naive.PAD)
-    assert groups[1].credit_G is None
+    torch.manual_seed(0)
+    sampled = rollout(model, prompts, [3, 3, 3], naive.tokenizer, temperature=1.0, max_new_tokens=10)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        inputs = {"ordered": prompt}
+        ((T, H, W),) = prompt["video_grid_thw"].tolist()
+        pixels = prompt["pixel_values_videos"].view(T, H * W, -1)
+        for k in range(1, 4 if T > 1 else 1):
+            inputs[f"shuffled {k}"] = prompt | {"pixel_values_videos": pixels.roll(k, 0).flatten(0, 1)}
+        groups.append(CreditGroup(Sample(RECORD, inputs=inputs), sampled[3 * i : 3 * i + 3], []))
+    model.train()
+    add_credit(model, groups, CFG, naive.PAD)
+    assert model.training and groups[1].credit_G is None
+    model.eval()
     for group in (groups[0], groups[2]):
         for credit, completion in zip(group.credit_G, group.completions, strict=True):
             logps = []
-            for x in [group.sample.ordered, *group.sample.extra_shuffles]:
+            for x in group.sample.inputs.values():
                 with torch.no_grad():
                     logps.append(naive.completion_logps(model, x, completion, 0.7).double().sum())
             expected = logps[0] - torch.stack(logps[1:]).exp().mean().log()
             assert credit.item() == pytest.approx(expected.item(), abs=2e-5)
-    assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) > 0.01
-    assert all(not g.credit_G.requires_grad for g in (groups[0], groups[2]))
+        assert group.credit_G.abs().max() > 0.01
 
 
-def test_credit_is_zero_if_shuffling_changes_nothing(model):
-    """Guards: credit from rounding errors, or from shuffles of the wrong prompt."""
-    prompts = naive.mixed_prompts()
-    groups = groups_of(prompts, sampled(model, prompts), shuffle=lambda x, seed: dict(x))
-    add_credit(model, groups, TGRPOConfig(**CFG), naive.PAD)
-    assert max(g.credit_G.abs().max() for g in (groups[0], groups[2])) < 2e-5
+def test_credit_is_0_for_an_answer_that_is_as_likely_in_any_order():
+    """Guards: the wrong sign; a mean of log-probs, which one shuffle with an impossible answer would dominate."""
+    logps_G = torch.tensor([-9.0, -1.0, -2.0, -1.0])
+    shuffled_KG = torch.tensor([[-9.0, -2.0, -1.0, -1.0], [-9.0, -2.0, -1.0, -500.0]])
+    assert temporal_credit(logps_G, shuffled_KG).tolist() == pytest.approx([0.0, 1.0, -1.0, 0.6931], abs=1e-4)
 
 
-class FirstFrame(Policy):
-    """Says token 10 after a clip that begins dark and 20 after one that begins bright, with 98 % of its probability."""
-
-    def forward(self, input_ids, pixel_values_videos, video_grid_thw, predict, targets, **_):
-        sizes = video_grid_thw.prod(1).tolist()
-        bright_B = torch.stack([clip[0].mean() > 0 for clip in pixel_values_videos.split(sizes)])
-        bright_N = bright_B[predict // input_ids.shape[1]]
-        right_N = targets == torch.where(bright_N, 20, 10)
-        return torch.where(right_N, 0.98, 0.02 / 63).log(), torch.zeros(len(targets))
-
-
-def test_credit_goes_to_the_answer_that_used_the_order():
-    """Guards: the wrong sign; credit for a whole group instead of a completion."""
-    model = naive.tiny_policy()
-    model.__class__ = FirstFrame
-    x = naive.prompt("video", (2, 2, 2), 3, 1)
-    # dark, then bright
-    x["pixel_values_videos"] = torch.tensor([-1.0] * 4 + [1.0] * 4)[:, None].expand(8, 1176)
-    (group,) = groups_of([x], [[torch.tensor([10]), torch.tensor([20]), torch.tensor([33])]])
-    add_credit(model, [group], TGRPOConfig(**CFG), naive.PAD)
-    copied, contrary, blind = group.credit_G.tolist()
-    assert copied > 3 and contrary < -3 and blind == pytest.approx(0, abs=1e-6)
-
-
-def test_one_impossible_shuffle_does_not_dominate_the_credit():
-    """Guards: a mean of log-probs, which one shuffle that makes the answer impossible would dominate."""
-    logps = torch.tensor([-1.0])
-    shuffles = torch.tensor([[-1.0], [-1.0], [-1.0], [-500.0]])
-    assert temporal_credit(logps, shuffles).item() == pytest.approx(torch.tensor(4 / 3).log().item(), abs=1e-5)
-
-
-def scored(credit, texts, **settings):
-    cfg = TGRPOConfig(**CFG | {"length_omega": 0.0} | settings)
-    group = Group(Sample(RECORD), [torch.tensor([3, 1])] * len(texts), texts, credit_G=torch.tensor(credit))
-    metrics = score(group, cfg, [1])
-    return group, metrics
-
-
-RIGHT = "<think>x</think><answer>B</answer>"
-WRONG = "<think>x</think><answer>A</answer>"
-
-
-def test_the_credit_bonus_is_between_0_and_alpha_and_0_for_wrong_answers():
+def test_only_correct_completions_are_paid_between_0_and_alpha(monkeypatch):
     """Guards: a bonus for a wrong answer; a penalty for a right one; one huge log-ratio that dominates the group; wrong
-    answers, which are never paid, counted as clamped.
+    answers counted as clamped; a credit that is not in the log.
     """
-    group, metrics = scored([5.0, 0.25, -4.0, 9.0], [RIGHT, RIGHT, RIGHT, WRONG])
-    assert group.rewards["temporal"].tolist() == [1.0, 0.25, 0.0, 0.0]
-    # accuracy + format + credit; credit's own advantage has no std
-    rewards = torch.tensor([3.0, 2.25, 2.0, 1.0])
+    use("credit", monkeypatch)
+    group = CreditGroup(Sample(RECORD), [torch.tensor([3, 1])] * 5, [RIGHT] * 4 + [WRONG], credit_G=CREDIT_G)
+    tgrpo.score(group, CFG)
+    assert group.temporal_G.tolist() == [1.0, 0.25, 0.0, 0.5, 0.0]
+    # accuracy + format + term, less the group's mean
+    rewards = torch.tensor([3.0, 2.25, 2.0, 2.5, 1.0])
     assert torch.allclose(group.advantages_G, rewards - rewards.mean())
-    assert metrics["temporal/credit_clamped"] == pytest.approx(1 / 3)
-    assert metrics["temporal/credit_wrong"] == 9.0 and metrics["temporal/credit_correct"] == pytest.approx(1.25 / 3)
-    group, _ = scored([5.0, 0.25], [RIGHT, WRONG], alpha=0.5)
-    assert group.rewards["temporal"].tolist() == [0.5, 0.0]
+    logged = metrics.of_group(group, CFG, eos=[1])
+    expected = {"credit_correct": 1.75 / 4, "credit_wrong": 9.0, "credit_clamped": 1 / 4}
+    assert {name: logged[f"temporal/{name}"] for name in expected} == pytest.approx(expected)
+    assert logged["reward/temporal"] == pytest.approx(1.75 / 5)
+    rows = metrics.rollout_rows(group)
+    assert [row["credit"] for row in rows] == CREDIT_G.tolist()
+    assert [row["temporal"] for row in rows] == group.temporal_G.tolist()
 
 
-def test_the_credit_config_equals_the_toy_config_but_for_the_rule():
-    """Guards: credit that is divided by the group's std; a toy setting that is changed in only one of the two files."""
-    credit = yaml.safe_load((ROOT / "configs/credit.yaml").read_text())
-    toy = yaml.safe_load((ROOT / "configs/toy.yaml").read_text())
-    section = credit["tgrpo"]
-    assert {name: section.pop(name) for name in RULE} == RULE
-    for stage in ("tgrpo", "evaluate"):
-        credit[stage] = {name: str(value).replace("/credit", "/tgrpo") for name, value in credit[stage].items()}
-        toy[stage] = {name: str(value) for name, value in toy[stage].items()}
-    assert credit == toy
+def test_the_credit_config_is_the_toy_config_with_the_rule_and_plain_tgrpo_refuses_it():
+    """Guards: a toy setting that is changed in only one of the two files; credit.yaml trained by another rule, because
+    the variant was forgotten.
+    """
+    given = ["--config", str(ROOT / "configs/credit.yaml")]
+    ours = vars(load_config(CreditConfig, "tgrpo", given))
+    toy = vars(load_config(CreditConfig, "tgrpo", ["--config", str(ROOT / "configs/toy.yaml")]))
+    assert {name for name in ours if ours[name] != toy[name]} == {"output_dir"}
+    with pytest.raises(UserError, match="credit_shuffles: no such setting"):
+        load_config(tgrpo.TGRPOConfig, "tgrpo", given)
 
 
 def test_a_credit_run_samples_no_shuffled_completions_and_logs_every_completion(run, monkeypatch):
-    """Guards: shuffled completions that nobody uses; a missing p̃ if S > 0; rows that a resume writes twice."""
-    import tgrpo
-
+    """Guards: shuffled completions that nobody uses; credits that a resumed run computes otherwise."""
+    use("credit", monkeypatch)
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
-    settings = dict(
-        config="configs/credit.yaml",
-        save_rollouts="true",
-        max_new_tokens=8,
-        gradient_checkpointing="true",
-        steps=2,
-        save_every=1,
-    )
+    settings = dict(config="configs/credit.yaml", max_new_tokens=8, steps=2, save_every=1)
     out = run("tgrpo", "credit", **settings)
-    rows = read_jsonl(out / "metrics.jsonl")
-    said = read_jsonl(out / "rollouts.jsonl")
-    assert all(
-        "temporal/p_shuffled" not in row and {"reward/temporal", "temporal/credit_correct"} <= row.keys()
-        for row in rows
-    )
-    assert (
-        len(said) == 2 * 4 * 8
-        and {row["frames"] for row in said} == {"ordered"}
-        and {row["step"] for row in said} == {0, 1}
-    )
+    for row in read_jsonl(out / "metrics.jsonl"):
+        assert "temporal/p_shuffled" not in row and {"reward/temporal", "temporal/credit_correct"} <= row.keys()
+    rows = read_jsonl(out / "rollouts.jsonl")
+    assert len(rows) == 2 * 4 * 8 and {row["frames"] for row in rows} == {"ordered"}
     # images have none
-    assert any("credit" not in row for row in said) and any(row.get("credit") for row in said)
+    assert any("credit" not in row for row in rows) and any(row.get("credit") for row in rows)
     before = (out / "rollouts.jsonl").read_text()
-    (out / "checkpoint-1").rename(out / "kept")
-    for folder in ("final", *(p.name for p in out.glob("checkpoint-*"))):
-        shutil.rmtree(out / folder)
-    (out / "kept").rename(out / "checkpoint-1")
+    shutil.rmtree(out / "final")
     run("tgrpo", "credit", **settings)
     assert (out / "rollouts.jsonl").read_text() == before
-    asked = read_jsonl(run("tgrpo", "asked", **settings | {"shuffled_generations": 2, "steps": 1}) / "metrics.jsonl")
-    assert "temporal/p_shuffled" in asked[0]
+
+
+# --------------------------------------------------------------------------------------------------------- the variants
+
+
+def test_controls_keep_the_total_of_the_group_and_pay_correct_completions_only():
+    """Guards: a control that changes how much is paid, pays wrong completions, or pays the same ones each time; noise
+    that is one value for the whole group, which would cancel in the advantages.
+    """
+    torch.manual_seed(0)
+    own_G = credit_bonus(CREDIT_G, CORRECT_G, 0.5)[:4]
+    shuffled = torch.stack([variants.shuffled_bonus(CREDIT_G, CORRECT_G, 0.5) for _ in range(20)])
+    assert (shuffled[:, :4].sort().values == own_G.sort().values).all() and len(shuffled.unique(dim=0)) > 5
+    noise = torch.stack([variants.noise_bonus(CREDIT_G, CORRECT_G, 0.5) for _ in range(2000)])
+    assert noise[:, :4].mean().item() == pytest.approx(own_G.mean().item(), abs=0.01)
+    assert noise[:, :4].std().item() == pytest.approx(own_G.std(correction=0).item(), abs=0.01)
+    assert noise[:, :4].std(1).min() > 0
+    assert not shuffled[:, 4].any() and not noise[:, 4].any()
+
+
+def test_taro_pays_correct_completions_above_their_groups_mean_per_token(monkeypatch):
+    """Guards: sums over tokens, with which long completions always win; the mean of the correct ones alone."""
+    group = CreditGroup(None, [torch.zeros(n) for n in (2, 12, 1, 1)], [], credit_G=torch.tensor([4.0, 6.0, 8.0, 1.0]))
+    monkeypatch.setattr(variants, "add_credit", lambda *_: None)
+    variants.add_credit_per_token(None, [group, CreditGroup(None, [], [])], None, 0)
+    assert group.credit_G.tolist() == [2.0, 0.5, 8.0, 1.0]
+    # the mean is 2.875, that of the first, second and last 1.17
+    for correct, paid in (([1, 1, 0, 1], [0, 0, 0, 0]), ([1, 1, 1, 0], [0, 0, 0.5, 0])):
+        assert variants.above_mean_bonus(group.credit_G, torch.tensor(correct, dtype=bool), 0.5).tolist() == paid
+
+
+def test_gdpo_normalises_each_reward_alone_and_the_step_once(monkeypatch):
+    """Guards: the sum that is normalised, in which the published temporal reward cancels; a factor per group, which
+    would cancel it again; advantages several times those of GRPO; a second update that scales again.
+    """
+    monkeypatch.setattr(variants, "micro_batches", lambda run, groups, dummy: groups)
+    use("gdpo", monkeypatch)
+    cfg = tgrpo.TGRPOConfig(temporal_rule="paper", temporal_target="reward", length_omega=0.0)
+    groups = []
+    for shuffled_texts in ([WRONG], []):
+        completions = [torch.tensor([3, 1])] * 4
+        groups.append(tgrpo.Group(Sample(RECORD), completions, [RIGHT, RIGHT, WRONG, WRONG], [], shuffled_texts))
+        tgrpo.score(groups[-1], cfg)
+    alone_G = tgrpo.group_advantages(torch.tensor([1.0, 1, 0, 0]))
+    # accuracy and the temporal reward; accuracy alone
+    for group, factor in zip(groups, (2, 1)):
+        assert torch.allclose(group.advantages_G, factor * alone_G, atol=1e-3)
+    for _ in range(2):
+        training.Run.micro_batches(None, groups, None)
+        assert torch.cat([group.advantages_G for group in groups]).std().item() == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(groups[0].advantages_G, 2 * groups[1].advantages_G, atol=1e-3)
+    # a rank without readable records
+    assert training.Run.micro_batches(None, [], None) == []
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_variant_replaces_names_of_tgrpo(variant, monkeypatch):
+    """Guards: a variant that is named but not applied; settings that do not reach tgrpo.py."""
+    # restored after the test
+    for where, name in variants.VARIANTS[variant]:
+        monkeypatch.setattr(where, name, getattr(where, name))
+    received = []
+    monkeypatch.setattr(tgrpo, "main", lambda: received.extend(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["variants.py", "--steps", "2", "--variant", variant, "--alpha", "1"])
+    variants.main()
+    assert received == ["--steps", "2", "--alpha", "1"]
+    assert all(getattr(where, name) is new for (where, name), new in variants.VARIANTS[variant].items())
