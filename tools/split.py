@@ -9,9 +9,9 @@ import os
 import random
 from pathlib import Path
 
-from support.record_files import read_rows
-from support.settings import UserError, print_utf8
-from support.storage import write_atomic
+from support import record_files, storage
+from support.settings import UserError
+from tools import shared
 
 
 def clip_of(row):
@@ -31,8 +31,7 @@ def split(rows, share, seed):
     if len(clips) < 2:
         raise UserError(f"all {len(rows)} rows are on one clip: nothing to split")
     random.Random(seed).shuffle(clips)
-    n_test = max(1, round(share * len(clips)))
-    n_test = min(n_test, len(clips) - 1)
+    n_test = max(1, min(round(share * len(clips)), len(clips) - 1))
     test_clips = set(clips[:n_test])
     train = [row for row in rows if clip_of(row) not in test_clips]
     test = [row for row in rows if clip_of(row) in test_clips]
@@ -47,21 +46,18 @@ def share_of_clips(text):
 
 
 def main(argv=None):
-    print_utf8()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("records", help="JSON or JSONL file of records")
     parser.add_argument("--share", type=share_of_clips, required=True, help="share of the clips in the test set")
     parser.add_argument("--out", required=True, help="folder for train.json and test.json")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rows = read_rows(args.records)
-    train, test = split(rows, args.share, args.seed)
+    rows = record_files.read_rows(args.records)
+    sides = split(rows, args.share, args.seed)
     n_clips = len({clip_of(row) for row in rows})
-    for name, side in (("train", train), ("test", test)):
+    for name, side in zip(("train", "test"), sides):
         path = Path(args.out) / f"{name}.json"
-        write_atomic(path, json.dumps(side, indent=1, ensure_ascii=False))
+        storage.write_atomic(path, json.dumps(side, indent=1, ensure_ascii=False))
         n_side = len({clip_of(row) for row in side})
         print(f"{path}: {len(side)} of {len(rows)} rows, on {n_side} of {n_clips} clips")
 
