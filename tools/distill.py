@@ -15,9 +15,9 @@ from support import record_files, storage
 from support.settings import UserError
 from tools import shared
 
-# Fields of a prediction that its record keeps: always these, and these if they are there.
+# fields of a prediction that its record keeps
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
-OPTIONAL_FIELDS = ("start", "end", "fps", "image_path", "last_frame")
+FIELDS += ("start", "end", "fps", "image_path", "last_frame")
 
 
 def distill(rows, data_root, min_accuracy=CORRECT):
@@ -37,7 +37,7 @@ def distill(rows, data_root, min_accuracy=CORRECT):
         except ValueError as error:
             raise UserError(f"row {number} of the predictions: {error}") from None
         completion = row.get("prediction") or ""
-        thought = thought_in(completion)
+        thought = completion.partition("<think>")[2].partition("</think>")[0].strip()
         accuracy = accuracy_reward(completion, row["solution"], row["problem_type"])
         question = (row.get("benchmark"), row.get("id"))
         if row.get("frames", "ordered") != "ordered":
@@ -52,22 +52,9 @@ def distill(rows, data_root, min_accuracy=CORRECT):
             if question in best:
                 dropped["another answer to the same question"] += 1
             if question not in best or accuracy > best[question][0]:
-                best[question] = (accuracy, record_of(row, thought))
+                record = {name: row[name] for name in FIELDS if name in row}
+                best[question] = (accuracy, record | {"process": f"<think>{thought}</think>"})
     return [record for _, record in best.values()], dropped
-
-
-def thought_in(completion):
-    """The text of the one think block, stripped."""
-    _, _, after = completion.partition("<think>")
-    thought, _, _ = after.partition("</think>")
-    return thought.strip()
-
-
-def record_of(row, thought):
-    """The record for sft.py of a prediction and its thought."""
-    record = {name: row.get(name) for name in FIELDS}
-    record |= {name: row[name] for name in OPTIONAL_FIELDS if name in row}
-    return record | {"process": f"<think>{thought}</think>"}
 
 
 def main(argv=None):

@@ -22,41 +22,32 @@ from support.lora import add_adapter
 from support.model_files import empty_model
 from tgrpo import TGRPOConfig
 
-# Bytes per trained parameter of the float32 weights, of their gradients, and of AdamW's two moments.
+# bytes per trained parameter: float32 weights, their gradients, and AdamW's two moments
 MASTER_BYTES = 4
 GRADIENT_BYTES = 4
 ADAMW_BYTES = 8
-# Saved per token of a text layer, in tensors as wide as the hidden state.
+# What a layer saves per token or patch for its backward pass, in tensors as wide as the hidden state; with bfloat16
+# more, because norms compute in float32; with LoRA less, because frozen norms do not save their outputs.
 TEXT_LAYER_WIDTHS = 11
-# The same per patch of a vision block.
 VISION_LAYER_WIDTHS = 13
-# Saved in addition with bfloat16, because the norms compute in float32.
 BF16_NORM_WIDTHS = 2
-# Saved per token of any layer, in tensors as wide as its feed-forward part.
-FEED_FORWARD_WIDTHS = 4
-# With LoRA a text layer saves a tensor as wide as the rank for each of its adapted matrices, ...
-ADAPTED_MATRICES = 7
-# ... and its norms, which are frozen, do not save their outputs.
 FROZEN_NORM_WIDTHS = 2
-# Held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state.
+# the same in tensors as wide as its feed-forward part, and, per adapted matrix, in tensors as wide as the LoRA rank
+FEED_FORWARD_WIDTHS = 4
+ADAPTED_MATRICES = 7
+# held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state
 OUTER_WIDTHS = 6
-# Float32 copies of one chunk of logits: logits, log-softmax and the gradients of both.
+# float32 copies of one chunk of logits: logits, log-softmax and the gradients of both
 LOGITS_COPIES = 4
-# One patch is 14 x 14 pixels of two frames; four patches become one token.
+# one patch is 14 x 14 pixels of two frames; four patches become one token
 PATCH_PIXELS = 14 * 14
-# Prompt tokens that are not video.
+# prompt tokens that are not video
 TEXT_PROMPT_TOKENS = 200
 
-# The published shapes, for a checkpoint that is not downloaded yet. The head of 3B is its embedding.
-TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {"7b": (3584, 18944, 28, 28, 4), "3b": (2048, 11008, 36, 16, 2)}
-VOCABULARY = {"7b": 152064, "3b": 151936}
+# The published shapes, for a checkpoint that is not downloaded yet.
+TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+SHAPES = {"7b": (3584, 18944, 28, 28, 4, 152064), "3b": (2048, 11008, 36, 16, 2, 151936)}
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
-
-
-def published_text(size):
-    """The text part of the published config of "3b" or "7b"."""
-    return dict(zip(TEXT, SHAPES[size])) | {"vocab_size": VOCABULARY[size]}
 
 
 def model_shape(name):
@@ -67,8 +58,9 @@ def model_shape(name):
     size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
     if not size:
         raise settings.UserError(f"tgrpo.model: no checkpoint at {name}, and its name contains neither 3B nor 7B")
+    # the head of 3B is its embedding
     tied = size.group() == "3b"
-    text = published_text(size.group()) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
+    text = dict(zip(TEXT, SHAPES[size.group()])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
     vision = VISION | {"out_hidden_size": text["hidden_size"]}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
@@ -92,13 +84,10 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
             add_adapter(model, cfg)
     trained = count(parameter for parameter in model.parameters() if parameter.requires_grad)
 
-    resident = resident_bytes(cfg, weights, trained, shards)
-    if shards > 1:
-        resident["gathered layers"] = gathered_bytes(cfg, model)
     compiled_caches, rollout = cache_bytes(cfg, config.get_text_config(), prompts, prompt_tokens)
-    resident |= compiled_caches
+    resident = resident_bytes(cfg, model, weights, trained, shards) | compiled_caches
     training = training_bytes(cfg, config, min(cfg.micro_batch_size, prompts), prompt_tokens, patches)
-    # while it steps, AdamW holds the roots of the second moments of all tensors
+    # AdamW then holds the roots of the second moments of all tensors
     stepping = {"optimizer step": 4 * trained / shards}
     largest_phase = max(sum(phase.values()) for phase in (rollout, training, stepping))
     return resident | rollout | training | stepping, sum(resident.values()) + largest_phase
@@ -113,36 +102,29 @@ def number_bytes(cfg):
     return distributed.compute_dtype(cfg).itemsize
 
 
-def resident_bytes(cfg, weights, trained, shards):
+def resident_bytes(cfg, model, weights, trained, shards):
     """Bytes, by name, that a GPU holds all the time, given how many weights there are and how many are trained."""
+    number = number_bytes(cfg)
+    states = {"gradients": GRADIENT_BYTES * trained / shards, "optimizer (AdamW)": ADAMW_BYTES * trained / shards}
     if cfg.lora_rank:
         # the frozen weights are the policy's, the reference's and the rollout's
-        weight_bytes = number_bytes(cfg) * weights + MASTER_BYTES * trained
-    else:
-        weight_bytes = MASTER_BYTES * weights / shards
-    has_reference = cfg.beta and not cfg.lora_rank
-    has_copy = not cfg.lora_rank and (cfg.fsdp == "full_shard" or cfg.bf16)
-    return {
-        "weights": weight_bytes,
-        "gradients": GRADIENT_BYTES * trained / shards,
-        "optimizer (AdamW)": ADAMW_BYTES * trained / shards,
-        "reference": number_bytes(cfg) * weights / shards if has_reference else 0,
+        return {"weights": number * weights + MASTER_BYTES * trained, **states, "reference": 0, "rollout copy": 0}
+    has_copy = cfg.fsdp == "full_shard" or cfg.bf16
+    resident = {
+        "weights": MASTER_BYTES * weights / shards,
+        **states,
+        "reference": number * weights / shards if cfg.beta else 0,
         # whole on each GPU
-        "rollout copy": number_bytes(cfg) * weights if has_copy else 0,
+        "rollout copy": number * weights if has_copy else 0,
     }
-
-
-def gathered_bytes(cfg, model):
-    """Bytes of the whole layers that FSDP holds: one layer and, prefetched, the next.
-
-    The embedding and the head of the policy stay gathered, and so does the head of the reference.
-    """
-    layer = count(model.model.language_model.layers[0].parameters())
-    embedding = model.get_input_embeddings().weight
-    matrices = 1 if model.lm_head.weight is embedding else 2
-    if cfg.beta:
-        matrices += 1
-    return (2 * layer + matrices * embedding.numel()) * number_bytes(cfg)
+    if shards > 1:
+        # FSDP gathers a layer and, ahead of time, the next one. The embedding and the head of the policy stay gathered,
+        # and so does the head of the reference.
+        layer = count(model.model.language_model.layers[0].parameters())
+        embedding = model.get_input_embeddings().weight
+        matrices = (1 if model.lm_head.weight is embedding else 2) + (1 if cfg.beta else 0)
+        resident["gathered layers"] = (2 * layer + matrices * embedding.numel()) * number
+    return resident
 
 
 def cache_bytes(cfg, text, prompts, prompt_tokens):
@@ -177,12 +159,10 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     attention = 2 * packed_tokens * width + packed_tokens**2
     text_layer = packed_tokens * per_text_token + attention
 
-    per_patch = (VISION_LAYER_WIDTHS + norm_widths) * vision.hidden_size
-    per_patch += FEED_FORWARD_WIDTHS * vision.intermediate_size
     # a frozen vision tower saves nothing
-    if cfg.freeze_vision or cfg.lora_rank:
-        patches = 0
-    vision_layer = patches * per_patch
+    patches = 0 if cfg.freeze_vision or cfg.lora_rank else patches
+    vision_widths = VISION_LAYER_WIDTHS + norm_widths
+    vision_layer = patches * (vision_widths * vision.hidden_size + FEED_FORWARD_WIDTHS * vision.intermediate_size)
 
     if cfg.gradient_checkpointing:
         # the inputs of all layers, and everything that one layer saves

@@ -7,11 +7,9 @@ A faint line shows the value of each step, a strong line the mean over nine step
 """
 
 import math
-import os
 from pathlib import Path
 
-import numpy as np
-
+from support.figures import draw_curve, save_figure
 from support.settings import UserError
 from tools import shared
 
@@ -23,40 +21,6 @@ PANELS = (
     ("policy/kl", "KL to the SFT model", "nats per token"),
     ("completion/length", "completion length", "tokens"),
 )
-# steps in the moving average
-WINDOW = 9
-
-
-def smoothed(values, window=WINDOW):
-    """Moving average over `window` values; near the ends, over the values that exist.
-
-    >>> smoothed([0, 3, 6], 3).tolist()
-    [1.5, 3.0, 4.5]
-    """
-    kernel = np.ones(min(window, len(values)))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
-
-def draw_curve(axis, rows, name, label=None, color=None):
-    """Draw the metric `name` over the steps of `rows` onto a matplotlib axis. Rows without the metric are skipped."""
-    points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
-    if not points:
-        return
-    steps, values = np.array(points, dtype=float).T
-    line = axis.plot(steps, smoothed(values), color=color, linewidth=2, label=label)[0]
-    axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=1)
-
-
-def save_figure(figure, path):
-    """Write a PNG atomically. Raises UserError if it cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def metrics_in(rows):
@@ -88,7 +52,6 @@ def plot(files, out):
             if name in metrics_in(rows):
                 draw_curve(axis, rows, name, color=f"C{number % 10}")
         axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit, yscale="log" if name == "loss" else "linear")
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     names = [str(Path(file).parent) for file in files]

@@ -3,14 +3,13 @@
 python -m tools.split mine.json --share 0.1 --out my_data      # writes my_data/train.json and my_data/test.json
 """
 
-import argparse
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 
-from support import record_files, storage
-from support.settings import UserError
+from support import record_files, settings, storage
 from tools import shared
 
 
@@ -26,10 +25,10 @@ def split(rows, share, seed):
     """
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-            raise UserError(f"row {number}: path: missing")
+            raise settings.UserError(f"row {number}: path: missing")
     clips = sorted({clip_of(row) for row in rows})
     if len(clips) < 2:
-        raise UserError(f"all {len(rows)} rows are on one clip: nothing to split")
+        raise settings.UserError(f"all {len(rows)} rows are on one clip: nothing to split")
     random.Random(seed).shuffle(clips)
     n_test = max(1, min(round(share * len(clips)), len(clips) - 1))
     test_clips = set(clips[:n_test])
@@ -38,17 +37,11 @@ def split(rows, share, seed):
     return train, test
 
 
-def share_of_clips(text):
-    share = float(text)
-    if not 0 < share <= 0.9:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 0.9, got {text}")
-    return share
-
-
 def main(argv=None):
     parser = shared.parser(__doc__)
     parser.add_argument("records", help="JSON or JSONL file of records")
-    parser.add_argument("--share", type=share_of_clips, required=True, help="share of the clips in the test set")
+    share = partial(settings.convert, kind=float, low=1e-6, high=0.9)
+    parser.add_argument("--share", type=share, required=True, help="share of the clips in the test set")
     parser.add_argument("--out", required=True, help="folder for train.json and test.json")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
