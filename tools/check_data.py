@@ -6,6 +6,7 @@
 The exit status is 1 if more rows are unusable than `max_unreadable` allows. With --out it is 0.
 """
 
+import argparse
 import functools
 import json
 import sys
@@ -68,7 +69,7 @@ def check(cfg, stage):
 
 def main():
     # the stage names the section of the config to read
-    parser = settings.SettingsParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     known, others = parser.parse_known_args()
     cfg = settings.load_config(CheckConfig, known.stage, argv=others, doc=__doc__, partial=True, required=("records",))

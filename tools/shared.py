@@ -7,8 +7,7 @@ from support import settings, storage
 
 
 def parser(doc):
-    """An argument parser that shows a tool's docstring as its help. Output is UTF-8 from then on."""
-    settings.print_utf8()
+    """An argument parser that shows a tool's docstring as its help."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
