@@ -37,8 +37,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from support import settings, storage, tables, tiny_model
-from tools import toy_curves
+from support import settings, storage, tables, tiny_model, toy_curves
 
 ROOT = Path(__file__).parent
 

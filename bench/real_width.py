@@ -41,23 +41,8 @@ import tgrpo
 from support import model_files
 from support.settings import SharedConfig
 from support.storage import read_jsonl
+from tools import plan_memory
 
-SHAPES = {
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "3b": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-    },
-}
 QUESTION = {
     "problem_type": "multiple choice", "options": ["A. left", "B. right"], "problem": "Which way does the disc move?",
     "solution": "<answer>B</answer>", "process": "<think>It starts on the left and ends on the right.</think>",
@@ -89,7 +74,7 @@ def make_files(folder, shape):
         {**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())
     ]
     (folder / "records.json").write_text(json.dumps(records))
-    text = {**SHAPES[shape], "num_hidden_layers": 2}
+    text = dict(zip(plan_memory.TEXT, plan_memory.SHAPES[shape])) | {"num_hidden_layers": 2}
     vision = {"depth": 8, "fullatt_block_indexes": [3, 7]}
     write_hub_checkpoint(folder / "model", [" ".join(map(str, QUESTION.values()))] * 9, shape == "3b", text, vision)
     return records
@@ -103,8 +88,8 @@ def compare(folder, records):
     model = policy.load_policy(cfg).eval()
     pad = processor.tokenizer.pad_token_id
     banned = tuple(policy.placeholder_ids(model))
-    samples = data.Samples(records, processor, cfg, in_file_order=True)
-    prompts = [samples[i].ordered for i in range(len(records))]
+    samples = data.Samples(records, processor, cfg, ("ordered",), in_file_order=True)
+    prompts = [samples[i].inputs["ordered"] for i in range(len(records))]
 
     generator = torch.Generator().manual_seed(0)
     groups = [[torch.randint(0, 200, (n,), generator=generator) for n in (24, 5)] for _ in prompts]
@@ -136,46 +121,29 @@ def compare(folder, records):
 
 def take_steps(folder):
     """Check 3: one step of each script."""
-    adamw = torch.optim.AdamW
     torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
     shared = {
         "records": folder / "records.json",
         "data_root": folder,
-        "steps": 1,
-        "batch_size": 3,
-        "micro_batch_size": 1,
-        "save_every": 0,
         "num_workers": 0,
         "gradient_checkpointing": "true",
-        "lr": 1e-6,
     }
-    stages = {
-        sft: {"model": folder / "model"},
-        tgrpo: {
-            "model": folder / "sft/final",
-            "beta": 0,
-            "num_generations": 2,
-            "temporal_rule": "none",
-            "max_new_tokens": 16,
-        },
-    }
+    shared |= {"steps": 1, "batch_size": 3, "micro_batch_size": 1, "save_every": 0, "lr": 1e-6}
+    rollout = {"beta": 0, "num_generations": 2, "temporal_rule": "none", "max_new_tokens": 16}
+    stages = {sft: {"model": folder / "model"}, tgrpo: {"model": folder / "sft/final", **rollout}}
     # Score one completion of each group of two as right and one as wrong: equal rewards give no gradient.
     rewards = itertools.cycle((0.0, 1.0))
     tgrpo.accuracy_reward = lambda *_: next(rewards)
     for stage, settings in stages.items():
         begin = time.perf_counter()
-        settings = {**shared, "output_dir": folder / stage.__name__, **settings}
-        sys.argv = [stage.__name__]
-        for name, value in settings.items():
+        sys.argv = [stage.__name__, "--output_dir", str(folder / stage.__name__)]
+        for name, value in (shared | settings).items():
             sys.argv += [f"--{name}", str(value)]
         stage.main()
         gc.collect()
         (row,) = read_jsonl(folder / stage.__name__ / "metrics.jsonl")
         assert np.isfinite(row["loss"]) and row["policy/grad_norm"] > 0
-        seconds = time.perf_counter() - begin
-        norm = row["policy/grad_norm"]
-        print(f"{stage.__name__}: loss {row['loss']:.3f}, gradient norm {norm:.3f} ({seconds:.0f} s)", flush=True)
-    torch.optim.AdamW = adamw
+        print(f"{stage.__name__}: loss {row['loss']:.3f} ({time.perf_counter() - begin:.0f} s)", flush=True)
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder / "tgrpo/final", dtype=torch.bfloat16, output_loading_info=True
     )
@@ -184,7 +152,7 @@ def take_steps(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="7b", help="default: 7b")
+    parser.add_argument("--shape", choices=list(plan_memory.SHAPES), default="7b", help="default: 7b")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

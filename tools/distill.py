@@ -7,18 +7,17 @@ think block becomes `process`, and `solution` stays the truth. An answer must ha
 in order, and an accuracy above --min_accuracy.
 """
 
-import argparse
 import json
 from collections import Counter
 
 from rewards import CORRECT, accuracy_reward, format_reward, parse_solution
-from support.record_files import check_record, read_rows
+from support import record_files, storage
 from support.settings import UserError
-from support.storage import write_atomic
+from tools import shared
 
-# Fields of a prediction that its record keeps: always these, and these if they are there.
+# fields of a prediction that its record keeps
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
-OPTIONAL_FIELDS = ("start", "end", "fps", "image_path", "last_frame")
+FIELDS += ("start", "end", "fps", "image_path", "last_frame")
 
 
 def distill(rows, data_root, min_accuracy=CORRECT):
@@ -34,69 +33,41 @@ def distill(rows, data_root, min_accuracy=CORRECT):
             dropped["media unusable"] += 1
             continue
         try:
-            check_record(parse_solution, row, data_root, need_process=False)
+            record_files.check_record(parse_solution, row, data_root, need_process=False)
         except ValueError as error:
             raise UserError(f"row {number} of the predictions: {error}") from None
         completion = row.get("prediction") or ""
-        reason = why_unsuitable(row, completion)
-        if reason:
-            dropped[reason] += 1
-            continue
+        thought = completion.partition("<think>")[2].partition("</think>")[0].strip()
         accuracy = accuracy_reward(completion, row["solution"], row["problem_type"])
-        if accuracy <= min_accuracy:
-            dropped["answer not accurate enough"] += 1
-            continue
         question = (row.get("benchmark"), row.get("id"))
-        if question in best:
-            dropped["another answer to the same question"] += 1
-            if accuracy <= best[question][0]:
-                continue
-        best[question] = (accuracy, record_of(row, completion))
+        if row.get("frames", "ordered") != "ordered":
+            dropped["frames were not in order"] += 1
+        elif not format_reward(completion):
+            dropped["not one think block and one answer"] += 1
+        elif not thought:
+            dropped["no thought"] += 1
+        elif accuracy <= min_accuracy:
+            dropped["answer not accurate enough"] += 1
+        else:
+            if question in best:
+                dropped["another answer to the same question"] += 1
+            if question not in best or accuracy > best[question][0]:
+                record = {name: row[name] for name in FIELDS if name in row}
+                best[question] = (accuracy, record | {"process": f"<think>{thought}</think>"})
     return [record for _, record in best.values()], dropped
 
 
-def why_unsuitable(row, completion):
-    """Why a completion cannot be an SFT target, regardless of its answer; None if it can."""
-    if row.get("frames", "ordered") != "ordered":
-        return "frames were not in order"
-    if not format_reward(completion):
-        return "not one think block and one answer"
-    if not thought_in(completion):
-        return "no thought"
-    return None
-
-
-def thought_in(completion):
-    """The text of the one think block, stripped."""
-    _, _, after = completion.partition("<think>")
-    thought, _, _ = after.partition("</think>")
-    return thought.strip()
-
-
-def record_of(row, completion):
-    """The record for sft.py of a prediction and its completion."""
-    record = {name: row.get(name) for name in FIELDS}
-    for name in OPTIONAL_FIELDS:
-        if name in row:
-            record[name] = row[name]
-    record["process"] = f"<think>{thought_in(completion)}</think>"
-    return record
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("predictions", metavar="predictions.jsonl")
     parser.add_argument("--out", required=True, help="JSON file of records to write")
     parser.add_argument("--data_root", default=".", help="folder that the paths of the predictions are relative to")
-    parser.add_argument(
-        "--min_accuracy", type=float, default=CORRECT, help=f"keep answers of a higher accuracy; default: {CORRECT}"
-    )
+    accuracy_help = f"keep answers of a higher accuracy; default: {CORRECT}"
+    parser.add_argument("--min_accuracy", type=float, default=CORRECT, help=accuracy_help)
     args = parser.parse_args(argv)
-    rows = read_rows(args.predictions)
+    rows = record_files.read_rows(args.predictions)
     records, dropped = distill(rows, args.data_root, args.min_accuracy)
-    write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))
+    storage.write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))
     for reason, count in dropped.most_common():
         print(f"{count} dropped: {reason}")
     print(f"{len(records)} of {len(rows)} answers kept: {args.out}")

@@ -2,18 +2,16 @@
 
     python -m tools.report runs/toy/eval/tgrpo/predictions.jsonl --data_root runs/toy/world
     python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl --data_root DIR      # side by side
-    python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in evaluate.py
+    python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in orders.py
 
 Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order (`ordered` if
 it has that). Differences are from the first of them, paired by question, with a 95 % interval clustered by video; a
-filter shows the questions whose answers changed.
+filter shows the questions whose answers changed. The gallery holds at most 300 questions, evenly spaced.
 
 The page is a single file that loads nothing else. Its template is report.html, which tools/rollouts.py uses too. Jinja
-escapes every value, so HTML written by a model or a data set is shown as text and never runs. A gallery holds at most
-300 questions and a page at most 25 MB; the page states how many of the questions it shows.
+escapes every value, so HTML written by a model or a data set is shown as text and never runs.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -26,27 +24,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import PUBLISHED, join_annotations, orders
-from benchmarks.answers import GROUPS, benchmarks_in, score_benchmark, scored_rows
-from benchmarks.score import ANSWER_COLUMNS, answer_cells, notes_of
+from benchmarks import join_annotations, orders
+from benchmarks.answers import benchmarks_in, score_benchmark, scored_rows
+from benchmarks.score import ANSWER_COLUMNS, notes_of
 from benchmarks.shared import with_error
 from data import Unusable, load_media
 from rewards import CORRECT
-from support import record_files, settings, storage
-from support.parsing import lettered
-from support.record_files import DATA_TYPES
+from support import parsing, record_files, settings, storage
+from tools import shared
 
+# A page shows at most this many questions, ...
 MAX_QUESTIONS = 300
-MAX_BYTES = 25e6
-# per text
+# ... a text this many characters, ...
 MAX_CHARACTERS = 20_000
-# per strip
+# ... and a strip this many frames, of this height in pixels (report.html has the same number).
 MAX_FRAMES = 16
-# in pixels; report.html has the same number
 FRAME_HEIGHT = 72
-# How the page names an order of frames.
+# how the page names an order of frames
 ORDER_NAMES = {"ordered": "in order", "single": "middle frame", "blind": "no frame"}
-# Fields of a prediction that a card prints.
+# fields of a prediction that a card prints
 REWARDS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "truncated")
 
 
@@ -64,58 +60,48 @@ def write_report(path, runs, cfg):
         for row in rows:
             by_question.setdefault((row["benchmark"], str(row["id"])), {})[label] = row
     questions = [question_card(rows) for rows in by_question.values()]
-    shown = evenly_spaced(questions, MAX_QUESTIONS)
-    all_rows = chain.from_iterable(runs.values())
-    models = sorted({str(settings_of(row).get("model") or "unnamed model") for row in all_rows})
-    benchmarks = benchmarks_in(list(chain.from_iterable(columns.values())))
+    made_with = {json.dumps(settings_of(row), sort_keys=True): settings_of(row) for row in chain(*runs.values())}
+    models = sorted({str(used.get("model") or "unnamed model") for used in made_with.values()})
+    benchmarks = benchmarks_in(list(chain(*columns.values())))
     title = f"{', '.join(models)}: {', '.join(benchmarks)}"
     words = {"group": "benchmark", "kind": "task", "item": "question"}
-    made_with = {label: distinct_settings(rows) for label, rows in runs.items()}
-    tables = [score_table(columns, benchmarks), answer_table(columns, benchmarks)]
-    write_page(path, title, words, shown, len(questions), cfg, made_with, tables)
+    write_page(path, title, words, questions, cfg, list(made_with.values()), score_table(columns, benchmarks))
 
 
 def columns_of(runs):
     """{label: scored rows} of what the page compares: the orders of one run, or several runs in their first order."""
     columns = {}
     for label, rows in runs.items():
-        asked = orders.rows_by_order(rows)
+        by_order = orders.rows_by_order(rows)
         if len(runs) == 1:
-            return {ORDER_NAMES.get(order, order): asked[order] for order in asked}
-        first = next(iter(asked))
-        columns[label if first == "ordered" else f"{label}, {ORDER_NAMES.get(first, first)}"] = asked[first]
+            return {ORDER_NAMES.get(order, order): by_order[order] for order in by_order}
+        first = next(iter(by_order))
+        columns[label if first == "ordered" else f"{label}, {ORDER_NAMES.get(first, first)}"] = by_order[first]
     return columns
 
 
-def distinct_settings(rows):
-    """The settings of a run's rows, each once."""
-    return list({json.dumps(settings_of(row), sort_keys=True): settings_of(row) for row in rows}.values())
+def write_page(path, title, words, questions, cfg, made_with, table=None):
+    """Render report.html with at most MAX_QUESTIONS of the questions.
 
-
-def write_page(path, title, words, questions, total, cfg, made_with, tables=()):
-    """Render report.html.
-
-    words: what the page calls a question (`item`), its `group` and its `kind`. total: the number of questions before
-    any were left out. made_with: settings to print. tables: see score_table.
+    words: what the page calls a question (`item`), its `group` and its `kind`. made_with: settings to print. table: see
+    score_table.
     """
-    changes = sorted(set(chain.from_iterable(question["changes"] for question in questions)))
-    for question in tqdm(questions, desc="frames", unit=words["item"]):
-        question.update(film_strip(question["record"], cfg))
-    title = f"{title}, {time.strftime('%Y-%m-%d')}"
-    made_with = json.dumps(made_with, indent=1)
-    fixed = {"title": title, "words": words, "total": total, "settings": made_with, "tables": tables}
-    page = render(questions=questions, changes=changes, **fixed)
-    while len(page) > MAX_BYTES and len(questions) > 1:
-        questions = questions[::2]
-        page = render(questions=questions, changes=changes, **fixed)
-    storage.write_atomic(path, page.decode())
-
-
-def render(**values):
-    """The page as UTF-8. Half of a surrogate pair, which JSON may hold, becomes "?"."""
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html").render(**values).encode("utf-8", "replace")
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+    shown = evenly_spaced(questions, MAX_QUESTIONS)
+    for question in tqdm(shown, desc="frames", unit=words["item"]):
+        question.update(film_strip(question["record"], cfg))
+    page = template.render(
+        title=f"{title}, {time.strftime('%Y-%m-%d')}",
+        words=words,
+        questions=shown,
+        total=len(questions),
+        changes=sorted(set(chain.from_iterable(question["changes"] for question in shown))),
+        settings=json.dumps(made_with, indent=1),
+        table=table,
+    )
+    # half of a surrogate pair, which JSON may hold, becomes "?"
+    storage.write_atomic(path, page.encode("utf-8", "replace").decode())
 
 
 def evenly_spaced(items, most):
@@ -145,7 +131,7 @@ def question_card(rows):
         "kind": first.get("task") or "",
         "id": str(first["id"]),
         "problem": shorten(first.get("problem") or ""),
-        "options": [shorten(option) for option in lettered(first.get("options") or [])],
+        "options": [shorten(option) for option in parsing.lettered(first.get("options") or [])],
         "solution": shorten(first.get("solution") or ""),
         "error": errors[0] if errors else "",
         "answers": answers,
@@ -209,11 +195,10 @@ def film_strip(record, cfg):
     Returns {"strip": data URI, "width": of a frame in pixels, "frames": how many, "frames_seen": how many the model
     saw, "shuffled": order of the shuffled strip}; or {"no_frames": reason}.
     """
-    if record.get("data_type") not in DATA_TYPES or not record.get("path"):
+    if record.get("data_type") not in record_files.DATA_TYPES or not record.get("path"):
         return {"no_frames": "this prediction names no media"}
-    frame_settings = {
-        name: value for name, value in settings_of(record).items() if name in ("max_frames", "video_reader")
-    }
+    used = settings_of(record)
+    frame_settings = {name: used[name] for name in ("max_frames", "video_reader") if name in used}
     try:
         media, _ = load_media(record, replace(cfg, **frame_settings))
     # load_media raises ValueError if the path leaves the data root.
@@ -242,84 +227,39 @@ def film_strip(record, cfg):
 
 
 def score_table(columns, benchmarks):
-    """{"headings", "rows", "note"}: the score of each column by benchmark and task, and its difference from the first.
+    """The score of each column by benchmark and task, how it differs from the first, and how the answers ended.
 
-    A row is {"style", "label", "cells"}.
+    {"headings": [text], "rows": [{"style", "label", "cells"}]}
     """
     rows = []
     for name in benchmarks:
-        column_rows = [rows_about(name, rows_of) for rows_of in columns.values()]
-        parts = [score_benchmark(name, rows_of) for rows_of in column_rows]
-        differences = [orders.paired_difference(rows_of, column_rows[0]) for rows_of in column_rows[1:]]
-        rows.append(score_row("benchmark", name, parts, differences))
-        for model, published in PUBLISHED.items():
-            if name in published:
-                score = " / ".join(str(value) for value in published[name])
-                cells = ["", score, *[""] * len(differences)]
-                rows.append({"style": "published", "label": f"{model} (published)", "cells": cells})
-        for key in ("by_task", *(f"by_{group}" for group in GROUPS)):
-            for label in sorted(set().union(*(part.get(key, {}) for part in parts))):
-                of_label = [part.get(key, {}).get(label) for part in parts]
-                by_task = [(difference or {}).get(key, {}).get(label) for difference in differences]
-                if key != "by_task":
-                    label = f"{key[3:].replace('_', '-')} {label}"
-                rows.append(score_row("task", label, of_label, by_task))
+        of_columns = [[row for row in column if row["benchmark"] == name] for column in columns.values()]
+        parts = [score_benchmark(name, column) for column in of_columns]
+        differences = [orders.paired_difference(column, of_columns[0]) for column in of_columns[1:]]
+        rows.append({"style": "benchmark", "label": name, "cells": score_cells(parts, differences)})
+        for task in sorted(set().union(*(part["by_task"] for part in parts))):
+            of_task = [part["by_task"].get(task) for part in parts]
+            task_differences = [(difference or {"by_task": {}})["by_task"].get(task) for difference in differences]
+            rows.append({"style": "task", "label": task, "cells": score_cells(of_task, task_differences)})
+        for key, ending in ANSWER_COLUMNS.items():
+            shares = ["-" if part[key] is None else f"{part[key]:.1%}" for part in parts]
+            rows.append({"style": "note", "label": f"answers {ending}", "cells": ["", *shares]})
         rows += [{"style": "note", "label": note, "cells": []} for note in notes_of(parts[0])]
-    return {
-        "headings": ["questions", *(f"{label}, %" for label in columns)],
-        "rows": rows,
-        "note": "Second lines: the paired difference from the first column and its 95 % interval, clustered by video. "
-        "Scores marked “published” are not ours; three numbers are for 16, 32 and 64 frames.",
-    }
+    return {"headings": ["questions", *(f"{label}, %" for label in columns)], "rows": rows}
 
 
-def rows_about(benchmark, rows):
-    return [row for row in rows if row["benchmark"] == benchmark]
-
-
-def score_row(style, label, parts, differences):
-    """A row of score_table. A column that has no such part is empty."""
+def score_cells(parts, differences):
+    """How many questions, and the score of each column with its difference from the first; "" if a column has none."""
     cells = [parts[0]["n"] if parts[0] else ""]
     for part, difference in zip(parts, [None, *differences]):
         cell = with_error(part["score"], part["se"]) if part else ""
         if difference:
             cell += f"\n{orders.interval_text(difference)}"
         cells.append(cell)
-    return {"style": style, "label": label, "cells": cells}
+    return cells
 
 
-def answer_table(columns, benchmarks):
-    """{"headings", "rows", "note"}: how the answers of each column ended, by benchmark."""
-    rows = []
-    for name in benchmarks:
-        for label, rows_of in columns.items():
-            part = score_benchmark(name, rows_about(name, rows_of))
-            rows.append({"style": "task", "label": f"{name}, {label}", "cells": [part["n"], *answer_cells(part)]})
-    return {
-        "headings": ["answers", *ANSWER_COLUMNS.values(), "media missing or bad"],
-        "rows": rows,
-        "note": "Read leniently: the answer is not written as asked, and a harness that compares strings counts it as "
-        "wrong. Cut off: at max_new_tokens.",
-    }
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", nargs="+", help="predictions.jsonl of an evaluation, or of several to compare")
-    parser.add_argument("--data_root", default=".", help="folder of the media; default: the current folder")
-    parser.add_argument(
-        "--annotations", default="", help="folder of the benchmarks' files, for rows without a solution"
-    )
-    parser.add_argument("--out", help="page to write; default: report.html beside the last predictions")
-    args = parser.parse_args(argv)
-    runs = {}
-    for label, path in run_labels(args.predictions).items():
-        runs[label] = record_files.read_rows(path)
-        if args.annotations:
-            runs[label] = join_annotations(runs[label], args.annotations)
-    out = args.out or Path(args.predictions[-1]).with_name("report.html")
-    write_report(out, runs, settings.SharedConfig(data_root=args.data_root))
-    print(f"page: {out}")
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def run_labels(paths):
@@ -328,6 +268,21 @@ def run_labels(paths):
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     return dict(zip(names, paths))
+
+
+def main(argv=None):
+    parser = shared.parser(__doc__)
+    parser.add_argument("predictions", nargs="+", help="predictions.jsonl of an evaluation, or of several to compare")
+    parser.add_argument("--data_root", default=".", help="folder of the media; default: the current folder")
+    parser.add_argument("--annotations", help="folder of the benchmarks' files, for rows without a solution")
+    parser.add_argument("--out", help="page to write; default: report.html beside the last predictions")
+    args = parser.parse_args(argv)
+    runs = {label: record_files.read_rows(path) for label, path in run_labels(args.predictions).items()}
+    if args.annotations:
+        runs = {label: join_annotations(rows, args.annotations) for label, rows in runs.items()}
+    out = args.out or Path(args.predictions[-1]).with_name("report.html")
+    write_report(out, runs, settings.SharedConfig(data_root=args.data_root))
+    print(f"page: {out}")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 python -m tools.split mine.json --share 0.1 --out my_data      # writes my_data/train.json and my_data/test.json
 """
 
-import argparse
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 
-from support.record_files import read_rows
-from support.settings import UserError
-from support.storage import write_atomic
+from support import record_files, settings, storage
+from tools import shared
 
 
 def clip_of(row):
@@ -26,41 +25,32 @@ def split(rows, share, seed):
     """
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-            raise UserError(f"row {number}: path: missing")
+            raise settings.UserError(f"row {number}: path: missing")
     clips = sorted({clip_of(row) for row in rows})
     if len(clips) < 2:
-        raise UserError(f"all {len(rows)} rows are on one clip: nothing to split")
+        raise settings.UserError(f"all {len(rows)} rows are on one clip: nothing to split")
     random.Random(seed).shuffle(clips)
-    n_test = max(1, round(share * len(clips)))
-    n_test = min(n_test, len(clips) - 1)
+    n_test = max(1, min(round(share * len(clips)), len(clips) - 1))
     test_clips = set(clips[:n_test])
     train = [row for row in rows if clip_of(row) not in test_clips]
     test = [row for row in rows if clip_of(row) in test_clips]
     return train, test
 
 
-def share_of_clips(text):
-    share = float(text)
-    if not 0 < share <= 0.9:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 0.9, got {text}")
-    return share
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("records", help="JSON or JSONL file of records")
-    parser.add_argument("--share", type=share_of_clips, required=True, help="share of the clips in the test set")
+    share = partial(settings.convert, kind=float, low=1e-6, high=0.9)
+    parser.add_argument("--share", type=share, required=True, help="share of the clips in the test set")
     parser.add_argument("--out", required=True, help="folder for train.json and test.json")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rows = read_rows(args.records)
-    train, test = split(rows, args.share, args.seed)
+    rows = record_files.read_rows(args.records)
+    sides = split(rows, args.share, args.seed)
     n_clips = len({clip_of(row) for row in rows})
-    for name, side in (("train", train), ("test", test)):
+    for name, side in zip(("train", "test"), sides):
         path = Path(args.out) / f"{name}.json"
-        write_atomic(path, json.dumps(side, indent=1, ensure_ascii=False))
+        storage.write_atomic(path, json.dumps(side, indent=1, ensure_ascii=False))
         n_side = len({clip_of(row) for row in side})
         print(f"{path}: {len(side)} of {len(rows)} rows, on {n_side} of {n_clips} clips")
 

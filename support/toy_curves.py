@@ -3,8 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from support import storage
-from tools import plot
+from support import figures, storage
 
 COLUMNS = ("ordered", "shuffled", "reversed", "single", "blind", "conflict")
 COLOURS = {"sft": "tab:gray", "tgrpo": "tab:blue"}
@@ -17,12 +16,12 @@ def draw(folder, results, models, headings):
     """
     figure = Figure(figsize=(13, 3.8))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.8))
-    plot.draw_curve(left, storage.read_jsonl(folder / "sft/metrics.jsonl"), "loss", "loss", "tab:gray")
+    figures.draw_curve(left, storage.read_jsonl(folder / "sft/metrics.jsonl"), "loss", "loss", "tab:gray")
     left.set(title="1. SFT", xlabel="step", ylabel="loss, nats per token", yscale="log")
 
     metrics = storage.read_jsonl(folder / "tgrpo/metrics.jsonl")
-    plot.draw_curve(middle, metrics, "temporal/p", "p: frames in order", "tab:blue")
-    plot.draw_curve(middle, metrics, "temporal/p_shuffled", "p̃: frames shuffled", "tab:orange")
+    figures.draw_curve(middle, metrics, "temporal/p", "p: frames in order", "tab:blue")
+    figures.draw_curve(middle, metrics, "temporal/p_shuffled", "p̃: frames shuffled", "tab:orange")
     middle.set(title="2. T-GRPO, training videos", xlabel="step", ylabel="share of correct completions", ylim=(0, 1))
     middle.legend(loc="lower right", frameon=False)
 
@@ -40,4 +39,4 @@ def draw(folder, results, models, headings):
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    plot.save_figure(figure, folder / "learning_curves.png")
+    figures.save_figure(figure, folder / "learning_curves.png")

@@ -1,0 +1,43 @@
+"""Curves of metrics, and pictures written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from support.settings import UserError
+
+# steps in the moving average
+WINDOW = 9
+
+
+def smoothed(values, window=WINDOW):
+    """Moving average over `window` values; near the ends, over the values that exist.
+
+    >>> smoothed([0, 3, 6], 3).tolist()
+    [1.5, 3.0, 4.5]
+    """
+    kernel = np.ones(min(window, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def draw_curve(axis, rows, name, label=None, color=None):
+    """Draw the metric `name` over the steps of `rows` onto a matplotlib axis. Rows without the metric are skipped."""
+    points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
+    if not points:
+        return
+    steps, values = np.array(points, dtype=float).T
+    line = axis.plot(steps, smoothed(values), color=color, linewidth=2, label=label)[0]
+    axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=1)
+
+
+def save_figure(figure, path):
+    """Write a PNG atomically. Raises UserError if it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=130)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
