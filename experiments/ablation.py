@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.world import RULES, names_shortcut
-from support.settings import UserError, print_utf8
+from support.settings import UserError
 from support.storage import read_jsonl, write_atomic
 from support.tables import table
 from toy import ROOT, launch, make_model, make_world, stage
@@ -276,7 +276,6 @@ def tables(results):
 
 
 def main():
-    print_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation", help="folder for all results")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(21)), help="default: 0 to 20")
