@@ -19,7 +19,7 @@ import policy
 import sft
 import tgrpo
 from experiments import lora as experiment
-from support import checkpoints, distributed, lora, model_files
+from support import distributed, lora, model_files
 from support.settings import TrainConfig, UserError, load_config
 from support.storage import fingerprint, read_jsonl
 from tools import export
@@ -357,18 +357,6 @@ def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
         for more in ({}, {"resume_changed": "true"}):
             with pytest.raises(UserError, match=line):
                 run("sft", name, **settings, **second, **more)
-    # a checkpoint of a version without LoRA resumes
-    out = run("sft", "old", **settings)
-    shutil.rmtree(out / "final")
-    for file in (out / "run.json", out / "checkpoint-1/run.json"):
-        described = json.loads(file.read_text())
-        for name in ("lora_rank", "lora_alpha", "lora_dropout"):
-            del described["settings"][name]
-        file.write_text(json.dumps(described))
-    state = json.loads((out / "checkpoint-1/state.json").read_text())
-    state["files"] = checkpoints.contents(out / "checkpoint-1")
-    (out / "checkpoint-1/state.json").write_text(json.dumps(state))
-    assert (run("sft", "old", **settings) / "final").is_dir()
 
 
 def test_rollouts_see_no_dropout(world, run, monkeypatch):
