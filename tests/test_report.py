@@ -5,11 +5,10 @@ import json
 import re
 import shutil
 import subprocess
-from fractions import Fraction
 
-import av
-import numpy as np
+import jinja2
 import pytest
+from test_data import write_video
 
 from benchmarks.orders import summarise
 from support.settings import SharedConfig, UserError
@@ -25,23 +24,9 @@ HOSTILE = [
     "{{ title }} {% raw %}",
     "\" onclick='x' \ud800 end",
     "</article></body></html>",
+    "word" * 200,
 ]
 ORDER = [3, 1, 0, 2, 7, 5, 4, 6]
-
-
-def write_moving_square(path, n_frames=12, size=(160, 90)):
-    """A white square that moves from left to right, so that a strip shows its order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(4))
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for i in range(n_frames):
-            frame = np.full((size[1], size[0], 3), (30, 60, 90), dtype=np.uint8)
-            left = i * (size[0] - 24) // (n_frames - 1)
-            frame[30:54, left : left + 24] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def row(i, frames="ordered", right=True, thought="It goes right.", **extra):
@@ -69,9 +54,8 @@ def row(i, frames="ordered", right=True, thought="It goes right.", **extra):
 
 
 def row_without_answer(i):
-    unusable = row(i, error="media/gone.mp4: cannot be read")
-    del unusable["prediction"]
-    return unusable
+    answered = row(i, error="media/gone.mp4: cannot be read")
+    return {name: value for name, value in answered.items() if name != "prediction"}
 
 
 def gap_rows(n):
@@ -86,7 +70,8 @@ def gap_rows(n):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
-    write_moving_square(folder / "media/clip.mp4")
+    (folder / "media").mkdir()
+    write_video(folder / "media/clip.mp4", 12)
     return folder
 
 
@@ -106,13 +91,13 @@ def page(root, tmp_path):
 def rendered(monkeypatch):
     """What the template was given for the last page."""
     values = {}
-    render = report.render
+    render = jinja2.Template.render
 
-    def record_and_render(**given):
+    def record_and_render(self, **given):
         values.update(given)
-        return render(**given)
+        return render(self, **given)
 
-    monkeypatch.setattr(report, "render", record_and_render)
+    monkeypatch.setattr(jinja2.Template, "render", record_and_render)
     return values
 
 
@@ -175,35 +160,24 @@ def test_predictions_without_a_solution_are_one_clear_error(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_scores_have_errors_and_published_scores_are_marked(page, rendered):
-    """Guards: a score without its standard error; another paper's score that looks like ours."""
+def test_scores_have_errors_and_say_how_answers_ended(page, rendered):
+    """Guards: a score without its standard error; "[+100.0, +100.0]" for questions on one clip; unread answers that are
+    not counted.
+    """
     rows = gap_rows(12)
     page(rows)
     part = summarise(rows)["mvbench"]
-    table, answers = rendered["tables"]
+    table = rendered["table"]
     assert table["headings"] == ["questions", "in order, %", "shuffled, %"]
-    scores = {line["label"]: line for line in table["rows"]}
-    assert scores["mvbench"]["cells"][1] == f"{part['score']:.1f} ± {part['se']:.1f}"
+    labels = [line["label"] for line in table["rows"]]
+    answers = ["answers unread", "answers read leniently", "answers cut off"]
+    assert labels[:5] == ["mvbench", "action_sequence", *answers] and "Counting" in labels
+    cells = {line["label"]: line["cells"] for line in table["rows"]}
     shuffled = part["orders"]["shuffled"]
-    expected = f"{shuffled['score']:.1f} ± {shuffled['se']:.1f}\n{shuffled['difference']['mean']:+.1f}, "
-    assert scores["mvbench"]["cells"][2].startswith(expected) or shuffled["difference"]["low"] is None
-    assert scores["Video-R1-7B (published)"]["style"] == "published"
-    assert [line["label"] for line in table["rows"][:4]] == [
-        "mvbench",
-        "Qwen2.5-VL-7B (CoT prompt) (published)",
-        "Video-R1-7B (published)",
-        "action_sequence",
-    ]
-    assert "Counting" in scores
-    assert answers["rows"][0]["label"] == "mvbench, in order"
-    assert answers["rows"][0]["cells"] == [4, "0.0%", "0.0%", "0.0%", "0"]
-
-
-def test_interval_over_one_clip_is_a_dash(page, rendered):
-    """Guards: "[+100.0, +100.0]" for two questions on one clip, which looks like certainty."""
-    rows = [row(i, frames, right=frames == "ordered") for i in (0, 3) for frames in ("ordered", "shuffled")]
-    page(rows)
-    assert rendered["tables"][0]["rows"][0]["cells"][2] == "0.0 ± 0.0\n-100.0"
+    # all questions are on one clip
+    expected = f"{shuffled['score']:.1f} ± {shuffled['se']:.1f}\n{shuffled['difference']['mean']:+.1f}"
+    assert cells["mvbench"] == [4, f"{part['score']:.1f} ± {part['se']:.1f}", expected]
+    assert cells["answers unread"] == ["", "0.0%", "0.0%"]
 
 
 def test_card_has_the_completions_of_its_question(page, rendered):
@@ -247,25 +221,20 @@ def test_questions_without_media_show_the_reason(page, rendered):
 
 def test_strip_shows_at_most_sixteen_frames(root):
     """Guards: 64 frames too small to see; a shuffled strip of other frames than the ordered one."""
-    write_moving_square(root / "media/long.mp4", n_frames=64)
+    write_video(root / "media/long.mp4", 64)
     record = row(0, path="media/long.mp4", frame_order=list(range(63, -1, -1)), settings={"max_frames": 64})
     strip = report.film_strip(record, SharedConfig(data_root=str(root)))
     assert (strip["frames"], strip["frames_seen"]) == (16, 64)
     assert strip["shuffled"] == list(range(15, -1, -1))
 
 
-def test_page_stays_below_its_size_limit(page, rendered, monkeypatch):
+def test_page_holds_at_most_300_questions(page, rendered, monkeypatch):
     """Guards: a page that no browser opens; a page that hides how many questions were left out."""
     monkeypatch.setattr(report, "film_strip", lambda record, cfg: {"no_frames": "none"})
-    rows = [row(i) for i in range(1200)]
-    path = page(rows)
+    path = page([row(i) for i in range(400)])
     assert len(rendered["questions"]) == 300
-    assert (rendered["questions"][0]["id"], rendered["questions"][-1]["id"]) == ("q0", "q1199")
-    assert "This page holds 300 of 1200 questions, evenly spaced." in path.read_text()
-    monkeypatch.setattr(report, "MAX_BYTES", path.stat().st_size // 3)
-    path = page(rows)
-    assert path.stat().st_size <= report.MAX_BYTES
-    assert "This page holds 75 of 1200 questions, evenly spaced." in path.read_text()
+    assert (rendered["questions"][0]["id"], rendered["questions"][-1]["id"]) == ("q0", "q399")
+    assert re.search(r"This page holds 300 of 400 questions, evenly spaced", path.read_text())
 
 
 def test_long_text_loses_its_middle_only():
@@ -281,23 +250,49 @@ def test_long_text_loses_its_middle_only():
 # ---------------------------------------------------------------------------------------------- in a browser
 
 
-@needs_browser
-def test_hostile_text_is_shown_and_never_runs(page):
-    """Guards: a completion with <script>, </script> or <!-- that runs, ends the page, or hides the text after it."""
+def hostile_rows():
     rows = []
     for i, text in enumerate(HOSTILE):
         everywhere = {"problem": text, "task": text, "benchmark": text, "id": text, "error": text}
         rows.append(row(i, thought=text, options=["A. " + text, "B. x"], **everywhere))
-    cards, title, n_scripts = in_browser(
-        page(rows), "return [visible().map(card => card.textContent), document.title, document.scripts.length];"
+    return rows
+
+
+def test_hostile_text_is_escaped_everywhere(page):
+    """Guards: one value of the template that is not escaped, on a machine without a browser."""
+    text = page(hostile_rows()).read_text()
+    tags = [tag.lower() for tag in re.findall(r"<(?:script|img|!--|/article|/body|/html)", text)]
+    assert {tag: tags.count(tag) for tag in sorted(set(tags))} == {
+        "</article": len(HOSTILE),
+        "</body": 1,
+        "</html": 1,
+        "<script": 1,
+    }
+    assert '" onclick=' not in text
+
+
+@needs_browser
+def test_hostile_text_is_shown_and_never_runs(page):
+    """Guards: a completion with <script>, </script> or <!-- that runs, ends the page, or hides the text after it; a
+    table, a strip or a long word wider than a telephone.
+    """
+    cards, title, n_scripts, page_width, window_width = in_browser(
+        page(hostile_rows()),
+        """
+        for (const fold of document.querySelectorAll("details")) fold.open = true;
+        const cards = visible().map(card => card.textContent);
+        const root = document.documentElement;
+        return [cards, document.title, document.scripts.length, root.scrollWidth, innerWidth];""",
+        width=500,
     )
     assert title.startswith("runs/mine/final: ")
-    # One script of the page and two of this test.
+    # one script of the page and two of this test
     assert n_scripts == 3
     assert len(cards) == len(HOSTILE)
     for text, card in zip(HOSTILE, cards):
         # in the header three times, in the problem, an option, and the reasoning
         assert card.count(text.replace("\ud800", "?")) == 6, (text, card)
+    assert page_width <= window_width
 
 
 @needs_browser
@@ -360,21 +355,6 @@ def test_filters_and_cards_in_a_browser(page):
     assert result["answers"] == ["<answer>B</answer>", "<answer>A</answer>"]
 
 
-@needs_browser
-def test_page_is_no_wider_than_the_window(page):
-    """Guards: a table, a strip or a long word that makes one scroll the whole page sideways."""
-    wide = "word" * 200
-    long_row = row(3, thought=wide, problem=wide, options=["A. " + wide, "B. x"], task=wide)
-    page_width, window_width = in_browser(
-        page(gap_rows(3) + [long_row]),
-        """
-        for (const fold of document.querySelectorAll("details")) fold.open = true;
-        return [document.documentElement.scrollWidth, innerWidth];""",
-        width=500,
-    )
-    assert page_width <= window_width
-
-
 def two_runs(n):
     """Two runs of n questions: the first is wrong in every fifth, the second in every third."""
     before = [row(i, right=i % 5 != 0, settings={"model": "runs/sft/final"}) for i in range(n)]
@@ -388,13 +368,12 @@ def test_two_runs_are_compared_question_by_question(page, rendered):
     for i, one in enumerate(runs["sft"] + runs["tgrpo"]):
         one["path"] = f"media/{one['id']}.mp4"
     page(runs)
-    table, answers = rendered["tables"]
+    table = rendered["table"]
     assert table["headings"] == ["questions", "sft, %", "tgrpo, %"]
     rows = {line["label"]: line["cells"] for line in table["rows"]}
     # of 10 questions of each benchmark, 2 are wrong before; after, all of mvbench's are wrong
     assert rows["mvbench"] == [10, "80.0 ± 13.3", "0.0 ± 0.0\n-80.0, -106.1 to -53.9"]
     assert rows["videomme"] == [10, "80.0 ± 13.3", "100.0 ± 0.0\n+20.0, -6.1 to +46.1"]
-    assert [line["label"] for line in answers["rows"][:2]] == ["mvbench, sft", "mvbench, tgrpo"]
     changes = {card["id"]: card["changes"] for card in rendered["questions"]}
     assert (changes["q3"], changes["q5"], changes["q1"]) == (["tgrpo: lost"], ["tgrpo: gained"], ["tgrpo: same"])
     assert rendered["changes"] == ["tgrpo: gained", "tgrpo: lost", "tgrpo: same"]
@@ -402,43 +381,10 @@ def test_two_runs_are_compared_question_by_question(page, rendered):
     assert labels == ["sft", "tgrpo"]
 
 
-def test_several_files_are_named_after_their_folders(root, tmp_path, capsys):
+def test_several_files_are_named_after_their_folders():
     """Guards: two columns with one name, of which one is lost."""
-    paths = []
-    for name in ("sft", "tgrpo", "other/sft"):
-        (tmp_path / name).mkdir(parents=True)
-        paths.append(tmp_path / name / "predictions.jsonl")
-        paths[-1].write_text("".join(json.dumps(one) + "\n" for one in two_runs(3)["sft"]))
-    assert list(report.run_labels(paths[:2])) == ["sft", "tgrpo"]
-    assert list(report.run_labels(paths)) == [str(path) for path in paths]
-    report.main([*map(str, paths), "--data_root", str(root)])
-    assert f"page: {tmp_path / 'other/sft/report.html'}" in capsys.readouterr().out
-
-
-@needs_browser
-@pytest.mark.parametrize("width", [1200, 500])
-def test_the_questions_that_changed_in_a_browser(page, width):
-    """Guards: a filter for changed questions that shows all of them; a page wider than a telephone."""
-    result = in_browser(
-        page(two_runs(30)),
-        """
-        const ids = () => visible().map(card => card.querySelectorAll("header span")[1].textContent);
-        const out = {all: ids().length};
-        for (const change of ["gained", "lost", "same"]) {
-          choose("change", "tgrpo: " + change);
-          out[change] = ids();
-        }
-        out.answers = texts(visible()[0], ".answer > div:first-child").map(text => text.replace(/\\s+/g, " ").trim());
-        out.width = [document.documentElement.scrollWidth, innerWidth];
-        return out;""",
-        width=width,
-    )
-    assert result["all"] == 30
-    assert result["gained"] == ["q5", "q10", "q20", "q25"]
-    assert result["lost"] == [f"q{i}" for i in (3, 6, 9, 12, 18, 21, 24, 27)]
-    assert len(result["same"]) == 18
-    assert result["answers"] == ["sft: wrong", "tgrpo: wrong"]
-    assert result["width"][0] <= result["width"][1]
+    assert list(report.run_labels(["a/sft/p.jsonl", "a/tgrpo/p.jsonl"])) == ["sft", "tgrpo"]
+    assert list(report.run_labels(["a/sft/p.jsonl", "b/sft/p.jsonl"])) == ["a/sft/p.jsonl", "b/sft/p.jsonl"]
 
 
 # -------------------------------------------------------------------------------------------------------- rollouts
@@ -487,6 +433,8 @@ def test_page_of_rollouts_needs_only_the_run_folder(rl_run, rendered):
     assert first["answers"][3]["rewards"] == {}
     assert (first["frames"], first["shuffled"]) == (8, [7, 6, 5, 4, 3, 2, 1, 0])
     assert first["problem"]
+    text = (rl_run / "rollouts.html").read_text()
+    assert "advantage -0.5" in text and ">Rollouts of " in text
 
 
 def test_page_can_be_limited_to_some_steps(rl_run, rendered, tmp_path):
@@ -503,9 +451,8 @@ OTHER_RECORDS = "tgrpo: {records: examples/records.json}"
 @pytest.mark.parametrize(
     "file, text, line",
     [
-        ("rollouts.jsonl", None, "no such file; a run writes it with save_rollouts: true"),
-        ("rollouts.jsonl", '{"step": 1}\n', "line 1: not a rollout, it lacks problem_id, path, frames, text"),
-        ("config.yaml", None, "--records and --data_root must name"),
+        ("rollouts.jsonl", '{"step": 1}\n', "line 1: not a row of rollouts.jsonl, it lacks problem_id, path"),
+        ("config.yaml", None, "tgrpo.records: missing; .* --records"),
         ("config.yaml", OTHER_RECORDS, "--records names the run's records"),
     ],
 )
@@ -513,9 +460,8 @@ def test_missing_or_foreign_run_files_are_one_clear_line(rl_run, tmp_path, file,
     """Guards: a traceback, or a page without questions, if a run's file is missing or belongs to another run."""
     for name in ("rollouts.jsonl", "config.yaml"):
         (tmp_path / name).write_text((rl_run / name).read_text())
-    if text is None:
-        (tmp_path / file).unlink()
-    else:
+    (tmp_path / file).unlink()
+    if text is not None:
         (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=line) as error:
         rollouts.main([str(tmp_path / "rollouts.jsonl")])
@@ -523,49 +469,9 @@ def test_missing_or_foreign_run_files_are_one_clear_line(rl_run, tmp_path, file,
     assert not (tmp_path / "rollouts.html").exists()
 
 
-@needs_browser
-def test_page_of_rollouts_in_a_browser(rl_run):
-    """Guards: a step filter that shows the other steps; an advantage missing from the page; a wrong strip."""
-    rollouts.main([str(rl_run / "rollouts.jsonl")])
-    result = in_browser(
-        rl_run / "rollouts.html",
-        """
-        const options = name => [...document.querySelectorAll(`[name=${name}] option`)].map(o => o.textContent);
-        const out = {title: document.title, cards: visible().length};
-        out.steps = options("group");
-        out.results = options("result");
-        choose("group", "step 1");
-        out.step_1 = visible().length;
-        const card = visible()[0];
-        out.verdicts = texts(card, ".answer span");
-        out.rewards = texts(card, ".rewards")[0].trim();
-        const offset = frame => -parseFloat(getComputedStyle(frame).backgroundPositionX);
-        const position = frame => Math.round(offset(frame) / frame.offsetWidth);
-        out.positions = [...card.querySelectorAll(".strip")].map(strip => [...strip.children].map(position));
-        out.label = document.querySelector("select[name=group]").parentNode.textContent.trim().slice(0, 4);
-        choose("group", "");
-        choose("result", "none correct");
-        out.none_correct = visible().length;
-        return out;""",
-    )
-    assert result["title"].startswith("Rollouts of ")
-    assert (result["cards"], result["step_1"], result["none_correct"]) == (6, 2, 1)
-    assert result["steps"] == ["all", "step 0", "step 1", "step 12"]
-    assert result["results"] == ["all", "all correct", "none correct", "some correct"]
-    assert result["label"] == "step"
-    assert result["verdicts"] == ["right", "wrong", "wrong", "right", "wrong"]
-    assert result["rewards"] == "accuracy 1 · format 1 · length 0 · temporal 0.15 · advantage 0.5"
-    assert result["positions"] == [list(range(8)), list(range(7, -1, -1))]
-
-
 def test_options_without_letters_get_the_letters_of_the_prompt():
     """Guards: "solution: C" next to three options none of which is called C."""
-    record = {
-        "problem_id": 1,
-        "problem": "How many?",
-        "problem_type": "multiple choice",
-        "options": ["3", "2", "0"],
-        "solution": "C",
-    }
+    record = {"problem_id": 1, "problem": "How many?", "problem_type": "multiple choice", "solution": "C"}
+    record["options"] = ["3", "2", "0"]
     row = {"step": 1, "problem_id": 1, "path": "a.mp4", "frames": "ordered", "text": "<answer>C</answer>"}
     assert rollouts.prompt_card([row], record)["options"] == ["A. 3", "B. 2", "C. 0"]

@@ -76,9 +76,9 @@ def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
     "text, line",
     [
         (None, "metrics.jsonl: no such file"),
-        ("", "metrics.jsonl: no metrics in this file"),
-        ("{\n{\n", "not a metrics.jsonl"),
-        ('{"loss": 1}\n', "line 1: not a row of metrics"),
+        ("", "metrics.jsonl: nothing is in this file"),
+        ("{\n{\n", "metrics.jsonl: not JSON lines"),
+        ('{"loss": 1}\n', "line 1: not a row of metrics.jsonl, it lacks step"),
         ('{"step": 1, "lr": 1}\n', "none of loss, reward/total"),
     ],
 )
