@@ -350,8 +350,9 @@ def launch(arguments, result):
     print(f"\n$ {command}", flush=True)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *ONE_PROCESS, *DEFAULTS]
     done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise settings.UserError(f"toy.py: this command failed with status {done.returncode}: {command}")
+    # a stage that is stopped saves a checkpoint and ends with status 0
+    if done.returncode or not (ROOT / result).exists():
+        raise settings.UserError(f"toy.py: this command did not finish (status {done.returncode}): {command}")
 
 
 # ----------------------------------------------------------------------------------------------- 4. the comparison

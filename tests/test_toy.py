@@ -166,10 +166,12 @@ def test_another_seed_in_the_same_folder_is_one_clear_line(world, monkeypatch):
         toy.main()
 
 
-def test_failed_stage_is_one_line_with_its_command(tmp_path, monkeypatch):
-    """Guards: a stage that fails while the next one runs; a traceback of toy.py under that of the stage."""
-    monkeypatch.setattr(toy.sys, "executable", "false")
-    with pytest.raises(UserError, match="with status 1: accelerate launch --num_processes 1 sft.py --steps 1$"):
+@pytest.mark.parametrize("program, status", [("false", 1), ("true", 0)])
+def test_stage_without_result_is_one_line_with_its_command(tmp_path, monkeypatch, program, status):
+    """Guards: a stage that fails, or is stopped (with status 0), while the next one runs; a traceback of toy.py."""
+    monkeypatch.setattr(toy.sys, "executable", program)
+    line = rf"did not finish \(status {status}\): accelerate launch --num_processes 1 sft.py --steps 1$"
+    with pytest.raises(UserError, match=line):
         toy.launch(["sft.py", "--steps", "1"], tmp_path / "final")
 
 
