@@ -152,8 +152,7 @@ def report_missing(accelerator, records, cfg):
 
 def answer(cfg):
     """Answer the questions that have no answer yet. Returns all rows on the main process, None on the others."""
-    made_by = f"accelerate launch tgrpo.py --config {settings.given('config', 'CONFIG')}"
-    model_files.check_model(cfg, "evaluate", made_by=made_by)
+    model_files.check_model(cfg, "evaluate", made_by="tgrpo.py")
     records = load_questions(cfg)
     made_with = answer_settings(cfg)
     # every process has a whole model
