@@ -18,7 +18,6 @@ import data
 import policy
 import sft
 import tgrpo
-from experiments import lora as experiment
 from support import distributed, lora, model_files
 from support.settings import TrainConfig, UserError, load_config
 from support.storage import fingerprint, read_jsonl
@@ -366,36 +365,3 @@ def test_rollouts_see_no_dropout(world, run, monkeypatch):
     assert ("rollout", False, False) in modes
     assert ("completion_logps", True, True) in modes
     assert not [mode for mode in modes if not mode[1] and mode[2]]
-
-
-def test_lora_and_full_training_start_from_one_pretrained_model(tmp_path, monkeypatch, capsys):
-    """Guards: arms that differ in more than LoRA and its learning rate, or that start from different models."""
-    commands = {}
-
-    def fake_launch(arguments, result):
-        options = dict(zip(arguments[1:-1:2], arguments[2::2]))
-        if arguments[0] != "evaluate.py":
-            stage = {"sft.py": sft.SFTConfig, "tgrpo.py": tgrpo.TGRPOConfig}[arguments[0]]
-            load_config(stage, arguments[0][:-3], arguments[1:])
-            commands[str(result.parent.relative_to(tmp_path / "seed3"))] = options
-
-    monkeypatch.setattr(experiment, "launch", fake_launch)
-    monkeypatch.setattr(experiment, "make_world", lambda folder, *_, **__: folder.mkdir(parents=True))
-    monkeypatch.setattr(experiment, "make_model", lambda folder, *_: folder.mkdir())
-    monkeypatch.setattr(experiment, "measure", lambda path: dict.fromkeys(experiment.COLUMNS, (0.25, 0.1)))
-    (tmp_path / "seed3/world").mkdir(parents=True)
-    (tmp_path / "seed3/world/world.json").write_text('{"seed": 3}')
-    (tmp_path / "seed3/world/sft.json").write_text("[]")
-    monkeypatch.setattr("sys.argv", ["lora", "--out", str(tmp_path), "--seeds", "3"])
-    experiment.main()
-    assert list(commands) == ["pretrained", "full/sft", "full/tgrpo", "lora/sft", "lora/tgrpo"]
-    for arm in ("full", "lora"):
-        assert commands[f"{arm}/sft"]["--model"] == str(tmp_path / "seed3/pretrained/final")
-        assert commands[f"{arm}/tgrpo"]["--model"] == str(tmp_path / f"seed3/{arm}/sft/final")
-    for stage in ("sft", "tgrpo"):
-        full = commands[f"full/{stage}"]
-        lora = commands[f"lora/{stage}"]
-        changed = {name for name in lora if lora[name] != full.get(name)}
-        assert changed <= {"--lora_rank", "--lr", "--model", "--output_dir"} and lora["--lora_rank"] == "16"
-    printed = capsys.readouterr().out
-    assert "| T-GRPO, LoRA        | 25.0 (25 to 25) |" in printed
