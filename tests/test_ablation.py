@@ -13,9 +13,9 @@ import pytest
 
 import tgrpo
 import toy
-from support.tiny_model import make_tokenizer
 from experiments import ablation, variants, world
 from support.settings import UserError, load_config
+from support.tiny_model import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
