@@ -301,7 +301,7 @@ def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
         return folder
 
     assert "no checkpoint at" in message(adapter("gone", tmp_path / "nowhere"))
-    assert "expected the model it was trained on, got None" in message(adapter("none", None))
+    assert "expected the model below it, got None" in message(adapter("none", None))
     assert "cannot be merged: Error(s) in loading" in message(adapter("other rank", r=8))
     assert "these weights are not the model's: missing" in message(
         adapter(
@@ -340,7 +340,7 @@ def test_lora_settings_that_cannot_work_are_one_clear_line(tmp_path, monkeypatch
     assert "lora_rank: 8: LoRA needs the whole model on each GPU; set fsdp: none" in str(error.value)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="the accelerate config requests FSDP, but with LoRA each GPU"):
+    with pytest.raises(UserError, match="the accelerate config requests FSDP, but LoRA needs whole weights"):
         distributed.make_accelerator(TrainConfig(lora_rank=8))
 
 
@@ -348,9 +348,9 @@ def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
     """Guards: an adapter at random beside the old optimizer; a full checkpoint that is ignored without a word."""
     settings = dict(steps=2, save_every=1)
     for name, first, second, line in (
-        ("full", {}, LORA, "a checkpoint of whole weights cannot be resumed in a run of an adapter"),
-        ("lora", LORA, {}, "a checkpoint of an adapter cannot be resumed in a run of whole weights"),
-        ("rank", LORA, {"lora_rank": 8}, "lora_rank was 4, is 8"),
+        ("full", {}, LORA, "whole weights cannot be resumed in a run of an adapter"),
+        ("lora", LORA, {}, "an adapter of rank 4 cannot be resumed in a run of whole weights"),
+        ("rank", LORA, {"lora_rank": 8}, "an adapter of rank 4 cannot be resumed in a run of an adapter of rank 8"),
     ):
         out = run("sft", name, **settings, **first)
         shutil.rmtree(out / "final")
