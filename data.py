@@ -13,7 +13,7 @@ example and checks all files.
 A record whose media cannot be read is skipped, counted and named, up to the fraction `max_unreadable`. No clip ever
 replaces another, and no question is trained without its pixels.
 
-"Order" always means the order of frames. The training sequence consists of draws: draw 0, 1, 2, … of a record each.
+"Order" always means the order of frames. Training is an endless sequence of draws; draw d is one record.
 
 Axes: F frames · H height · W width · C channels · P tokens of a prompt · L tokens of a row · B rows
 """
@@ -55,15 +55,15 @@ class Unusable(Exception):
 # ------------------------------------------------------------------------------------------------------------- frames
 
 
-def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, interval=None):
+def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, last_duration=None):
     """Which n frames of a clip are shown: those on display at even times, or all frames if there are fewer.
 
-    A clip, or its part from `start` to `end` (seconds from the first frame), lasts for D seconds. Frame i is the one
-    on display at (i + 1/2) D / n, so frames are D / n seconds apart, the one distance that Qwen2.5-VL knows (ours;
-    the released code spaces the frame numbers evenly, whatever their times).
+    A clip, or its part from `start` to `end` (seconds from the first frame, both or neither), lasts for D seconds.
+    Frame i is the one on display at (i + 1/2) D / n. So frames are D / n seconds apart: Qwen2.5-VL assumes one constant
+    distance (ours; the released code spaces the frame numbers evenly, whatever their times).
 
-    ticks: when each frame appears, increasing, in units of tick_seconds (a Fraction) · interval: ticks for which the
-    last frame is shown · last_frame: the last shown frame is the clip's last.
+    ticks: when each frame appears, increasing, in units of tick_seconds (a Fraction) · last_duration: ticks for which
+    the last frame is shown, None: the median of the others · last_frame: the last shown frame is the clip's last.
     Returns (their numbers, how many frames of the file they are spread over, the mean rate of those).
 
     At 4 frames per second; then a clip that shows its first frame for three of its four seconds:
@@ -75,7 +75,7 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
     >>> even_frames([0, 1, 2, 3, 4, 5, 6, 7], Fraction(1, 4), 16, start=0.5, end=1.25)
     ([2, 3, 4], 3, 4.0)
     """
-    ticks, display_ends = frames.display_times(ticks, interval)
+    ticks, display_ends = frames.display_times(ticks, last_duration)
     low = Fraction(int(ticks[0]))
     high = Fraction(int(display_ends[-1]))
     if start is not None:
@@ -83,6 +83,7 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
         # a part beyond the end of the clip is its last frame
         low = min(low + max(Fraction(0), frames.in_ticks(start, tick_seconds)), Fraction(int(ticks[-1])))
     first = frames.frame_at(ticks, low)
+    # the last frame that appears before `high`
     last = max(first, frames.frame_at(ticks, math.ceil(high) - 1))
     total = last - first + 1
     length = high - low
@@ -90,7 +91,8 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
         indices = list(range(first, last + 1))
         length = Fraction(int(display_ends[last] - ticks[first]))
     elif start is None and frames.is_even(ticks):
-        # counted, because a container that rounds times (Matroska: to ms) may put a frame just after its moment
+        # picked by number, not by time: a container that rounds times (Matroska: to ms) may put a frame just after its
+        # moment
         indices = [int((i + 0.5) * total / n) for i in range(n)]
     else:
         indices = [frames.frame_at(ticks, low + (2 * i + 1) * length / (2 * n)) for i in range(n)]
@@ -294,10 +296,10 @@ class Sample:
 
 
 class Samples(Dataset):
-    """Item `draw` of the endless training sequence as a Sample with these orders of frames; or of the file.
+    """Item i is the Sample of draw i of the training sequence or, with `in_file_order`, of record i of the file.
 
-    Shuffling depends on the seed and the draw. In evaluation (`in_file_order`) it depends on the seed and the question,
-    so that the frames of a question do not depend on which other questions are asked.
+    `orders` names the orders of frames that are encoded. Shuffling depends on the seed and the draw; in evaluation on
+    the seed and the question, so that a question's frames do not depend on which other questions are asked.
     """
 
     def __init__(self, records, processor, cfg, orders=("ordered",), targets=False, in_file_order=False):
@@ -332,10 +334,10 @@ class Samples(Dataset):
         if metadata is None:
             sample.inputs["ordered"] = encode(self.processor, record, media, None, self.cfg)
             return sample
-        question = draw
+        seed_key = draw
         if self.in_file_order and "benchmark" in record:
-            question = f"{record['benchmark']}/{record['id']}"
-        rng = random.Random(f"{self.cfg.seed}/{question}/frames")
+            seed_key = f"{record['benchmark']}/{record['id']}"
+        rng = random.Random(f"{self.cfg.seed}/{seed_key}/frames")
         keep_last = bool(record.get("image_path") or record.get("last_frame"))
         orders = frame_orders(self.orders, len(media), keep_last, rng, self.cfg.shuffle_unit)
         for name, order in orders.items():

@@ -139,7 +139,7 @@ def load_reference(accelerator, cfg, policy):
 
 
 def rollout_copy(accelerator, policy, cfg):
-    """The model to sample from: the policy itself or, if it is sharded or trained in bfloat16, a whole copy of it.
+    """The model to sample from: the policy itself or, if it is sharded or computes in bfloat16, a whole copy of it.
 
     generate() on sharded weights would gather all of them for every token. With a whole copy, ranks also sample without
     waiting for one another. Call refresh() before each rollout. With LoRA the policy's weights are whole and frozen.
@@ -183,8 +183,8 @@ def mrope_positions(prompt, config):
     s + max(rows, columns), which lies inside any clip of more than a few seconds.
 
     `prompt` holds mm_token_type_ids (1, P) and the grid and frame times of its clip; `config` is the model's vision
-    config. With tokens_per_second 2, patches less than half a second apart share a time position, as those of 16 frames
-    of a clip under 4 seconds do.
+    config. With tokens_per_second 2, patches less than half a second apart may share a time position; this happens with
+    16 frames (8 patches) of a clip shorter than 4 seconds.
     """
     grids = iter(prompt.get("video_grid_thw", ()))
     seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
@@ -228,7 +228,8 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
     for layer, prompt_layer in zip(cache.layers, prompt_cache.layers):
         layer.update(prompt_layer.keys[prompt_of_row], prompt_layer.values[prompt_of_row])
 
-    # generate() takes the length of the cache as done, and computes the rest of input_ids: the prompt's last token
+    # generate() takes the length of the cache as done, and computes the rest of input_ids: the prompt's last token. The
+    # position of each new token is 1 more than the last. (`cache` was past_key_values before transformers 5.24.)
     output = model.generate(
         input_ids=prompt_BP[prompt_of_row],
         attention_mask=mask_BP[prompt_of_row],
@@ -247,6 +248,8 @@ def read_prompts(model, prompts, pad_id):
     batch = distributed.to_device(data.collate_prompts(prompts, pad_id), model.device)
     prompt_BP = batch.pop("input_ids")
     mask_BP = batch.pop("attention_mask")
+    # the positions follow from it, and are passed in
+    batch.pop("mm_token_type_ids")
     positions = [mrope_positions(prompt, model.config.vision_config).T for prompt in prompts]
     positions_3BP = data.pad(positions, 0, "left").permute(2, 0, 1).to(model.device)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -341,7 +344,7 @@ def pack(model, prompts, completions, pad_id):
 
 
 def pack_row(model, prompt, completions):
-    """One packed row: ids, segments and source (L,), positions (3, L)."""
+    """One packed row: ids and segments (L,), positions (3, L), source (tokens of the completions,)."""
     P = prompt["input_ids"].shape[1]
     positions_3P = mrope_positions(prompt, model.config.vision_config)
     first_position = positions_3P.max() + 1

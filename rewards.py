@@ -6,8 +6,8 @@
     length      0 or omega   correct and l_min <= tokens <= l_max                       400 tokens, correct: 0.2
     temporal    0 to alpha   alpha (p - p̃) if p > p̃: how much the order helped         p 3/4, p̃ 1/4, alpha 0.3: 0.15
 
-Any model output can be scored: scoring never raises an exception and takes linear time. A solution that cannot be read
-is a mistake in the data: parse_solution raises, and it runs on every record before training starts.
+Any model output can be scored: scoring never raises an exception, and its time is linear in the output's length. A
+solution that cannot be read is a mistake in the data: parse_solution raises, and it runs on every record first.
 
 Sources: "paper" is Video-R1 (arXiv 2503.21776), "released" its published code, "ours" a choice of this project.
 
@@ -85,10 +85,10 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
     """
     if rule == "margin":
         return alpha * (p - p_shuffled) if p > p_shuffled else 0.0
-    # this one also pays if the order made no difference, and if both are 0
+    # pays even if the order made no difference, and if both fractions are 0
     if rule == "paper":
         return alpha if p >= p_shuffled else 0.0
-    # this one pays even if the order hurt a little; the released code has mean accuracies in place of p and p̃
+    # pays even if the order hurt a little; the released code has mean accuracies in place of p and p̃
     if rule == "released":
         return alpha if p >= 0.8 * p_shuffled else 0.0
     if rule == "none":
@@ -116,7 +116,7 @@ def ocr_accuracy(answer, truth):
     """
     answer_words = parsing.normalized("NFC", answer).split()
     truth_words = parsing.normalized("NFC", truth).split()
-    # at least len(truth_words) insertions: the score is 0, and computing it would take long
+    # at least len(truth_words) insertions: the score is 0, and the edit distance would take quadratic time
     if len(answer_words) >= 2 * len(truth_words):
         return 0.0
     return max(0.0, 1.0 - text_scores.word_error_rate(truth_words, answer_words))
@@ -170,7 +170,7 @@ PROBLEM_TYPES = {
     "numerical": ProblemType(numerical_accuracy, parsing.parse_number, "The result is one number."),
     "regression": ProblemType(regression_accuracy, parsing.parse_number, "The result is one number."),
     "OCR": ProblemType(ocr_accuracy, str, "The result is the text exactly as it is written in the picture."),
-    "free-form": ProblemType(free_form_accuracy, text_scores.text_with_words, "The result is a short text."),
+    "free-form": ProblemType(free_form_accuracy, text_scores.require_words, "The result is a short text."),
 }
 
 

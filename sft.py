@@ -55,6 +55,7 @@ def main():
         distributed.seed_everything(cfg.seed, step, rank)
         n_tokens = distributed.sum_over_ranks(accelerator, sum(len(sample.target) for sample in batch))
         loss_sum = 0.0
+        # weight is 1, or 0 for the dummy; unreadable samples are dropped already
         for micro, weight in run.micro_batches(batch, dummy):
             # 2. log-probs: one completion per prompt, its target
             prompts = [sample.inputs["ordered"] for sample in micro]

@@ -6,16 +6,17 @@
 Each step:
     1. prompts: a batch of questions; a video comes with its frames in order and shuffled
     2. rollout: the policy samples G completions with the frames in order and S with the frames shuffled
-    3. rewards: accuracy, format and length of each completion; p and p̃, the fractions that are correct in both orders
+    3. rewards: accuracy, format and length of each completion; p and p̃, the fractions correct with ordered and with
+       shuffled frames
     4. advantages: rewards relative to their group, plus the temporal term r_t = α (p − p̃) for the correct completions
     5. loss: clipped ratio times advantage, and β times the KL to the frozen SFT model; mean over the tokens of a
-       completion, then over completions. Only completions of ordered frames are trained
+       completion, then over completions. Only completions sampled with ordered frames are trained on
     6. update: backward, clip the gradient, AdamW
 Without the temporal term (`temporal_rule: none`), and always for images, this is GRPO.
 
 What is different from the paper and its released code, or left out:
     1. The temporal term is added to the advantage. In the reward, as published, division by the group's std cancels it
-       whenever rewards take two values (`temporal_target: reward` is the published form).
+       if all correct completions have one reward and all wrong ones another (`temporal_target: reward` is that form).
     2. The temporal term is graded: α (p − p̃) in place of α. `temporal_rule` has the published rules, too.
     3. Rollouts sample from the whole distribution, without top-p: the log-probs of step 5 are then those of the
        distribution that was sampled from.
@@ -60,7 +61,7 @@ class TGRPOConfig(settings.TrainConfig):
     )
     temporal_target: str = option(
         "advantage",
-        "what the term is added to; advantage is ours; reward, the paper's: division by the group's std cancels it",
+        "where the term is added: advantage (ours), or reward (the paper's, where division by the std cancels it)",
         choices=("advantage", "reward"),
     )
     alpha: float = option(0.3, "size of the temporal term", low=0)
@@ -105,9 +106,9 @@ def group_advantages(rewards_G, std="group"):
 def temporal_advantages(rewards_G, temporal_G, target="advantage", std="group"):
     """Advantages (G,) with the temporal term: temporal_G is r_t for the correct completions and 0 for the others.
 
-    target="reward" is the published form. If the rewards take two values, dividing by the std then cancels r_t exactly:
-    it only rescales the rewards (first shown in issue 51 of Video-R1, May 2025). target="advantage" (ours, default)
-    adds r_t after the division, where nothing cancels it.
+    target="reward" is the published form. If all correct completions have one reward and all wrong ones another, r_t
+    only rescales the rewards, and dividing by the std cancels it, up to the 1e-4 (first shown in issue 51 of Video-R1,
+    May 2025). target="advantage" (ours, default) adds r_t after the division, where nothing cancels it.
     """
     if target == "reward":
         return group_advantages(rewards_G + temporal_G, std)
@@ -116,6 +117,7 @@ def temporal_advantages(rewards_G, temporal_G, target="advantage", std="group"):
 
 def kl_k3(logps, ref_logps):
     """Schulman's k3 = e^d − d − 1, d = log π_ref − log π: never negative, and KL(π ‖ π_ref) on average over π."""
+    # the clamp keeps e^d finite
     d = (ref_logps - logps).clamp(-10, 10)
     return torch.expm1(d) - d
 
@@ -272,6 +274,7 @@ def main():
         # 3. rewards, 4. advantages
         for group in groups:
             score(group, cfg)
+        # the step's metrics; the update adds its own
         means = metrics.of_groups(groups, cfg, eos, seconds=run.lap("rollout"))
         n_completions = distributed.sum_over_ranks(accelerator, len(groups) * cfg.num_generations)
 

@@ -4,9 +4,9 @@
     read_folder    the chosen stills of a folder
     read_picture   one picture: RGB, upright, on white where it was transparent
 
-`choose(ticks, tick_seconds, interval=None)` is data.even_frames with its other arguments: it gets the times at which
-the frames appear, and returns the numbers of those to show. Frame times come from the file, and only frames that a
-player shows count. docs/frames.md has the reasons.
+`choose(ticks, tick_seconds, last_duration=None)` is data.even_frames with its other arguments: it gets the times at
+which the frames appear, and returns the numbers of those to show. Frame times come from the file, and only frames that
+a player shows count. docs/frames.md has the reasons.
 
 Every function raises ValueError or OSError, or an error of PyAV or Pillow, for a file that cannot be read. A clip
 that takes longer than READ_SECONDS raises too: nothing hangs.
@@ -65,17 +65,17 @@ class Shown(NamedTuple):
     fps: float
 
 
-def display_times(ticks, interval):
-    """(ticks, ends): when each frame appears and disappears. interval: ticks for which the last one is shown, or None.
+def display_times(ticks, last_duration):
+    """(ticks, ends): when each frame appears and disappears. last_duration: ticks for which the last one is shown.
 
-    The interval is limited to the range of the other frames' intervals: a still at the end is not part of the motion,
-    and some files give no length, or a wrong one.
+    It is limited to the range of the other frames' durations (None: their median): a still at the end is not part of
+    the motion, and some files give no length, or a wrong one.
     """
     ticks = np.asarray(ticks, dtype=np.int64)
     gaps = np.diff(ticks)
     if len(gaps):
-        interval = int(np.clip(interval or np.median(gaps), gaps.min(), gaps.max()))
-    return ticks, np.append(ticks[1:], ticks[-1] + (interval or 1))
+        last_duration = int(np.clip(last_duration or np.median(gaps), gaps.min(), gaps.max()))
+    return ticks, np.append(ticks[1:], ticks[-1] + (last_duration or 1))
 
 
 def in_ticks(seconds, tick_seconds):
@@ -127,12 +127,12 @@ def read_exactly(path, choose):
     packets = read_packets(path, deadline)
     frames = None
     if packets.ticks and packets.is_timed:
-        chosen = choose(packets.ticks, packets.tick_seconds, interval=packets.interval)
+        chosen = choose(packets.ticks, packets.tick_seconds, last_duration=packets.interval)
         wanted = [packets.ticks[i] for i in chosen[0]]
         frames = fetch(path, wanted, packets.keys, deadline)
     if frames is None:
         ticks, order = decoded_times(path, packets, deadline)
-        chosen = choose(ticks, packets.tick_seconds, interval=packets.interval)
+        chosen = choose(ticks, packets.tick_seconds, last_duration=packets.interval)
         frames = fetch_by_count(path, [order[i] for i in chosen[0]], deadline)
     frames_FHWC = np.stack(frames)
     check_sides(*frames_FHWC.shape[1:3])

@@ -57,7 +57,7 @@ def rouge_words(text):
     return "".join(pieces).split()
 
 
-def text_with_words(text):
+def require_words(text):
     """The text, if ROUGE can read a word in it. Else raises ValueError."""
     if not rouge_words(parsing.plain(text)):
         raise ValueError(f"no word that ROUGE can read (letters, digits) in {text[:80]!r}")

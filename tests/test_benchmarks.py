@@ -681,7 +681,8 @@ def test_a_number_is_written_as_asked_between_tags_and_alone(text, strict):
 def test_join_fills_bare_rows():
     """Guards: bare rows scored with another question's solution; unknown ids that are ignored."""
     bare = [
-        {"benchmark": "vsibench", "id": 0, "prediction": "3"},
+        # what a row has wins
+        {"benchmark": "vsibench", "id": 0, "prediction": "3", "data_source": "mine"},
         {"benchmark": "tempcompass", "id": "yes_no/11/action/1", "prediction": "no"},
         {"benchmark": "videommmu", "id": "question_only/validation_Math_15", "prediction": "3.5"},
         {"benchmark": "videommmu", "id": "validation_Math_15", "task": "Adaptation", "prediction": "1"},
@@ -689,7 +690,8 @@ def test_join_fills_bare_rows():
         row("mine", "B", "B"),
     ]
     joined = join_annotations(bare, ANNOTATIONS)
-    assert joined[-1] == bare[-1] and joined[0]["prediction"] == "3" and joined[0]["task"] == "object_counting"
+    assert joined[-1] == bare[-1]
+    assert fields(joined[0], "prediction data_source task") == ["3", "mine", "object_counting"]
     summary = benchmark_scores(joined)
     assert {name: part["score"] for name, part in summary.items()} == {
         "vsibench": 60,

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +11,8 @@ from hub_checkpoint import write_hub_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import data
 import policy
 import tgrpo
-from bench.gpu import bandwidth_share
 from support import model_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
@@ -157,22 +154,6 @@ def test_export_names_the_missing_starting_model(run, hub, tmp_path):
     os.rename(tmp_path / "start", tmp_path / "moved")
     with pytest.raises(UserError, match="checkpoint-1, whose run started from: .*no checkpoint at .*start"):
         export.export(out / "checkpoint-1", tmp_path / "exported")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_bandwidth_share_works_with_a_flat_config(hub, monkeypatch, layout):
-    """Guards: T-GRPO that fails on a GPU after its first rollout, because the flat config lacks a text_config."""
-    model = policy.load_policy(SharedConfig(model=str(hub / layout)))
-    gpu = SimpleNamespace(memory_clock_rate=1000, memory_bus_width=8000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    prompt = {"input_ids": torch.zeros(1, 10)}
-    group = tgrpo.Group(data.Sample({}, ordered=prompt), [torch.zeros(5)], [], [])
-    peak = 2 * 1e6 * 1000
-    weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + 96
-    cache_per_token = 2 * 2 * 2 * 24
-    read = 4 * (5 * (weights + 640 * 96) + cache_per_token * (5 * 10 + 15))
-    assert bandwidth_share(model, [group], 2.0) == {"rollout/bandwidth_share": pytest.approx(read / 2.0 / peak)}
 
 
 def test_rollout_ignores_generation_settings_of_the_checkpoint(hub):

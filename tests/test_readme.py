@@ -13,7 +13,7 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FOLDERS = (".", "support", "tests", "tools", "benchmarks", "experiments", "bench")
 ALL_SOURCE = "\n".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 # settings of the stages, and arguments of the tools and of accelerate
-FLAGS = set(re.findall(r"^    (\w+): \w+ = option", ALL_SOURCE, re.M)) | set(re.findall(r'"--(\w+)"', ALL_SOURCE))
+FLAGS = set(re.findall(r"^    (\w+): \w+ = (?:settings\.)?option", ALL_SOURCE, re.M)) | set(re.findall(r'"--(\w+)"', ALL_SOURCE))
 FLAGS |= {"config", "help", "config_file", "multi_gpu", "num_machines", "num_processes", "machine_rank"}
 FLAGS |= {"main_process_ip", "main_process_port"}
 
@@ -78,7 +78,7 @@ def test_everything_a_page_names_exists(page):
 
 def test_the_readme_is_short_and_its_line_counts_are_those_of_the_files():
     """Guards: a README that grows back into a manual; a reading time computed for an earlier version (5 % at most)."""
-    assert len(README.encode()) < 10_000
+    assert len(README.encode()) < 10_500
     counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
     assert len(counts) == 5
     for name, lines in counts:

@@ -42,7 +42,7 @@ def test_advantages_are_relative_to_the_group():
 
 
 def test_temporal_term_cancels_in_the_reward_but_not_in_the_advantage():
-    """Guards: the published placement, under which T-GRPO is GRPO whenever rewards take two values (method.md)."""
+    """Guards: the published placement, under which T-GRPO is GRPO if correctness alone decides the reward."""
     correct = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
     # accuracy + format
     rewards = correct.double() + 1

@@ -35,7 +35,7 @@ def seeds_table(folders):
         cells = []
         for column in COLUMNS:
             percent = [100 * summary[model][column] for summary in summaries.values()]
-            cells.append(f"{sum(percent) / len(percent):.1f} ({min(percent):.0f} to {max(percent):.0f})")
+            cells.append(f"{sum(percent) / len(percent):.1f} ({min(percent):.1f} to {max(percent):.1f})")
         rows.append([label, *cells])
     headings = [toy.HEADINGS[column] for column in COLUMNS]
     return f"{table(['', *headings], rows)}\n\nmean and range of seeds {', '.join(map(str, sorted(summaries)))}"
