@@ -80,9 +80,8 @@ def gap(p, p_shuffled, n_ordered, n_shuffled):
     }
     # one completion has no spread
     if n_ordered > 1 and n_shuffled > 1:
-        values["temporal/gap_variance"] = p * (1 - p) / (n_ordered - 1) + p_shuffled * (1 - p_shuffled) / (
-            n_shuffled - 1
-        )
+        variance = p * (1 - p) / (n_ordered - 1)
+        values["temporal/gap_variance"] = variance + p_shuffled * (1 - p_shuffled) / (n_shuffled - 1)
     return values
 
 
