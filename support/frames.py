@@ -5,8 +5,8 @@
     read_picture   one picture: RGB, upright, on white where it was transparent
 
 `choose(ticks, tick_seconds, last_duration=None)` is data.even_frames with its other arguments: it gets the times at
-which the frames appear, and returns the numbers of those to show. Frame times come from the file, and only frames that
-a player shows count. docs/frames.md has the reasons.
+which the frames appear, and returns the numbers of those to show. Only frames that a player shows count
+(docs/frames.md).
 
 Every function raises ValueError or OSError, or an error of PyAV or Pillow, for a file that cannot be read. A clip
 that takes longer than READ_SECONDS raises too: nothing hangs.
@@ -105,11 +105,13 @@ def read_clip(path, choose, reader="exact"):
         beginning = file.read(4096)
     if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:
         raise ValueError("a playlist, not a clip")
-    return read_with_decord(path, choose) if reader == "decord" else read_exactly(path, choose)
+    frames_FHWC, chosen = read_with_decord(path, choose) if reader == "decord" else read_exactly(path, choose)
+    check_sides(*frames_FHWC.shape[1:3])
+    return Shown(frames_FHWC, *chosen)
 
 
 def read_exactly(path, choose):
-    """Shown, by the times of displayed frames. In most files the packets give these times without decoding.
+    """(frames, chosen), by the times of displayed frames. In most files the packets give these times without decoding.
 
     If not (damaged files, frames that are never shown, containers without times), the file is decoded from its start,
     once for the times and once for the frames.
@@ -125,9 +127,7 @@ def read_exactly(path, choose):
         ticks, order = decoded_times(path, packets, deadline)
         chosen = choose(ticks, packets.tick_seconds, last_duration=packets.interval)
         frames = fetch_by_count(path, [order[i] for i in chosen[0]], deadline)
-    frames_FHWC = np.stack(frames)
-    check_sides(*frames_FHWC.shape[1:3])
-    return Shown(frames_FHWC, *chosen)
+    return np.stack(frames), chosen
 
 
 def open_clip(path):
@@ -244,9 +244,8 @@ def decode(container, stream, deadline):
 def fetch(path, wanted, keys, deadline):
     """RGB arrays of the frames at the ticks `wanted`. None if the decoder does not return one of them at its tick.
 
-    Seeks to the last key frame before a wanted frame only if that key frame is still ahead, and otherwise decodes on.
-    A key frame is never later than the wanted one, so the leading frames of an open group of pictures are decoded with
-    the group before.
+    Seeks to the last key frame before a wanted frame if it is still ahead, and otherwise decodes on: the leading frames
+    of an open group of pictures are decoded with the group before.
     """
     arrays = {}
     with open_clip(path) as container:
@@ -313,7 +312,11 @@ class UprightRGB:
 
     def __call__(self, frame):
         if self.size is None:
-            self.set_size_and_matrix(frame)
+            width = frame.width * self.aspect
+            scale = min(1.0, math.sqrt(MOST_PIXELS / (width * frame.height)))
+            self.size = {"width": max(1, round(width * scale)), "height": max(1, round(frame.height * scale))}
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self.matrix = bytes(matrix) if matrix else None
         has_alpha = any(component.is_alpha for component in frame.format.components)
         pixel_format = "rgba" if has_alpha else "rgb24"
         # one thread: a converter with threads of its own would hang the workers that a DataLoader forks
@@ -322,20 +325,9 @@ class UprightRGB:
             frame_HWC = np.asarray(on_white(Image.fromarray(frame_HWC)))
         return upright(frame_HWC, self.matrix) if self.matrix else frame_HWC
 
-    def set_size_and_matrix(self, first_frame):
-        width = first_frame.width * self.aspect
-        height = first_frame.height
-        scale = min(1.0, math.sqrt(MOST_PIXELS / (width * height)))
-        self.size = {"width": max(1, round(width * scale)), "height": max(1, round(height * scale))}
-        matrix = first_frame.side_data.get("DISPLAYMATRIX")
-        self.matrix = bytes(matrix) if matrix else None
-
 
 def upright(frame_HWC, matrix):
-    """The frame rotated by quarter turns and mirrored by its display matrix (the bytes of 3 x 3 whole numbers).
-
-    A pixel at (x, y) of the file is shown at (a x + c y, b x + d y).
-    """
+    """The frame turned and mirrored by its display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
     a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
     if abs(a) + abs(d) < abs(b) + abs(c):
         frame_HWC = frame_HWC.transpose(1, 0, 2)
@@ -349,12 +341,10 @@ def upright(frame_HWC, matrix):
 
 
 def read_with_decord(path, choose):
-    """Shown, of a clip whose frames decord takes for evenly spaced."""
+    """(frames, chosen) of a clip whose frames decord takes for evenly spaced."""
     n_frames, rate = run_decord(path)
-    indices, total, fps = choose(range(n_frames), 1 / Fraction(rate).limit_denominator(10**6))
-    frames_FHWC = run_decord(path, indices)
-    check_sides(*frames_FHWC.shape[1:3])
-    return Shown(frames_FHWC, indices, total, fps)
+    chosen = choose(range(n_frames), 1 / Fraction(rate).limit_denominator(10**6))
+    return run_decord(path, chosen[0]), chosen
 
 
 def run_decord(path, indices=None):
@@ -397,11 +387,7 @@ def read_folder(path, choose, fps=None):
 
 
 def natural_order(path):
-    """A key that sorts numbers in names by their value.
-
-    >>> sorted([Path("frame_10_t4s.png"), Path("frame_9_t3s.png")], key=natural_order)[0].name
-    'frame_9_t3s.png'
-    """
+    """A key that sorts numbers in names by their value: frame_9_t3s.png is before frame_10_t4s.png."""
     pieces = re.split(r"(\d+)", path.stem)
     return [int(piece) if piece.isdecimal() else piece for piece in pieces], path.name
 
