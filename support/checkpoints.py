@@ -21,9 +21,6 @@ RESUMABLE_SETTINGS = (
     "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
     "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile log_with"
 ).split()
-RUN_FILES = (
-    "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
-).split()
 START_ANEW = "start from scratch with --resume false (the earlier run is moved aside)"
 held_locks = {}
 
@@ -89,7 +86,8 @@ def newest_whole_checkpoint(accelerator, folder):
 
 def move_aside(accelerator, folder):
     """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
-    earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    patterns = "*checkpoint-* final* metrics.jsonl rollouts.jsonl config.yaml run.json".split()
+    earlier = [path for pattern in patterns for path in folder.glob(pattern)]
     if not earlier:
         return
     number = 1
@@ -103,10 +101,7 @@ def move_aside(accelerator, folder):
 
 
 def keep_finished(accelerator, cfg, folder, checkpoint):
-    """Raise UserError if `folder` holds a finished run, which starting again would overwrite.
-
-    A run may continue from a checkpoint to more steps; the model after fewer steps is kept under another name.
-    """
+    """Raise UserError if `folder` holds a finished run. If the run continues to more steps, keep its model aside."""
     if not (folder / "final").is_dir():
         return
     steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
@@ -170,8 +165,7 @@ def changes(before, now, cfg):
     if before["records"] != now["records"]:
         found.append(f"the content of {cfg.records} has changed")
     if before["weights"] != now["weights"]:
-        belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
-        found.append(f"the weights in {cfg.model} have changed{belongs}")
+        found.append(f"the weights in {cfg.model} have changed")
     return found
 
 
@@ -237,9 +231,5 @@ def damage(checkpoint):
     except (OSError, ValueError) as error:
         return f"state.json cannot be read ({error})"
     found = contents(checkpoint)
-    for name, value in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != value:
-            return f"{name} is not what was written"
-    return None
+    wrong = [name for name, value in expected.items() if found.get(name) != value]
+    return f"{wrong[0]} is missing or not what was written" if wrong else None

@@ -75,9 +75,7 @@ def test_changed_records_and_weights_are_noticed_by_their_content(run, started, 
         {name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"}
     )
     storage.fingerprint.cache_clear()
-    with pytest.raises(
-        UserError, match="the weights in .*base have changed, so this policy belongs to another SFT model"
-    ):
+    with pytest.raises(UserError, match="the weights in .*base have changed"):
         run("tgrpo", **settings)
 
 
@@ -167,7 +165,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(run, tmp_path, ca
     (folder / "checkpoint-2/optimizer.bin").unlink()
     run("tgrpo", **settings)
     said = capsys.readouterr().out
-    assert "checkpoint-3 is damaged: model.safetensors is not what was written" in said
+    assert "checkpoint-3 is damaged: model.safetensors is missing or not what was written" in said
     assert (
         "checkpoint-2 is damaged: optimizer.bin is missing" in said
         and f"resumed from {folder / 'checkpoint-1'}" in said
