@@ -81,10 +81,6 @@ def rouge_n(reference, hypothesis, n):
 
 def common_subsequence(a, b):
     """Length of the longest common subsequence of two lists."""
-    # words that only one list has cannot be in it
-    shared = set(a) & set(b)
-    a = [word for word in a if word in shared]
-    b = [word for word in b if word in shared]
     # row[j]: the length for the words of b so far and the first j words of a
     row = [0] * (len(a) + 1)
     for y in b:

@@ -74,7 +74,7 @@ class Run:
         if self.accelerator.is_main_process:
             for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
                 rows = [row for row in storage.read_jsonl(path) if row["step"] < self.first_step]
-                if rows or path.exists():
+                if path.exists():
                     storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             config = {self.stage: asdict(self.cfg)}
             storage.write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -87,13 +87,8 @@ class Run:
 
     def steps(self, batches):
         """Yields (step, readable samples) for this rank's `batches` (lists of Samples), with a progress bar."""
-        self.bar = tqdm(
-            batches,
-            initial=self.first_step,
-            total=self.cfg.steps,
-            desc=self.stage,
-            disable=not self.accelerator.is_main_process,
-        )
+        hidden = not self.accelerator.is_main_process
+        self.bar = tqdm(batches, initial=self.first_step, total=self.cfg.steps, desc=self.stage, disable=hidden)
         self.seconds = {}
         self.last_lap = time.perf_counter()
         for step, batch in enumerate(self.bar, self.first_step):
@@ -163,11 +158,8 @@ class Run:
         if self.cfg.log_with != "none":
             self.accelerator.log(metrics, step=step)
 
-    def log_rollouts(self, step, rows):
-        """Append the rows of all ranks to rollouts.jsonl."""
-        self.append("rollouts.jsonl", step, gather_object(list(rows)))
-
     def append(self, name, step, rows):
+        """Append these rows of the main process to the file `name`."""
         if self.accelerator.is_main_process:
             storage.append_rows(self.folder / name, [{"step": step, **row} for row in rows])
 
