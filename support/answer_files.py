@@ -31,10 +31,7 @@ def start(accelerator, folder, records, made_with):
 
 
 def finish(accelerator, folder, records, made_with, written):
-    """Merge the files of all processes. Returns all rows on the main process, None on the others.
-
-    written: the questions whose rows this process has written or found. Raises UserError if any of them is lost.
-    """
+    """All rows on the main process, None on the others. UserError if a question in `written`, on any rank, is lost."""
     # a question without rows has none of the orders asked for: a picture, or a clip of one frame
     written = gather_object(written)
     if not accelerator.is_main_process:

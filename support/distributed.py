@@ -25,17 +25,8 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 # FSDP shards each of these layers on its own.
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-# What an accelerate config may request but these scripts do not support: the variable it sets, and its name.
-UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}
 # What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
-# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still
-# notices a dead rank at once.
-COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 def make_accelerator(cfg, shard=True):
@@ -43,12 +34,10 @@ def make_accelerator(cfg, shard=True):
 
     A user's own accelerate config may set which processes run where, and one with FSDP turns sharding on too. Training
     settings come from `cfg` alone. With `shard` False each process holds a whole model, as in evaluation.
-
-    Raises UserError for DeepSpeed, Megatron-LM and other parallelism, and for a `log_with` that is not installed.
     """
-    for name, library in UNSUPPORTED.items():
-        if os.environ.get(name, "false").lower() == "true":
-            raise settings.UserError(f"the accelerate config requests {library}, which is not supported: choose FSDP")
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise settings.UserError(f"the accelerate config requests {name}, which is not supported: choose FSDP")
     config_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
         del os.environ[name]
@@ -61,11 +50,13 @@ def make_accelerator(cfg, shard=True):
     on_cpu = not torch.cuda.is_available()
     # under FSDP the plugin's policy casts
     autocast = "bf16" if cfg.bf16 and not sharded else "no"
+    # ranks wait while rank 0 loads or saves 30 GB, and at the end of an evaluation; the launcher notices a dead rank
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(
         cpu=on_cpu,
         fsdp_plugin=plugin,
         mixed_precision=autocast,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[timeout],
         **tracker_arguments(cfg),
     )
     if accelerator.num_processes != processes:

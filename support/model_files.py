@@ -54,7 +54,7 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
             base,
             dtype=dtype,
             attn_implementation="sdpa",
-            device_map=None if device is None else {"": device},
+            device_map=device,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -95,17 +95,15 @@ def empty_model(config, dtype):
     return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
-# How names of tensors begin in adapters that were made with transformers before 4.52, and how they do now.
-OLDER_NAMES = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
-
-
 def merge_adapter(model, folder):
     """`model` with the adapter in `folder`, in peft's format, added to its weights. UserError if that is impossible."""
     if not any(Path(folder).glob("adapter_model.*")):
         raise settings.UserError(f"{folder}: adapter_model.safetensors is missing")
+    # how names of tensors begin in adapters that were made with transformers before 4.52, and how they do now
+    older_names = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
     try:
         wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
-        report = wrapped.load_adapter(folder, "default", key_mapping=OLDER_NAMES)._asdict()
+        report = wrapped.load_adapter(folder, "default", key_mapping=older_names)._asdict()
         refuse_other_tensors(folder, report)
         names = " ".join(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
         if model.config.tie_word_embeddings and re.search(r"\b(lm_head|embed_tokens)\b", names):
@@ -118,22 +116,17 @@ def merge_adapter(model, folder):
         raise settings.UserError(f"{folder}: this adapter cannot be merged: {reason:.200}") from error
 
 
-# The files of a checkpoint, besides its weights, from which a model and its processor are loaded.
-STARTING_FILES = (
-    "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
-    "added_tokens.json special_tokens_map.json"
-).split()
-
-
 def starting_files(model):
-    """{name: bytes} of the STARTING_FILES of a checkpoint, a folder or a hub name.
+    """{name: bytes} of the files, besides the weights, from which a model and its processor are loaded.
 
     `final` gets these files instead of newly written ones, so what loads the starting checkpoint loads `final` too:
     transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
+    names = "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
+    patterns = (names + "added_tokens.json special_tokens_map.json").split()
     model = storage.adapter_chain(model)[0]
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
-    found = [path for pattern in STARTING_FILES for path in folder.glob(pattern)]
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=patterns))
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
     return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
