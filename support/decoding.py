@@ -9,7 +9,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 
 def vision_lengths(inputs, config):
-    """The lengths of the vision blocks' windows, for forward, on the CPU: blocks that read them on a GPU make the host wait."""
+    """The lengths of the vision blocks' windows, on the CPU: on a GPU the host would wait for each block."""
     grid = inputs.get("video_grid_thw")
     if grid is None:
         return {}
