@@ -20,18 +20,17 @@ import json
 import sys
 import tempfile
 import time
-from fractions import Fraction
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import av
 import naive
 import numpy as np
 import torch
 from hub_checkpoint import write_hub_checkpoint
 from PIL import Image
+from test_data import write_video
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import data
@@ -50,24 +49,10 @@ QUESTION = {
 FILES = {"picture": ("image", "picture.png"), "10 s": ("video", "10.mp4"), "60 s": ("video", "60.mp4")}
 
 
-def write_clip(path, seconds, size=(640, 360), fps=8):
-    """A disc that moves to the right over noise."""
-    noise = np.random.default_rng(0).integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for i in range(seconds * fps):
-            frame = noise.copy()
-            left = int(i / (seconds * fps) * (size[0] - 60))
-            frame[150:210, left : left + 60] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
 def make_files(folder, shape):
     """folder/model, folder/records.json and the media that the records name."""
-    write_clip(folder / "10.mp4", 10)
-    write_clip(folder / "60.mp4", 60)
+    write_video(folder / "10.mp4", 80, fps=8, size=(640, 360))
+    write_video(folder / "60.mp4", 480, fps=8, size=(640, 360))
     pixels = np.random.default_rng(1).integers(0, 255, (333, 777, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
     records = [
@@ -130,7 +115,7 @@ def take_steps(folder):
     }
     shared |= {"steps": 1, "batch_size": 3, "micro_batch_size": 1, "save_every": 0, "lr": 1e-6}
     rollout = {"beta": 0, "num_generations": 2, "temporal_rule": "none", "max_new_tokens": 16}
-    stages = {sft: {"model": folder / "model"}, tgrpo: {"model": folder / "sft/final", **rollout}}
+    stages = {sft: {"model": folder / "model"}, tgrpo: rollout | {"model": folder / "sft/final"}}
     # Score one completion of each group of two as right and one as wrong: equal rewards give no gradient.
     rewards = itertools.cycle((0.0, 1.0))
     tgrpo.accuracy_reward = lambda *_: next(rewards)

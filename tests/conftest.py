@@ -20,9 +20,10 @@ import toy
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_checkpoint import write_hub_checkpoint
+from processes import Forker, as_arguments
 
 # programs, not tests
-collect_ignore = ["two_ranks.py", "hub_checkpoint.py"]
+collect_ignore = ["two_ranks.py", "hub_checkpoint.py", "processes.py"]
 # what takes longest: if one of these files started last, the other worker would have nothing left to do
 LONGEST = ["test_sharded", "test_runs", "test_toy", "test_survive", "test_evaluate"]
 STAGES = {"sft": sft, "tgrpo": tgrpo, "evaluate": evaluate}
@@ -54,29 +55,49 @@ def hub(world):
     return world / "hub"
 
 
-@pytest.fixture
-def run(world, tmp_path, monkeypatch):
-    """run("sft", steps=2) runs the stage's real main() with configs/toy.yaml on the small world; returns its output
-    folder.
+@pytest.fixture(scope="session")
+def run_into(world):
+    """run_into(folder, "sft", steps=2) runs the stage's real main() with configs/toy.yaml on the small world; returns
+    `folder`.
     """
 
-    def run_stage(stage, output="out", **settings):
+    def run_stage(folder, stage, **settings):
         records = {"sft": "sft", "tgrpo": "rl", "evaluate": "test"}[stage]
-        training = {} if stage == "evaluate" else {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
-        settings = {
+        defaults = {
             "model": world / "base",
             "records": world / f"world/{records}.json",
             "data_root": world / "world",
-            "output_dir": tmp_path / output,
+            "output_dir": folder,
             "num_workers": 0,
-            **training,
-            **settings,
         }
-        arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--config", "configs/toy.yaml", *arguments])
+        if stage != "evaluate":
+            defaults |= {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
+        if stage != "sft":
+            defaults["max_new_tokens"] = 8
+        arguments = ["--config", "configs/toy.yaml", *as_arguments(defaults | settings)]
         # outside of the tests, each stage is a process of its own
         AcceleratorState._reset_state(reset_partial_state=True)
-        STAGES[stage].main()
-        return tmp_path / output
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{stage}.py", *arguments])
+            STAGES[stage].main()
+        return folder
 
     return run_stage
+
+
+@pytest.fixture
+def run(run_into, tmp_path):
+    """run("sft", steps=2) is run_into() a folder of this test, which it returns."""
+
+    def run_stage(stage, output="out", **settings):
+        return run_into(tmp_path / output, stage, **settings)
+
+    return run_stage
+
+
+@pytest.fixture(scope="session")
+def forker():
+    """Starts scripts in processes of their own, without their imports."""
+    forker = Forker()
+    yield forker
+    forker.close()

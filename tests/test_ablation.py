@@ -13,6 +13,7 @@ import pytest
 
 import tgrpo
 import toy
+from support.tiny_model import make_tokenizer
 from experiments import ablation, variants, world
 from support.settings import UserError, load_config
 
@@ -44,7 +45,7 @@ def test_teacher_gives_both_reasons_at_the_stated_rates_and_lengths(monkeypatch)
     assert counts["shortcut"] / 1000 == pytest.approx(0.6, abs=0.05)
     assert counts["misread"] / (1000 - counts["shortcut"]) == pytest.approx(0.35, abs=0.05)
     cfg = load_config(tgrpo.TGRPOConfig, "tgrpo", ["--config", str(ROOT / "configs/toy.yaml")])
-    tokenizer = toy.make_tokenizer(records)
+    tokenizer = make_tokenizer(records)
     lengths = [len(tokenizer(f"{r['process']}\n{r['solution']}<|im_end|>").input_ids) for r in records]
     assert cfg.length_min <= min(lengths) and max(lengths) <= cfg.length_max
 

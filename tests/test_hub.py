@@ -56,30 +56,30 @@ def checked_final(folder, start, dtype):
 def test_every_stage_runs_on_the_hub_layout(hub, run, monkeypatch, capsys, tmp_path, layout):
     """Guards: SFT that fails at its last line, because the hub's flat config has no text_config.tie_word_embeddings."""
     monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
-    once = dict(save_every=1, keep_checkpoints=9, num_workers=0)
 
-    def stopped_and_resumed(stage, model, **settings):
-        """Run two steps with a checkpoint after each, then resume without `final`: it comes back the same."""
-        run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
-        whole = weights(tmp_path / f"{stage}/{layout}/final")
-        shutil.rmtree(tmp_path / f"{stage}/{layout}/final")
-        run(stage, f"{stage}/{layout}", steps=2, model=model, **once, **settings)
+    def stopped_and_resumed(stage, model):
+        """Run two steps with a checkpoint after the first, then resume without `final`: it comes back the same."""
+        settings = {"model": model, "save_every": 1}
+        final = run(stage, stage, **settings) / "final"
+        whole = weights(final)
+        shutil.rmtree(final)
+        run(stage, stage, **settings)
         assert "resumed from" in capsys.readouterr().out
-        again = checked_final(tmp_path / f"{stage}/{layout}/final", hub / layout, torch.float32)
+        again = checked_final(final, hub / layout, torch.float32)
         assert all(torch.equal(whole[name], again[name]) for name in whole)
-        return tmp_path / f"{stage}/{layout}/final"
+        return final
 
     sft = stopped_and_resumed("sft", hub / layout)
-    final = stopped_and_resumed("tgrpo", sft, max_new_tokens=8)
-    rows = read_jsonl(tmp_path / f"tgrpo/{layout}/metrics.jsonl")
+    final = stopped_and_resumed("tgrpo", sft)
+    rows = read_jsonl(tmp_path / "tgrpo/metrics.jsonl")
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
-    export.export(tmp_path / f"tgrpo/{layout}/checkpoint-1", tmp_path / "exported")
+    export.export(tmp_path / "tgrpo/checkpoint-1", tmp_path / "exported")
     exported = checked_final(tmp_path / "exported", hub / layout, torch.float32)
     assert any(not torch.equal(exported[name], tensor) for name, tensor in weights(final).items())
 
-    run("evaluate", "eval", model=final, max_new_tokens=8, batch_size=8)
-    assert len(read_jsonl(tmp_path / "eval/predictions.jsonl")) > 12
+    run("evaluate", "eval", model=final, orders="ordered,blind")
+    assert len(read_jsonl(tmp_path / "eval/predictions.jsonl")) == 24
     monkeypatch.setattr("sys.argv", ["plan_memory", "--model", str(final)])
     plan_memory.main()
     assert "peak" in capsys.readouterr().out
@@ -103,28 +103,16 @@ def test_plan_counts_a_separate_head_only_if_untied(hub):
 def test_final_copies_only_files_of_the_model(hub, tmp_path):
     """Guards: a trainer's state, or the index of missing shards, in `final`."""
     shutil.copytree(hub / "tied", tmp_path / "start")
-    for name in (
-        "trainer_state.json",
-        "pytorch_model.bin.index.json",
-        "adapter_model.bin",
-        "requirements.txt",
-        "modeling.py",
-    ):
-        (tmp_path / "start" / name).write_text("{}")
-    for name in (
-        "video_preprocessor_config.json",
-        "processor_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-    ):
-        (tmp_path / "start" / name).write_text("{}")
-    added = {
+    trainers = {"trainer_state.json", "pytorch_model.bin.index.json", "adapter_model.bin", "requirements.txt"}
+    models = {
         "video_preprocessor_config.json",
         "processor_config.json",
         "chat_template.jinja",
         "special_tokens_map.json",
     }
-    assert set(model_files.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | added
+    for name in trainers | models | {"modeling.py"}:
+        (tmp_path / "start" / name).write_text("{}")
+    assert set(model_files.starting_files(str(tmp_path / "start"))) == set(other_files(hub / "tied")) | models
 
 
 def test_checkpoint_without_optional_files_loads(hub, tmp_path):

@@ -28,39 +28,57 @@ def weights(folder):
 
 
 def settings(world, **values):
-    return SharedConfig(
-        model=str(world / "base"),
-        data_root=str(world / "world"),
-        prompt="{problem} {options}",
-        min_pixels=784,
-        max_pixels=3136,
-        max_frames=8,
-        num_workers=0,
-        **values,
-    )
+    defaults = {
+        "model": str(world / "base"),
+        "data_root": str(world / "world"),
+        "prompt": "{problem} {options}",
+        "min_pixels": 784,
+        "max_pixels": 3136,
+        "max_frames": 8,
+        "num_workers": 0,
+    }
+    return SharedConfig(**defaults | values)
+
+
+def some_accuracy(completion, *_):
+    """A random policy answers nothing right; this stand-in gives its groups something to compare."""
+    return float(len(completion) % 2)
 
 
 @pytest.fixture(autouse=True)
 def some_reward(monkeypatch):
-    """A random policy answers nothing right; this stand-in reward gives its groups something to compare."""
-    monkeypatch.setattr(tgrpo, "accuracy_reward", lambda completion, *_: float(len(completion) % 2))
+    monkeypatch.setattr(tgrpo, "accuracy_reward", some_accuracy)
+
+
+@pytest.fixture(scope="module")
+def trained(run_into, tmp_path_factory):
+    """{stage: folder of a run of three steps, with checkpoints after the first two}."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tgrpo, "accuracy_reward", some_accuracy)
+        return {stage: run_into(folder / stage, stage, steps=3, save_every=1) for stage in ("sft", "tgrpo")}
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_into, tmp_path_factory):
+    """Folder of an evaluation in all orders, five questions per batch."""
+    return run_into(tmp_path_factory.mktemp("evaluated") / "out", "evaluate", batch_size=5)
 
 
 # ------------------------------------------------------------------------------------------------- training steps
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_two_steps_save_changed_finite_weights_that_transformers_loads(world, run, stage):
+def test_a_run_saves_changed_finite_weights_that_transformers_loads(world, trained, stage):
     """Guards: a script that cannot take a step; a checkpoint that only our own class can load."""
-    out = run(stage)
+    out = trained[stage]
     rows = read_jsonl(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1] and all(math.isfinite(v) for row in rows for v in row.values())
+    assert [row["step"] for row in rows] == [0, 1, 2] and all(math.isfinite(v) for row in rows for v in row.values())
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "final", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert type(AutoProcessor.from_pretrained(out / "final")).__name__ == "Qwen2_5_VLProcessor"
-    assert json.loads((out / "final/config.json").read_text())["architectures"] == [
-        "Qwen2_5_VLForConditionalGeneration"
-    ]
+    architectures = json.loads((out / "final/config.json").read_text())["architectures"]
+    assert architectures == ["Qwen2_5_VLForConditionalGeneration"]
     before = load_file(world / "base/model.safetensors")
     after = weights(out)
     assert before.keys() == after.keys() and all(torch.isfinite(after[name]).all() for name in after)
@@ -69,26 +87,24 @@ def test_two_steps_save_changed_finite_weights_that_transformers_loads(world, ru
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_a_resumed_run_equals_an_uninterrupted_run(run, stage):
+def test_a_resumed_run_equals_an_uninterrupted_run(run, trained, tmp_path, stage):
     """Guards: an optimizer, random state, data position or log that is lost in a resume."""
-    whole = run(stage, "whole", steps=4, save_every=2)
-    part = whole.parent / "part"
-    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
-    # has steps 2 and 3 too: they must be dropped and repeated
-    shutil.copy(whole / "metrics.jsonl", part)
-    run(stage, "part", steps=4, save_every=2)
-    assert without_times(part) == without_times(whole) and len(without_times(whole)) == 4
+    whole = trained[stage]
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "part/checkpoint-1")
+    # has steps 1 and 2 too: they must be dropped and repeated
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "part")
+    part = run(stage, "part", steps=3, save_every=1)
+    assert without_times(part) == without_times(whole) and len(without_times(whole)) == 3
     a = weights(whole)
     b = weights(part)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_the_micro_batch_size_does_not_change_the_result(run, stage):
+def test_the_micro_batch_size_does_not_change_the_result(run, trained, stage):
     """Guards: a mean over micro-batches that overweights short answers or a small last micro-batch."""
     gradients = []
-    for size in (4, 1):
-        out = run(stage, f"micro{size}", save_every=1, micro_batch_size=size)
+    for out in (trained[stage], run(stage, save_every=1, micro_batch_size=1)):
         state = torch.load(out / "checkpoint-1/optimizer.bin", weights_only=True)["state"]
         # after one step: 0.1 × gradient
         gradients.append([moments["exp_avg"] for moments in state.values()])
@@ -96,32 +112,28 @@ def test_the_micro_batch_size_does_not_change_the_result(run, stage):
     assert scale > 1e-4 and all((a - b).abs().max() < 1e-4 * scale for a, b in zip(*gradients))
 
 
-def test_a_second_update_per_rollout_has_ratios_other_than_one(run):
+def test_a_second_update_per_rollout_has_ratios_other_than_one(run, trained):
     """Guards: old log-probs recomputed in each update, so that nothing is ever clipped."""
 
     def clipped(out):
         return [row["policy/clip_frac"] for row in read_jsonl(out / "metrics.jsonl")]
 
-    assert max(clipped(run("tgrpo", "three", updates_per_rollout=3, lr=0.01, warmup_steps=0))) > 0
-    assert max(clipped(run("tgrpo", "one", updates_per_rollout=1, lr=0.01, warmup_steps=0))) == 0
+    assert max(clipped(run("tgrpo", updates_per_rollout=3, lr=0.01, warmup_steps=0))) > 0
+    assert max(clipped(trained["tgrpo"])) == 0
 
 
-@pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_bfloat16_without_sharding(run, stage):
-    """Guards: dtype errors between autocast and the rollout model, the reference or the head."""
-    out = run(stage, bf16="true")
-    assert all(math.isfinite(v) for row in read_jsonl(out / "metrics.jsonl") for v in row.values())
-    assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
-
-
-def test_full_shard_on_one_process_computes_in_bfloat16(run):
-    """Guards: float32 computation if a multi-GPU config runs on one GPU, because neither FSDP nor autocast casts."""
-    settings = dict(bf16="true", max_new_tokens=8, steps=1)
+def test_one_process_computes_in_bfloat16_with_and_without_full_shard(run, trained):
+    """Guards: dtype errors between autocast and the rollout model, the reference or the head; float32 computation if a
+    multi-GPU config runs on one GPU, because neither FSDP nor autocast casts.
+    """
+    sft = run("sft", "sft", bf16="true", steps=1)
     # the plain run first: what the other might leave in the environment must not reach it
-    plain = run("tgrpo", "none", fsdp="none", **settings)
-    alone = run("tgrpo", "shard", fsdp="full_shard", **settings)
-    float32 = run("tgrpo", "float32", **settings | {"bf16": "false"})
-    assert without_times(alone) == without_times(plain) != without_times(float32)
+    plain = run("tgrpo", "none", bf16="true", steps=1, fsdp="none")
+    alone = run("tgrpo", "shard", bf16="true", steps=1, fsdp="full_shard")
+    for out in (sft, plain):
+        assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+        assert all(math.isfinite(v) for row in read_jsonl(out / "metrics.jsonl") for v in row.values())
+    assert without_times(alone) == without_times(plain) != without_times(trained["tgrpo"])[:1]
 
 
 def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
@@ -135,20 +147,18 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
 
     monkeypatch.setattr(tgrpo, "grpo_loss", watched)
     monkeypatch.setattr(training.Run, "micro_batches", lambda run, items, dummy: [(items, 1.0), ([dummy], 0.0)])
-    run("tgrpo", steps=3, updates_per_rollout=2, lr=0.01, warmup_steps=0, max_new_tokens=8)
-    first = [ratios[i : i + 2] for i in range(0, 12, 4)]
-    second = [ratios[i : i + 2] for i in range(2, 12, 4)]
-    assert first == [[0.0, 0.0]] * 3 and all(real > 0 and dummy > 0 for real, dummy in second)
+    run("tgrpo", steps=2, updates_per_rollout=2, lr=0.01, warmup_steps=0)
+    first = [ratios[i : i + 2] for i in range(0, 8, 4)]
+    second = [ratios[i : i + 2] for i in range(2, 8, 4)]
+    assert first == [[0.0, 0.0]] * 2 and all(real > 0 and dummy > 0 for real, dummy in second)
 
 
-def test_temporal_rule_none_is_grpo(run):
+def test_temporal_rule_none_is_grpo(run, trained):
     """Guards: shuffled rollouts that nobody uses, or a remaining temporal term."""
-    rows = read_jsonl(run("tgrpo", temporal_rule="none") / "metrics.jsonl")
-    assert all(row["temporal/advantage_change"] == 0 and "temporal/p_shuffled" not in row for row in rows)
-    rows = read_jsonl(run("tgrpo", "margin") / "metrics.jsonl")
-    assert all(
-        {"temporal/p", "temporal/p_shuffled", "temporal/gap_se", "temporal/order_helped"} <= row.keys() for row in rows
-    )
+    (row,) = read_jsonl(run("tgrpo", temporal_rule="none", steps=1) / "metrics.jsonl")
+    assert row["temporal/advantage_change"] == 0 and "temporal/p_shuffled" not in row
+    names = {"temporal/p", "temporal/p_shuffled", "temporal/gap_se", "temporal/order_helped"}
+    assert all(names <= row.keys() for row in read_jsonl(trained["tgrpo"] / "metrics.jsonl"))
 
 
 def test_a_missing_sft_model_names_the_sft_command(run):
@@ -162,74 +172,46 @@ def test_a_missing_sft_model_names_the_sft_command(run):
 
 @pytest.fixture
 def broken_world(world, tmp_path):
-    """The training questions again, one of whose clips is empty: (folder, its problem_id)."""
+    """The training questions again; the first clip that is drawn is empty: (folder, its problem_id)."""
     folder = tmp_path / "broken"
     shutil.copytree(world / "world", folder)
-    record = next(r for r in json.loads((folder / "rl.json").read_text()) if r["data_type"] == "video")
+    records = json.loads((folder / "rl.json").read_text())
+    drawn = [records[data.record_of_draw(draw, len(records), 0)] for draw in range(4)]
+    record = next(r for r in drawn if r["data_type"] == "video")
     (folder / record["path"]).write_bytes(b"")
     return folder, record["problem_id"]
 
 
-def test_unreadable_clips_are_skipped_counted_and_named(run, broken_world, capsys):
-    """Guards: a replacement clip, a crash, or a skip without a message."""
+def test_unreadable_clips_are_skipped_counted_and_named_also_after_a_resume(run, broken_world, capsys):
+    """Guards: a replacement clip, a crash, a skip without a message; a run that forgets its skipped records at each
+    restart and never reaches the limit.
+    """
     folder, problem_id = broken_world
-    out = run(
-        "tgrpo",
-        records=folder / "rl.json",
-        data_root=folder,
-        steps=3,
-        max_unreadable=0.5,
-        # 12 records: all are seen
-    )
-    assert read_jsonl(out / "metrics.jsonl")[-1]["data/skipped"] == 1
-    assert f"skipped {problem_id} (./media/" in capsys.readouterr().out
-
-
-def test_skipped_records_are_still_counted_after_a_resume(run, broken_world, capsys):
-    """Guards: a run that forgets its skipped records at each restart and never reaches the limit."""
-    folder, problem_id = broken_world
-    settings = dict(
-        records=folder / "rl.json", data_root=folder, steps=6, max_unreadable=0.5, save_every=1, keep_checkpoints=9
-    )
+    settings = dict(records=folder / "rl.json", data_root=folder, max_unreadable=0.5, save_every=1)
     out = run("tgrpo", "whole", **settings)
-    counts = [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")]
-    first = counts.index(1) + 1
-    assert counts[-1] == 1 and first < 6
+    assert [row["data/skipped"] for row in read_jsonl(out / "metrics.jsonl")] == [1, 1]
+    assert f"skipped {problem_id} (./media/" in capsys.readouterr().out
     part = out.parent / "part"
-    shutil.copytree(out / f"checkpoint-{first}", part / f"checkpoint-{first}")
+    shutil.copytree(out / "checkpoint-1", part / "checkpoint-1")
     shutil.copy(out / "metrics.jsonl", part)
-    capsys.readouterr()
     run("tgrpo", "part", **settings)
-    assert (
-        without_times(part) == without_times(out)
-        and f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out
-    )
+    assert without_times(part) == without_times(out)
+    assert f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out
 
 
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
     """Guards: training for a day on the rest of a broken download."""
     folder, _ = broken_world
     with pytest.raises(UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
-        run("tgrpo", records=folder / "rl.json", data_root=folder, steps=3, max_unreadable=0.01)
+        run("tgrpo", records=folder / "rl.json", data_root=folder, max_unreadable=0.01)
 
 
 def test_check_lists_unreadable_files(broken_world, monkeypatch, capsys):
     """Guards: a broken file that is only found during training."""
     folder, _ = broken_world
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "check_data.py",
-            "--config",
-            "configs/toy.yaml",
-            "--records",
-            str(folder / "rl.json"),
-            "--data_root",
-            str(folder),
-            "--num_workers",
-            "2",
-        ],
-    )
+    paths = ["--records", str(folder / "rl.json"), "--data_root", str(folder)]
+    arguments = ["check_data", "--config", "configs/toy.yaml", "--num_workers", "2", *paths]
+    monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as exit:
         check_data.main()
     said = capsys.readouterr().out
@@ -265,11 +247,6 @@ def test_sft_trains_the_target_tokens_only(world):
     assert -logps_NT.sum().item() / len(packed.targets_M) == pytest.approx(expected.item(), abs=1e-5)
 
 
-def one(world, record, orders=("ordered", "shuffled"), **values):
-    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(record.pop("root")), **values})
-    return data.Samples([record], model_files.load_processor(cfg), cfg, orders, in_file_order=True)[0]
-
-
 RECORD = {
     "problem_id": 1,
     "problem": "Which way?",
@@ -281,10 +258,20 @@ RECORD = {
 }
 
 
+ORDERS = ("ordered", "shuffled", "reversed", "single", "blind")
+
+
+def one(world, folder, orders=("ordered", "shuffled"), change=None, **values):
+    """The Sample of RECORD, changed, whose media are in `folder`."""
+    cfg = settings(world, data_root=str(folder), **values)
+    record = RECORD | (change or {})
+    return data.Samples([record], model_files.load_processor(cfg), cfg, orders, in_file_order=True)[0]
+
+
 def test_frame_times_reach_the_model(world, tmp_path):
     """Guards: an assumed 2 fps: 8 of 40 frames at 5 fps are 1 second apart, and a patch of two is 2 seconds long."""
     write_video(tmp_path / "clip.mp4", 40, fps=5)
-    sample = one(world, RECORD | {"root": tmp_path})
+    sample = one(world, tmp_path)
     # shuffled clips have the times of the ordered ones
     for order in ("ordered", "shuffled"):
         x = sample.inputs[order]
@@ -299,7 +286,7 @@ def test_frame_times_reach_the_model(world, tmp_path):
 def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
     """Guards: a shuffle that loses frames or changes nothing."""
     write_video(tmp_path / "clip.mp4", 8)
-    sample = one(world, RECORD | {"root": tmp_path})
+    sample = one(world, tmp_path)
     ordered, shuffled = (sample.inputs[order]["pixel_values_videos"] for order in ("ordered", "shuffled"))
     assert ordered.shape == shuffled.shape and not torch.equal(ordered, shuffled)
 
@@ -313,29 +300,30 @@ def test_shuffled_pixels_are_the_ordered_ones_in_another_order(world, tmp_path):
 def test_each_clip_has_its_own_shuffle_of_the_configured_unit(world, tmp_path):
     """Guards: one permutation for all clips; a shuffle_unit that is never read or equal extra shuffles."""
     write_video(tmp_path / "clip.mp4", 8)
-    records = [{k: v for k, v in RECORD.items()} for _ in range(6)]
     for unit in ("frame", "patch"):
-        cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path), "shuffle_unit": unit})
-        names = ("shuffled", "shuffled 1", "shuffled 2", "shuffled 3", "shuffled 4")
-        samples = data.Samples(records, model_files.load_processor(cfg), cfg, names, in_file_order=True)
+        cfg = settings(world, data_root=str(tmp_path), shuffle_unit=unit)
+        names = ("shuffled", "shuffled 1", "shuffled 2", "shuffled 3")
+        processor = model_files.load_processor(cfg)
+        samples = data.Samples([RECORD] * 6, processor, cfg, ("shuffled",), in_file_order=True)
         orders = [tuple(samples[i].frame_order) for i in range(6)]
         assert len(set(orders)) > 3 and orders == [tuple(samples[i].frame_order) for i in range(6)]
         assert all(order[i + 1] == order[i] + 1 for order in orders for i in range(0, 8, 2)) == (unit == "patch")
-        drawn = [samples[0].inputs[name]["pixel_values_videos"] for name in names[1:]]
+        inputs = one(world, tmp_path, names, shuffle_unit=unit).inputs
+        drawn = [inputs[name]["pixel_values_videos"] for name in names[1:]]
         assert any(not torch.equal(drawn[0], x) for x in drawn[1:])
 
 
 def test_a_clip_of_one_frame_has_no_shuffled_group(world, tmp_path):
     """Guards: a temporal reward for a single frame; an infinite loop that looks for another permutation of it."""
     write_video(tmp_path / "clip.mp4", 1)
-    sample = one(world, RECORD | {"root": tmp_path})
+    sample = one(world, tmp_path)
     assert "shuffled" not in sample.inputs and sample.inputs["ordered"]["video_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 def test_large_images_are_shrunk_to_max_pixels(world, tmp_path):
-    """Guards: one 4000-pixel picture that fills a GPU's memory."""
-    Image.new("RGB", (4000, 3000)).save(tmp_path / "clip.mp4", format="png")
-    sample = one(world, RECORD | {"root": tmp_path, "data_type": "image"}, max_pixels=100 * 28 * 28)
+    """Guards: one large picture that fills a GPU's memory."""
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "clip.mp4", format="png")
+    sample = one(world, tmp_path, change={"data_type": "image"}, max_pixels=100 * 28 * 28)
     assert "shuffled" not in sample.inputs
     assert 60 <= (sample.inputs["ordered"]["mm_token_type_ids"] == data.VIDEO).sum() <= 100
 
@@ -345,105 +333,86 @@ def test_small_clips_are_not_enlarged(world, tmp_path):
     clip.
     """
     write_video(tmp_path / "clip.mp4", 4)
-    assert one(world, RECORD | {"root": tmp_path}).inputs["ordered"]["video_grid_thw"].tolist() == [[2, 4, 4]]
+    assert one(world, tmp_path).inputs["ordered"]["video_grid_thw"].tolist() == [[2, 4, 4]]
 
 
 def test_long_prompts_are_skipped_not_cut(world, tmp_path):
     """Guards: truncation that removes video tokens but keeps their pixels."""
     write_video(tmp_path / "clip.mp4", 4)
-    sample = one(world, RECORD | {"root": tmp_path, "problem": "why " * 300}, max_prompt_tokens=200)
+    sample = one(world, tmp_path, change={"problem": "why " * 300}, max_prompt_tokens=200)
     assert "max_prompt_tokens is 200" in sample.error and "ordered" not in sample.inputs
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run):
-    """Guards: a resumed evaluation that averages only the new rows, counts one twice, or overwrites the score."""
-    out = run("evaluate", batch_size=5)
-    rows = read_jsonl(out / "predictions.jsonl")
-    summary = (out / "summary.json").read_text()
-    videos = [r for r in rows if r["data_type"] == "video"]
-    assert len([r for r in rows if r["frames"] == "ordered"]) == 12
-    assert len([r for r in videos if r["frames"] == "shuffled"]) == len([r for r in videos if r["frames"] == "ordered"])
+def test_evaluation_writes_every_answer_and_resumes_to_the_same_summary(run, evaluated):
+    """Guards: a resumed evaluation that averages only the new rows, counts one twice, or overwrites the score; an order
+    that changes the label of an answer but not its frames.
+    """
+    rows = read_jsonl(evaluated / "predictions.jsonl")
+    summary = (evaluated / "summary.json").read_text()
+    said = {}
+    for order in ("ordered", "shuffled"):
+        said[order] = {row["id"]: row["prediction"] for row in rows if row["frames"] == order}
+    assert len(said["ordered"]) == 12
+    assert said["shuffled"].keys() == {row["id"] for row in rows if row["data_type"] == "video"}
+    assert any(said["ordered"][name] != prediction for name, prediction in said["shuffled"].items())
     assert all({"prediction", "solution", "accuracy", "format", "settings", "cue"} <= row.keys() for row in rows)
-    lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
+    lines = (evaluated / "predictions.jsonl").read_text().splitlines(keepends=True)
     # killed within a batch, with an incomplete last line
     for kept in (3, len(lines) - 1):
-        shutil.rmtree(out)
+        out = evaluated.parent / f"kept {kept}"
         out.mkdir()
         (out / "predictions.0.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
-        run("evaluate", batch_size=5)
+        run("evaluate", out, batch_size=5)
         assert (out / "summary.json").read_text() == summary
-    assert (out / "predictions.jsonl").read_text() == "".join(lines) and len(list(out.glob("[!.]*"))) == 2
+        assert (out / "predictions.jsonl").read_text() == "".join(lines) and len(list(out.glob("[!.]*"))) == 2
 
 
-def test_evaluation_refuses_to_mix_settings(run):
+def test_evaluation_refuses_to_mix_settings(run, evaluated):
     """Guards: a mean over answers given with 16 frames and answers given with 64."""
-    run("evaluate")
     with pytest.raises(UserError, match="max_frames 8"):
-        run("evaluate", max_frames=4)
+        run("evaluate", evaluated, max_frames=4)
 
 
 def test_evaluation_notices_other_weights_and_other_questions_at_the_same_path(run, world, tmp_path):
     """Guards: a retrained model, or an edited question, that gets the old answers' score."""
-    model = tmp_path / "model"
-    records = tmp_path / "test.json"
-    shutil.copytree(world / "base", model)
-    shutil.copy(world / "world/test.json", records)
-    run("evaluate", model=model, records=records)
-    changed = load_file(model / "model.safetensors")
-    save_file(
-        {name: tensor * 1.01 for name, tensor in changed.items()},
-        model / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    shutil.copytree(world / "base", tmp_path / "model")
+    shutil.copy(world / "world/test.json", tmp_path / "test.json")
+    settings = {"model": tmp_path / "model", "records": tmp_path / "test.json", "orders": "ordered"}
+    run("evaluate", **settings)
+    rows = json.loads((tmp_path / "test.json").read_text())
+    changed = [rows[0] | {"problem": "Another question?"}, *rows[1:]]
+    (tmp_path / "test.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="other questions"):
+        run("evaluate", **settings)
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    run("evaluate", **settings)
+    path = tmp_path / "model/model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     # outside of the tests, each run is a process of its own
     fingerprint.cache_clear()
     with pytest.raises(UserError, match="weights"):
-        run("evaluate", model=model, records=records)
-    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
-    fingerprint.cache_clear()
-    run("evaluate", model=model, records=records)
-    rows = json.loads(records.read_text())
-    rows[0]["problem"] = "Another question?"
-    records.write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="other questions"):
-        run("evaluate", model=model, records=records)
+        run("evaluate", **settings)
 
 
-def test_evaluation_names_what_it_could_not_read(run, broken_world, capsys):
-    """Guards: one unreadable clip that marks a whole batch wrong, or vanishes from the count."""
+def test_evaluation_counts_and_names_what_it_could_not_read_and_asks_the_rest(run, broken_world, capsys):
+    """Guards: an unreadable clip that marks a whole batch wrong, a bad row that refuses an evaluation; either one
+    missing from the count.
+    """
     folder, _ = broken_world
-    out = run("evaluate", records=folder / "rl.json", data_root=folder)
-    summary = json.loads((out / "summary.json").read_text())
-    assert len(summary["rl"]["unusable"]) == 1 and summary["rl"]["n"] == 11
-    assert "1 unusable, not in n" in capsys.readouterr().out
-    rows = read_jsonl(out / "predictions.jsonl")
-    assert [r["path"] in r["error"] for r in rows if "error" in r] == [True]
-
-
-def test_evaluation_counts_bad_rows_and_asks_the_others(run, world, tmp_path, capsys):
-    """Guards: one bad row that refuses an evaluation, or that vanishes from the count."""
-    rows = json.loads((world / "world/test.json").read_text())
-    (tmp_path / "mine.json").write_text(json.dumps([rows[0], {**rows[1], "path": 7}, *rows[2:]]))
-    out = run("evaluate", records=tmp_path / "mine.json", max_unreadable=0.1)
+    rows = json.loads((folder / "rl.json").read_text())
+    bad = next(i for i, row in enumerate(rows) if row["data_type"] == "image")
+    rows[bad]["path"] = 7
+    (folder / "mine.json").write_text(json.dumps(rows))
+    out = run("evaluate", records=folder / "mine.json", data_root=folder, max_unreadable=0.1, orders="ordered")
     part = json.loads((out / "summary.json").read_text())["mine"]
-    assert (part["n"], part["unusable"]) == (len(rows) - 1, ["row 2"])
-    assert "skipped row 2: path: expected text, got 7" in capsys.readouterr().out
-
-
-def test_shuffle_frames_changes_what_the_model_sees(run):
-    """Guards: a flag that changes the label of the run but not its frames."""
-    ordered = run("evaluate", "a", orders="ordered")
-    shuffled = run("evaluate", "b", orders="shuffled")
-
-    def read(out):
-        return read_jsonl(out / "predictions.jsonl")
-
-    assert {r["frames"] for r in read(ordered)} == {"ordered"} and {r["frames"] for r in read(shuffled)} == {"shuffled"}
-    texts = {r["id"]: r["prediction"] for r in read(ordered)}
-    assert any(texts[r["id"]] != r["prediction"] for r in read(shuffled))
+    assert part["n"] == 10 and len(part["unusable"]) == 2 and f"row {bad + 1}" in part["unusable"]
+    printed = capsys.readouterr().out
+    assert "2 unusable, not in n" in printed and f"skipped row {bad + 1}: path: expected text, got 7" in printed
+    rows = read_jsonl(out / "predictions.jsonl")
+    assert [r["path"] in r["error"] for r in rows if "error" in r] == [True, True]
 
 
 def brightness(x):
@@ -457,16 +426,15 @@ def brightness(x):
 def test_each_order_shows_the_frames_that_it_names(world, tmp_path):
     """Guards: a reversed clip that is the ordered one; a single frame that is the first; a blind prompt with pixels."""
     write_video(tmp_path / "clip.mp4", 8)
-    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
-    orders = ("ordered", "reversed", "single", "blind")
-    sample = data.Samples([RECORD], model_files.load_processor(cfg), cfg, orders)[0]
+    sample = one(world, tmp_path, ("ordered", "reversed", "single", "blind"))
     ordered, ordered_brightness = brightness(sample.inputs["ordered"])
     assert ordered == list(range(8)) and brightness(sample.inputs["reversed"])[0] == list(range(8))[::-1]
     _, single_brightness = brightness(sample.inputs["single"])
     assert sample.inputs["single"]["video_grid_thw"].tolist() == [[1, 4, 4]]
     assert torch.allclose(single_brightness, ordered_brightness[4].expand(2), atol=1e-4)
     assert "shuffled" not in sample.inputs and "pixel_values_videos" not in sample.inputs["blind"]
-    vision = {model_files.load_processor(cfg).video_token_id, model_files.load_processor(cfg).image_token_id}
+    processor = model_files.load_processor(settings(world))
+    vision = {processor.video_token_id, processor.image_token_id}
     assert not vision & set(sample.inputs["blind"]["input_ids"][0].tolist())
     # the words are the same
     kept = sample.inputs["ordered"]["mm_token_type_ids"][0] == 0
@@ -479,10 +447,7 @@ def test_the_questions_own_picture_is_last_in_every_order(world, tmp_path):
     """Guards: a question image that is reversed to the start, or that is the single frame."""
     write_video(tmp_path / "clip.mp4", 7)
     Image.new("RGB", (56, 56), (255, 255, 255)).save(tmp_path / "question.png")
-    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
-    record = RECORD | {"image_path": "question.png"}
-    orders = ("ordered", "shuffled", "reversed", "single", "blind")
-    sample = data.Samples([record], model_files.load_processor(cfg), cfg, orders)[0]
+    sample = one(world, tmp_path, ORDERS, {"image_path": "question.png"})
     for order, last in (("ordered", 7), ("shuffled", 7), ("reversed", 7), ("single", 3)):
         assert brightness(sample.inputs[order])[0][-1] == last, order
     assert brightness(sample.inputs["reversed"])[0] == [6, 5, 4, 3, 2, 1, 0, 7]
@@ -496,19 +461,16 @@ def test_what_has_no_order_is_asked_in_order_and_blind_only(world, tmp_path, kin
         Image.new("RGB", (56, 56)).save(tmp_path / "clip.mp4", format="png")
     else:
         write_video(tmp_path / "clip.mp4", 1)
-    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
-    record = RECORD | {"data_type": "image" if kind == "picture" else "video"}
-    orders = ("ordered", "shuffled", "reversed", "single", "blind")
-    sample = data.Samples([record], model_files.load_processor(cfg), cfg, orders)[0]
-    assert [order for order in orders if order in sample.inputs] == ["ordered", "blind"]
+    sample = one(world, tmp_path, ORDERS, {"data_type": "image" if kind == "picture" else "video"})
+    assert [order for order in ORDERS if order in sample.inputs] == ["ordered", "blind"]
 
 
 def test_prompts_with_and_without_frames_share_a_batch(world, tmp_path):
     """Guards: pixels of one prompt on the tokens of another, if a prompt between them has none."""
     write_video(tmp_path / "clip.mp4", 8)
-    cfg = SharedConfig(**{**vars(settings(world)), "data_root": str(tmp_path)})
+    cfg = settings(world)
     processor = model_files.load_processor(cfg)
-    sample = data.Samples([RECORD], processor, cfg, ("ordered", "reversed", "blind"))[0]
+    sample = one(world, tmp_path, ("ordered", "reversed", "blind"))
     prompts = [sample.inputs["ordered"], sample.inputs["blind"], sample.inputs["reversed"]]
     model = policy.load_policy(cfg).eval()
     together = policy.rollout(model, prompts, [1, 1, 1], processor.tokenizer, 0, 12)

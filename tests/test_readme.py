@@ -13,7 +13,9 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FOLDERS = (".", "support", "tests", "tools", "benchmarks", "experiments", "bench")
 ALL_SOURCE = "\n".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 # settings of the stages, and arguments of the tools and of accelerate
-FLAGS = set(re.findall(r"^    (\w+): \w+ = (?:settings\.)?option", ALL_SOURCE, re.M)) | set(re.findall(r'"--(\w+)"', ALL_SOURCE))
+FLAGS = set(re.findall(r"^    (\w+): \w+ = (?:settings\.)?option", ALL_SOURCE, re.M)) | set(
+    re.findall(r'"--(\w+)"', ALL_SOURCE)
+)
 FLAGS |= {"config", "help", "config_file", "multi_gpu", "num_machines", "num_processes", "machine_rank"}
 FLAGS |= {"main_process_ip", "main_process_port"}
 

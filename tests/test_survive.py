@@ -4,113 +4,72 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from naive import without_times
+from processes import as_arguments, is_alive
 from safetensors.torch import load_file
-from test_sharded import QUIET, difference, weights
+from test_sharded import difference, weights
 
+import tgrpo
 from support import checkpoints, settings
 from tools import export
 
-ROOT = Path(__file__).parent.parent
 
-
-def command(world, output, *more):
-    return [
-        str(x)
-        for x in (
-            sys.executable,
-            "tgrpo.py",
-            "--config",
-            "configs/toy.yaml",
-            "--model",
-            world / "base",
-            "--records",
-            world / "world/rl.json",
-            "--data_root",
-            world / "world",
-            "--output_dir",
-            output,
-            "--steps",
-            12,
-            "--batch_size",
-            4,
-            "--micro_batch_size",
-            4,
-            "--save_every",
-            2,
-            "--num_workers",
-            1,
-            "--max_new_tokens",
-            12,
-            "--lr_schedule",
-            "constant",
-            *more,
-        )
-    ]
-
-
-def start(arguments, **kwargs):
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
-
-
-def test_a_killed_run_ends_like_an_uninterrupted_run(world, tmp_path):
+def test_a_killed_run_ends_like_an_uninterrupted_run(world, run, forker, tmp_path, capsys):
     """Guards: a checkpoint without optimizer, order or seeds; repeated or missing steps in the log; SIGKILL while
     saving.
     """
-    whole = start(command(world, tmp_path / "whole"))
-    run = start(command(world, tmp_path / "killed"), start_new_session=True)
-    while not (tmp_path / "killed/checkpoint-4").exists():
-        assert run.poll() is None
+    training = {"steps": 8, "save_every": 1, "lr_schedule": "constant"}
+    more = {
+        "config": "configs/toy.yaml",
+        "model": world / "base",
+        "records": world / "world/rl.json",
+        "data_root": world / "world",
+        "output_dir": tmp_path / "killed",
+        "num_workers": 1,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "max_new_tokens": 8,
+    }
+    pid = forker.start(tmp_path / "said", "tgrpo.py", *as_arguments(training | more))
+    while not (tmp_path / "killed/checkpoint-3").exists():
+        assert is_alive(pid), (tmp_path / "said").read_text()[-3000:]
         time.sleep(0.01)
-    time.sleep(0.3)
     # its data workers too
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    os.killpg(pid, signal.SIGKILL)
+    assert forker.wait(pid) == -signal.SIGKILL
     assert not (tmp_path / "killed/final").exists()
-    again = start(command(world, tmp_path / "killed"))
-    said, _ = again.communicate(timeout=120)
-    whole.communicate(timeout=120)
-    assert whole.returncode == again.returncode == 0 and "resumed from" in said
-    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
-    assert difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
+    killed = run("tgrpo", "killed", **training)
+    assert "resumed from" in capsys.readouterr().out
+    whole = run("tgrpo", "whole", **training)
+    assert without_times(killed) == without_times(whole)
+    assert difference(weights(killed), weights(whole)) == 0
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_gives_advice(world, run, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint_and_gives_advice(run, tmp_path):
     """Guards: an incomplete checkpoint that is later resumed, or a traceback from a library."""
-    settings = dict(save_every=2, max_new_tokens=12, lr_schedule="constant")
-    run("tgrpo", steps=3, **settings)
-
-    def small():
-        # weights are larger than this
-        return resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    # this process is done with the folder
-    for lock in checkpoints.held_locks.values():
-        lock.close()
-    full = start(command(world, tmp_path / "out", "--steps", 6), preexec_fn=small)
-    said, _ = full.communicate(timeout=120)
-    assert full.returncode == 1 and "free disk space" in said and "Traceback" not in said, said[-1500:]
+    settings_of_run = dict(steps=4, save_every=2, lr_schedule="constant")
+    run("tgrpo", **settings_of_run | {"steps": 3})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # weights are larger than this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(settings.UserError, match="free disk space and start the same command again"):
+            run("tgrpo", **settings_of_run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in checkpoints.finished_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    checkpoints.held_locks.clear()
     # the same command, with free disk space
-    run("tgrpo", steps=6, **settings)
-    assert len(without_times(tmp_path / "out")) == 6
+    run("tgrpo", **settings_of_run)
+    assert len(without_times(tmp_path / "out")) == 4
 
 
 @pytest.mark.parametrize("bad_steps, ends", [([1], "well"), ([0, 1, 2], "in an error")])
 def test_a_step_without_finite_gradients_is_skipped_and_three_end_the_run(run, monkeypatch, bad_steps, ends):
     """Guards: one NaN that destroys all weights, or a run that skips every step."""
-    import tgrpo
-
     real = tgrpo.grpo_loss
     calls = []
 
@@ -121,10 +80,10 @@ def test_a_step_without_finite_gradients_is_skipped_and_three_end_the_run(run, m
 
     monkeypatch.setattr(tgrpo, "grpo_loss", sometimes_nan)
     if ends == "well":
-        assert all(torch.isfinite(t).all() for t in weights(run("tgrpo", steps=4)).values())
+        assert all(torch.isfinite(t).all() for t in weights(run("tgrpo", steps=3)).values())
     else:
         with pytest.raises(RuntimeError, match="three steps in a row"):
-            run("tgrpo", steps=4)
+            run("tgrpo", steps=3)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -234,28 +233,3 @@ def test_every_stage_of_the_toy_runs_as_its_command(tmp_path, monkeypatch, capfd
     assert set(summary["sft"]) == set(summary["tgrpo"]) == set(toy.HEADINGS)
     assert (tmp_path / "learning_curves.png").read_bytes()[1:4] == b"PNG"
     assert len(read_jsonl(tmp_path / "tgrpo/rollouts.jsonl")) > 16
-
-
-def test_picture_of_the_method_is_drawn_from_rollouts(tmp_path, world, monkeypatch, capfd):
-    """Guards: a picture that cannot be reproduced; one whose reasons contradict their answers."""
-    records = json.loads((world / "world/rl.json").read_text())
-    record = next(record for record in records if record["data_source"] == "toy-direction")
-    right, wrong = sorted(record["options"], key=lambda option: option[0] != record["solution"][8])
-    answers = {"ordered": [wrong, *[right] * 7], "shuffled": [right, right, wrong, wrong]}
-    rows = []
-    for step in (12, 13):
-        for frames, options in answers.items():
-            for option in options:
-                # in step 12 every reason contradicts its answer
-                reason = option if step == 13 else {right: wrong, wrong: right}[option]
-                text = f"<think>so it moves {reason[3:]}.</think>\n<answer>{option[0]}</answer>"
-                row = {"step": step, "problem_id": record["problem_id"], "path": record["path"], "frames": frames}
-                rows.append(row | {"text": text, "frame_order": list(range(7, -1, -1))})
-    (tmp_path / "tgrpo").mkdir()
-    (tmp_path / "tgrpo/rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "world").symlink_to(world / "world")
-    monkeypatch.setattr("sys.argv", ["picture.py", "--run", str(tmp_path), "--out", str(tmp_path / "method.png")])
-    runpy.run_path("docs/picture.py", run_name="__main__")
-    printed = capfd.readouterr().out
-    assert "step 13" in printed and "p 0.875, p̃ 0.5" in printed
-    assert (tmp_path / "method.png").stat().st_size > 10_000

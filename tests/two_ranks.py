@@ -1,6 +1,7 @@
 """Runs the real stages on one or two CPU processes; test_sharded.py starts it and compares the results.
 
     torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER OUT full_shard
+    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER OUT full_shard explode    # one stage, then rank 1 breaks
     python tests/two_ranks.py FOLDER OUT none
 
 Sampling depends on the number of processes, so here a prompt's completions are a function of its tokens and pixels.
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, prepare_multi_gpu_env
+from processes import as_arguments
 from torch.distributed.tensor import DTensor
 
 import evaluate
@@ -62,6 +64,12 @@ def checked_refresh(copy, model):
         assert torch.equal(parameter, now.to(parameter.dtype)), f"stale in the rollout: {name}"
 
 
+def exploding_score(group, cfg):
+    if RANK == 1:
+        raise ValueError("rank 1 broke")
+    return real_score(group, cfg)
+
+
 def run(stage, output, accelerate_config=None, **settings):
     """One stage with configs/toy.yaml, in OUT/output; under the environment that an accelerate config gives, if one is
     named.
@@ -96,12 +104,7 @@ def run(stage, output, accelerate_config=None, **settings):
         **(training if stage is not evaluate else {}),
         **settings,
     }
-    sys.argv = [
-        stage.__name__,
-        "--config",
-        "configs/toy.yaml",
-        *(str(x) for k, v in settings.items() for x in (f"--{k}", v)),
-    ]
+    sys.argv = [stage.__name__, "--config", "configs/toy.yaml", *as_arguments(settings)]
     stage.main()
 
 
@@ -115,24 +118,23 @@ def launcher_environment(config):
     return {k: v for k, v in found.items() if k.startswith(("FSDP_", "ACCELERATE_")) and k != "ACCELERATE_USE_CPU"}
 
 
-def hub_stages(layout):
-    """All stages, sharded and in bfloat16, on a checkpoint in the hub's layout; each training stage is stopped and
-    resumed.
-    """
-    settings = {"bf16": "true", "gradient_checkpointing": "true", "save_every": 1}
+def stopped_and_resumed(stage, output, **settings):
+    """Run a stage, move its `final` to `unstopped`, and make `final` again from the checkpoint before it."""
+    run(stage, output, save_every=1, **settings)
+    final = OUT / output / "final"
+    if RANK == 0:
+        os.replace(final, final.with_name("unstopped"))
+    torch.distributed.barrier()
+    run(stage, output, save_every=1, **settings)
 
-    def trained(stage, model, **more):
-        """Trains, then removes `final` and makes it again from the checkpoint before it."""
-        run(stage, f"{layout}/{stage.__name__}", model=model, **settings, **more)
-        final = OUT / layout / stage.__name__ / "final"
-        if RANK == 0:
-            os.replace(final, final.with_name("unstopped"))
-        torch.distributed.barrier()
-        run(stage, f"{layout}/{stage.__name__}", model=model, **settings, **more)
-        return final
 
-    final = trained(tgrpo, trained(sft, FOLDER / "hub" / layout), max_new_tokens=8)
-    run(evaluate, f"{layout}/eval", model=final, bf16="true", max_new_tokens=8, batch_size=8)
+def hub_stages():
+    """Stages on checkpoints in the hub's layout, sharded and in bfloat16: SFT on both, then the others on one."""
+    settings = {"bf16": "true", "gradient_checkpointing": "true"}
+    stopped_and_resumed(sft, "untied/sft", model=FOLDER / "hub/untied", **settings)
+    run(sft, "tied/sft", model=FOLDER / "hub/tied", **settings)
+    stopped_and_resumed(tgrpo, "tied/tgrpo", model=OUT / "tied/sft/final", max_new_tokens=8, **settings)
+    run(evaluate, "tied/eval", model=OUT / "tied/tgrpo/final", bf16="true", max_new_tokens=8, orders="ordered")
 
 
 def lora_stages():
@@ -157,13 +159,10 @@ def main():
     tgrpo.accuracy_reward = lambda completion, *_: float(len(completion) % 2)
     tgrpo.rollout = fixed_rollout
     policy.refresh = checked_refresh
-    # one rank breaks: see test_sharded.py
-    if "explode" in MORE:
-        tgrpo.score = lambda *_: (_ for _ in ()).throw(ValueError("rank 1 broke")) if RANK == 1 else real_score(*_)
-        return run(tgrpo, "explode", save_every=0)
     run(sft, "sft")
-    if "one stage" in MORE:
-        return
+    if "explode" in MORE:
+        tgrpo.score = exploding_score
+        run(tgrpo, "explode")
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     # micro-batches of pictures beside videos on one rank, videos alone on the other
     for stage in (sft, tgrpo):
@@ -198,14 +197,11 @@ def main():
         "real",
         records=OUT / "broken/rl.json",
         data_root=OUT / "broken",
-        steps=6,
+        steps=3,
         max_unreadable=0.5,
-        batch_size=2,
         max_new_tokens=8,
     )
-    run(tgrpo, "bf16", bf16="true", gradient_checkpointing="true", max_new_tokens=8)
-    for layout in ("untied", "tied"):
-        hub_stages(layout)
+    hub_stages()
 
 
 if __name__ == "__main__":
