@@ -1,4 +1,1 @@
-"""The machinery below the scripts. Nothing in support/ is the method: believe the names and read on.
-
-No module here imports a script.
-"""
+"""The machinery below the scripts, none of which is imported here. Nothing in support/ is the method."""

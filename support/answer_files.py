@@ -12,8 +12,6 @@ from accelerate.utils import gather_object
 from support import settings, storage
 
 MERGED = "predictions.jsonl"
-# What makes a question the same one in a resumed run.
-QUESTION_FIELDS = ("benchmark", "id", "problem", "options", "solution", "path")
 
 
 def start(accelerator, folder, records, made_with):
@@ -33,10 +31,7 @@ def start(accelerator, folder, records, made_with):
 
 
 def finish(accelerator, folder, records, made_with, written):
-    """Merge the files of all processes. Returns all rows on the main process, None on the others.
-
-    written: the questions whose rows this process has written or found. Raises UserError if any of them is lost.
-    """
+    """All rows on the main process, None on the others. UserError if a question in `written`, on any rank, is lost."""
     # a question without rows has none of the orders asked for: a picture, or a clip of one frame
     written = gather_object(written)
     if not accelerator.is_main_process:
@@ -44,17 +39,12 @@ def finish(accelerator, folder, records, made_with, written):
     answered = read_answers(folder, records, made_with)
     lost = set(written) - set(answered)
     if lost:
-        raise settings.UserError(
-            f"{folder}: {len(lost)} of {len(records)} answers are missing; start this command again"
-        )
+        raise settings.UserError(f"{folder}: {len(lost)} of {len(records)} answers are missing; start again")
     return merge_files(folder, MERGED, answered)
 
 
 def read_answers(folder, records, made_with):
-    """{index: rows} of the questions that are answered completely, from the files of all processes.
-
-    Raises UserError if the answers were given with other settings, or to other questions.
-    """
+    """{index: rows} of the questions with all rows, from the files of all processes. UserError for other files."""
     found = {}
     for file in sorted(folder.glob("predictions*.jsonl")):
         try:
@@ -62,9 +52,7 @@ def read_answers(folder, records, made_with):
                 check_same_evaluation(folder, row, records[row["index"]], made_with)
                 found.setdefault(row["index"], {})[row.get("frames")] = row
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise settings.UserError(
-                f"{file}: has no answers of this evaluation; choose another --output_dir"
-            ) from None
+            raise settings.UserError(f"{file}: no answers of this evaluation; choose another --output_dir") from None
     answered = {}
     for index, by_order in found.items():
         rows = list(by_order.values())
@@ -78,7 +66,8 @@ def check_same_evaluation(folder, row, record, made_with):
     changed = [f"{name} {value!r}" for name, value in row["settings"].items() if made_with.get(name) != value]
     if changed:
         raise settings.UserError(f"{folder}: has answers made with {', '.join(changed)}; choose another --output_dir")
-    if any(row.get(name) != record.get(name) for name in QUESTION_FIELDS):
+    question_fields = ("benchmark", "id", "problem", "options", "solution", "path")
+    if any(row.get(name) != record.get(name) for name in question_fields):
         raise settings.UserError(f"{folder}: has answers to other questions; choose another --output_dir")
 
 

@@ -21,9 +21,6 @@ RESUMABLE_SETTINGS = (
     "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
     "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile log_with"
 ).split()
-RUN_FILES = (
-    "checkpoint-* damaged-checkpoint-* final final-of-*-steps metrics.jsonl rollouts.jsonl config.yaml run.json"
-).split()
 START_ANEW = "start from scratch with --resume false (the earlier run is moved aside)"
 held_locks = {}
 
@@ -31,8 +28,7 @@ held_locks = {}
 def claim_folder(accelerator, cfg, stage):
     """Lock cfg.output_dir for this run. Returns the checkpoint to resume from, or None. Collective.
 
-    With `resume` false an earlier run in the folder is moved aside. Raises UserError if the folder cannot be
-    written, if another run is using it, or if its newest checkpoint was made by a run with other settings.
+    With `resume` false an earlier run is moved aside. Raises UserError for a folder or a checkpoint it cannot use.
     """
     checkpoint = None
     if accelerator.is_main_process:
@@ -51,10 +47,7 @@ def claim_folder(accelerator, cfg, stage):
 
 
 def lock_folder(folder):
-    """Lock `folder` until this process ends, however it ends.
-
-    Raises UserError if the folder cannot be written or another run is using it.
-    """
+    """Lock `folder` until this process ends, however it ends. UserError if it is in use or cannot be written."""
     folder = Path(folder)
     path = folder / ".lock"
     try:
@@ -76,10 +69,7 @@ def lock_folder(folder):
 
 
 def newest_whole_checkpoint(accelerator, folder):
-    """The newest checkpoint whose files are what was written, or None if there is no checkpoint.
-
-    Damaged checkpoints are renamed. Raises UserError if all are damaged.
-    """
+    """The newest whole checkpoint, or None if there is none. Damaged ones are renamed; UserError if all are damaged."""
     found = finished_checkpoints(folder)
     for checkpoint in reversed(found):
         wrong = damage(checkpoint)
@@ -96,7 +86,8 @@ def newest_whole_checkpoint(accelerator, folder):
 
 def move_aside(accelerator, folder):
     """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
-    earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    patterns = "*checkpoint-* final* metrics.jsonl rollouts.jsonl config.yaml run.json".split()
+    earlier = [path for pattern in patterns for path in folder.glob(pattern)]
     if not earlier:
         return
     number = 1
@@ -110,19 +101,14 @@ def move_aside(accelerator, folder):
 
 
 def keep_finished(accelerator, cfg, folder, checkpoint):
-    """Raise UserError if `folder` holds a finished run, which starting again would overwrite.
-
-    A run may continue from a checkpoint to more steps; the model after fewer steps is kept under another name.
-    """
+    """Raise UserError if `folder` holds a finished run. If the run continues to more steps, keep its model aside."""
     if not (folder / "final").is_dir():
         return
     steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
     if checkpoint is None or cfg.steps <= steps:
+        finished = f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}"
         more = "" if checkpoint is None else ", or continue with more --steps"
-        raise settings.UserError(
-            f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}; {START_ANEW}, choose "
-            f"another --output_dir{more}"
-        )
+        raise settings.UserError(f"{finished}; {START_ANEW}, choose another --output_dir{more}")
     kept = folder / f"final-of-{steps}-steps"
     storage.replace_folder(folder / "final", kept)
     accelerator.print(f"continuing from {steps} to {cfg.steps} steps; the model after {steps} steps is now {kept}")
@@ -143,31 +129,26 @@ def identity(cfg, stage):
 def check_resumable(accelerator, cfg, path, now):
     """Raise UserError if the checkpoint at `path` was made by a run that differs from this one in what it learns."""
     if step_of(path) > cfg.steps:
-        raise settings.UserError(
-            f"steps: {cfg.steps}, but {path} is already after step {step_of(path)}; set more steps, or {START_ANEW}"
-        )
-    if distributed.is_sharded(accelerator):
-        kind = "sharded weights"
-    else:
-        kind = "an adapter" if cfg.lora_rank else "whole weights"
-    if weights_in(path) != kind:
-        raise settings.UserError(
-            f"{path}: a checkpoint of {weights_in(path)} cannot be resumed in a run of {kind}: start it as before, or "
-            f"export it as a model to start from: python -m tools.export {path} FOLDER"
-        )
+        raise settings.UserError(f"steps: {cfg.steps}, but {path} is already after step {step_of(path)}; {START_ANEW}")
     before = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    kind_before = kind_of_weights((path / "pytorch_model_fsdp_0").is_dir(), before["settings"]["lora_rank"])
+    kind = kind_of_weights(distributed.is_sharded(accelerator), cfg.lora_rank)
+    if kind != kind_before:
+        way_on = f"start it as before, or export it as a model: python -m tools.export {path} FOLDER"
+        raise settings.UserError(f"{path}: {kind_before} cannot be resumed in a run of {kind}: {way_on}")
     differences = "; ".join(changes(before, now, cfg))
-    if before["settings"]["lora_rank"] != cfg.lora_rank:
-        raise settings.UserError(
-            f"{path}: {differences}; the rank of an adapter cannot change: {START_ANEW}, or choose another --output_dir"
-        )
     if differences and not cfg.resume_changed:
-        raise settings.UserError(
-            f"{path} was made by a different run: {differences}; {START_ANEW}, choose another --output_dir, or "
-            "continue anyway with --resume_changed true"
-        )
+        way_on = f"{START_ANEW}, choose another --output_dir, or continue anyway with --resume_changed true"
+        raise settings.UserError(f"{path} was made by a different run: {differences}; {way_on}")
     if differences:
         accelerator.print(f"continuing from {path} although {differences}")
+
+
+def kind_of_weights(sharded, lora_rank):
+    """What the checkpoints of a run hold, in words."""
+    if sharded:
+        return "sharded weights"
+    return f"an adapter of rank {lora_rank}" if lora_rank else "whole weights"
 
 
 def changes(before, now, cfg):
@@ -184,16 +165,8 @@ def changes(before, now, cfg):
     if before["records"] != now["records"]:
         found.append(f"the content of {cfg.records} has changed")
     if before["weights"] != now["weights"]:
-        belongs = ", so this policy belongs to another SFT model" if now["stage"] == "tgrpo" else ""
-        found.append(f"the weights in {cfg.model} have changed{belongs}")
+        found.append(f"the weights in {cfg.model} have changed")
     return found
-
-
-def weights_in(checkpoint):
-    """What a training checkpoint holds: "whole weights", "sharded weights" or "an adapter"."""
-    if (checkpoint / "pytorch_model_fsdp_0").is_dir():
-        return "sharded weights"
-    return "an adapter" if (checkpoint / "adapter_config.json").is_file() else "whole weights"
 
 
 @contextmanager
@@ -235,10 +208,9 @@ def save_checkpoint(accelerator, cfg, step, state):
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            shutil.copy(Path(cfg.output_dir) / "run.json", temporary)
-            storage.write_atomic(
-                temporary / "state.json", json.dumps({"step": step, "files": contents(temporary), **state})
-            )
+            shutil.copy(folder.with_name("run.json"), temporary)
+            state = {"step": step, "files": contents(temporary), **state}
+            storage.write_atomic(temporary / "state.json", json.dumps(state))
             storage.replace_folder(temporary, folder)
     if accelerator.is_main_process:
         for old in finished_checkpoints(cfg.output_dir)[: -cfg.keep_checkpoints]:
@@ -259,9 +231,5 @@ def damage(checkpoint):
     except (OSError, ValueError) as error:
         return f"state.json cannot be read ({error})"
     found = contents(checkpoint)
-    for name, value in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != value:
-            return f"{name} is not what was written"
-    return None
+    wrong = [name for name, value in expected.items() if found.get(name) != value]
+    return f"{wrong[0]} is missing or not what was written" if wrong else None

@@ -9,10 +9,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 
 def vision_lengths(inputs, config):
-    """The lengths of the windows in which the vision blocks attend, on the CPU, as arguments of the model's forward.
-
-    Every vision block reads them as numbers. On the GPU the host would wait for each of these reads.
-    """
+    """The lengths of the vision blocks' windows, on the CPU: on a GPU the host would wait for each block."""
     grid = inputs.get("video_grid_thw")
     if grid is None:
         return {}
@@ -26,10 +23,7 @@ def vision_lengths(inputs, config):
 
 
 def compiled_rows(cfg, ranks):
-    """How many rows each rollout of a rank decodes if decoding is compiled, else 0.
-
-    Always the same number, because each shape is compiled once, and an extra row costs almost no time on a GPU.
-    """
+    """How many rows a rank always decodes if decoding is compiled, for one shape is compiled once; else 0."""
     if not getattr(cfg, "rollout_compile", False):
         return 0
     return cfg.batch_size // ranks * (cfg.num_generations + cfg.shuffled_generations)
@@ -38,8 +32,7 @@ def compiled_rows(cfg, ranks):
 def rows_and_cache(model, prompt_of_row, n_tokens):
     """(prompt_of_row, cache): the prompt of each row that is decoded, and an empty cache of `n_tokens` tokens.
 
-    The cache has its full size from the start: a growing one would be copied whole for every token. With compiled
-    decoding, rows of prompt 0 are added up to model.compiled_rows.
+    A growing cache would be copied for every token. Compiled decoding adds rows of prompt 0 up to model.compiled_rows.
     """
     if not model.compiled_rows:
         return prompt_of_row, StaticCache(config=model.config.get_text_config(), max_cache_len=n_tokens)
@@ -51,10 +44,7 @@ def rows_and_cache(model, prompt_of_row, n_tokens):
 
 @functools.lru_cache(maxsize=4)
 def reused_cache(model, rows, n_tokens):
-    """The same cache for the same arguments, for up to four shapes. It still holds the last rollout: call reset().
-
-    A CUDA graph is recorded for fixed addresses, so a new cache at each rollout would have it recorded again.
-    """
+    """The same cache each time, to be reset(): a CUDA graph would be recorded again for a cache at other addresses."""
     return StaticCache(config=model.config.get_text_config(), max_cache_len=n_tokens)
 
 

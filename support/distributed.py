@@ -4,7 +4,6 @@
 """
 
 import os
-import random
 import re
 from datetime import timedelta
 from importlib.util import find_spec
@@ -13,11 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._pytree import tree_map_only
@@ -30,17 +25,8 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 # FSDP shards each of these layers on its own.
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-# What an accelerate config may request but these scripts do not support: the variable it sets, and its name.
-UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}
 # What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
-# Ranks wait for each other while rank 0 loads or saves 30 GB, and at the end of an evaluation. The launcher still
-# notices a dead rank at once.
-COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 def make_accelerator(cfg, shard=True):
@@ -48,14 +34,10 @@ def make_accelerator(cfg, shard=True):
 
     A user's own accelerate config may set which processes run where, and one with FSDP turns sharding on too. Training
     settings come from `cfg` alone. With `shard` False each process holds a whole model, as in evaluation.
-
-    Raises UserError for DeepSpeed, Megatron-LM and other parallelism, and for a `log_with` that is not installed.
     """
-    for name, library in UNSUPPORTED.items():
-        if os.environ.get(name, "false").lower() == "true":
-            raise settings.UserError(
-                f"the accelerate config requests {library}, which is not supported here: choose multi-GPU or FSDP"
-            )
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise settings.UserError(f"the accelerate config requests {name}, which is not supported: choose FSDP")
     config_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
         del os.environ[name]
@@ -63,23 +45,23 @@ def make_accelerator(cfg, shard=True):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     sharded = shard and processes > 1 and (cfg.fsdp == "full_shard" or config_shards)
     if sharded and cfg.lora_rank:
-        raise settings.UserError(
-            "lora_rank: the accelerate config requests FSDP, but with LoRA each GPU holds the whole model"
-        )
+        raise settings.UserError("lora_rank: the accelerate config requests FSDP, but LoRA needs whole weights per GPU")
     plugin = fsdp_plugin(cfg) if sharded else None
     on_cpu = not torch.cuda.is_available()
     # under FSDP the plugin's policy casts
-    autocast = "bf16" if cfg.bf16 and plugin is None else "no"
+    autocast = "bf16" if cfg.bf16 and not sharded else "no"
+    # ranks wait while rank 0 loads or saves 30 GB, and at the end of an evaluation; the launcher notices a dead rank
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(
         cpu=on_cpu,
         fsdp_plugin=plugin,
         mixed_precision=autocast,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[timeout],
         **tracker_arguments(cfg),
     )
     if accelerator.num_processes != processes:
         raise RuntimeError("accelerate did not join the launched processes")
-    if plugin and on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if sharded and on_cpu:
         # accelerate does not support FSDP on CPUs, but PyTorch does: turn on accelerate's FSDP2 code (for the tests)
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
@@ -92,13 +74,12 @@ def make_accelerator(cfg, shard=True):
 def fsdp_plugin(cfg):
     """FSDP2 with float32 master weights. An argument that is not given would be read from the user's environment."""
     compute = torch.bfloat16 if cfg.bf16 else None
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=WRAPPED_LAYERS,
-        mixed_precision_policy=MixedPrecisionPolicy(
-            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
+        mixed_precision_policy=precision,
         reshard_after_forward=True,
         cpu_offload=False,
         # policy.load_policy does it, if gradient_checkpointing is set
@@ -124,10 +105,7 @@ def is_sharded(accelerator):
 
 def seed_everything(*numbers):
     """Seed every generator from these numbers. tgrpo.py does so each step, so a resumed step samples the same."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def compute_dtype(cfg):
@@ -146,14 +124,11 @@ def place(accelerator, model):
 
 
 def prepare(accelerator, model, cfg):
-    """(model, optimizer) ready for training: on their device, and sharded or wrapped if the launch requires it.
-
-    The model is sharded before the optimizer exists: on the ranks whose weights have not arrived yet, accelerate could
-    not replace an optimizer's parameters.
-    """
+    """(model, optimizer) ready for training: on their device, and sharded or wrapped if the launch requires it."""
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
     if is_sharded(accelerator):
+        # before the optimizer exists: accelerate could not replace the parameters of weights that have not arrived
         model = place(accelerator, model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # foreach: the default updates sharded tensors one by one, six times slower

@@ -5,8 +5,8 @@
     read_picture   one picture: RGB, upright, on white where it was transparent
 
 `choose(ticks, tick_seconds, last_duration=None)` is data.even_frames with its other arguments: it gets the times at
-which the frames appear, and returns the numbers of those to show. Frame times come from the file, and only frames that
-a player shows count. docs/frames.md has the reasons.
+which the frames appear, and returns the numbers of those to show. Only frames that a player shows count
+(docs/frames.md).
 
 Every function raises ValueError or OSError, or an error of PyAV or Pillow, for a file that cannot be read. A clip
 that takes longer than READ_SECONDS raises too: nothing hangs.
@@ -35,11 +35,8 @@ from PIL import Image, ImageOps
 
 # A clip that takes longer than this is unusable. Checked between packets, each of which takes moments.
 READ_SECONDS = 300
-# The rate of a folder of stills whose record gives none.
-FOLDER_FPS = 3.0
 # A clip shorter than this share of what its header promises counts as a partial download.
 LEAST_SHARE = 0.9
-STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Larger frames are shrunk to this while decoding: 64 frames of 8K would take 6 GB, and the model sees far fewer pixels.
 MOST_PIXELS = 1920 * 1080
 # How files begin that only name other files. libav would wait forever for the end of a live stream.
@@ -93,17 +90,12 @@ def is_even(ticks):
     gaps = np.diff(ticks)
     if not len(gaps):
         return True
-    shortest = int(gaps.min())
-    rounding = 1 if shortest >= 10 else 0
-    return int(gaps.max()) - shortest <= rounding
+    rounding = 1 if gaps.min() >= 10 else 0
+    return gaps.max() - gaps.min() <= rounding
 
 
 def read_clip(path, choose, reader="exact"):
-    """The chosen frames of a clip as Shown.
-
-    reader: "exact", or "decord" as in the released pipeline, which counts frames instead of reading their times and
-    returns the wrong frames of many files.
-    """
+    """The chosen frames of a clip as Shown. reader: "exact" or, as released and often wrong, "decord"."""
     # opening a pipe or a device would block
     if not os.path.isfile(path):
         raise ValueError("not a file" if os.path.exists(path) else "no such file")
@@ -113,15 +105,16 @@ def read_clip(path, choose, reader="exact"):
         beginning = file.read(4096)
     if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:
         raise ValueError("a playlist, not a clip")
-    read = read_with_decord if reader == "decord" else read_exactly
-    return read(path, choose)
+    frames_FHWC, chosen = read_with_decord(path, choose) if reader == "decord" else read_exactly(path, choose)
+    check_sides(*frames_FHWC.shape[1:3])
+    return Shown(frames_FHWC, *chosen)
 
 
 def read_exactly(path, choose):
-    """Shown, by the times of displayed frames. In most files the packets give these times without decoding.
+    """(frames, chosen), by the times of displayed frames. In most files the packets give these times without decoding.
 
-    If the decoder does not return a frame at its packet's time (damaged files, frames that are never shown, containers
-    without times), the file is decoded from its start instead, once for the times and once for the frames.
+    If not (damaged files, frames that are never shown, containers without times), the file is decoded from its start,
+    once for the times and once for the frames.
     """
     deadline = time.monotonic() + READ_SECONDS
     packets = read_packets(path, deadline)
@@ -134,9 +127,7 @@ def read_exactly(path, choose):
         ticks, order = decoded_times(path, packets, deadline)
         chosen = choose(ticks, packets.tick_seconds, last_duration=packets.interval)
         frames = fetch_by_count(path, [order[i] for i in chosen[0]], deadline)
-    frames_FHWC = np.stack(frames)
-    check_sides(*frames_FHWC.shape[1:3])
-    return Shown(frames_FHWC, *chosen)
+    return np.stack(frames), chosen
 
 
 def open_clip(path):
@@ -211,8 +202,7 @@ def read_packets(path, deadline):
 def check_complete(container, stream, ticks, stream_ends):
     """Raises ValueError if a file holds less than LEAST_SHARE of what its header promises.
 
-    The promise is the duration of the video stream, or else that of the whole file, which all streams together must
-    reach, because the sound may be longer than the picture.
+    The promise is the duration of the video stream, or else that of the file, which any stream may reach.
     """
     names = format_names(container)
     if not PROMISING & names:
@@ -225,9 +215,8 @@ def check_complete(container, stream, ticks, stream_ends):
         found = float((stream_ends.get(stream.index, first) - first) * stream.time_base)
     elif container.duration:
         promised = container.duration / av.time_base
-        found = 0.0
-        for index, tick in stream_ends.items():
-            found = max(found, float(tick * container.streams[index].time_base))
+        ends = [tick * container.streams[index].time_base for index, tick in stream_ends.items()]
+        found = float(max(ends, default=0))
     else:
         return
     if found < LEAST_SHARE * promised:
@@ -255,9 +244,8 @@ def decode(container, stream, deadline):
 def fetch(path, wanted, keys, deadline):
     """RGB arrays of the frames at the ticks `wanted`. None if the decoder does not return one of them at its tick.
 
-    Seeks to the last key frame before a wanted frame only if that key frame is still ahead, and otherwise decodes on.
-    A key frame is never later than the wanted one, so the leading frames of an open group of pictures are decoded with
-    the group before.
+    Seeks to the last key frame before a wanted frame if it is still ahead, and otherwise decodes on: the leading frames
+    of an open group of pictures are decoded with the group before.
     """
     arrays = {}
     with open_clip(path) as container:
@@ -280,18 +268,14 @@ def fetch(path, wanted, keys, deadline):
 
 
 def decoded_times(path, packets, deadline):
-    """(ticks of all frames that can be decoded, in display order; for each its number in decoding order).
-
-    Raises ValueError if no frame, or only a part of the clip, can be decoded.
-    """
+    """(ticks of all frames, in display order; for each its number in decoding order). ValueError for only a part."""
     with open_clip(path) as container:
         ticks = [frame.pts for frame in decode(container, video_stream(container), deadline)]
     if not ticks:
         raise ValueError("no frame can be decoded")
     are_distinct = None not in ticks and len(set(ticks)) == len(ticks)
     # a damaged file may leave the decoder out of order, but guessed times must at least increase
-    are_usable = are_distinct and (packets.is_timed or ticks == sorted(ticks))
-    if not are_usable:
+    if not (are_distinct and (packets.is_timed or ticks == sorted(ticks))):
         # without times, the frames are taken for evenly spaced
         ticks = [i * (packets.interval or 1) for i in range(len(ticks))]
     order = sorted(range(len(ticks)), key=ticks.__getitem__)
@@ -319,73 +303,52 @@ def fetch_by_count(path, numbers, deadline):
 
 
 class UprightRGB:
-    """Converts frames of one clip to (H, W, C) uint8 arrays: upright, square pixels, all of the first one's size.
-
-    Frames of more than MOST_PIXELS are shrunk to that. The converter uses one thread: one with threads of its own that
-    still exists when a DataLoader forks would hang its workers.
-    """
+    """Converts frames of one clip to (H, W, C) uint8 arrays: upright, square pixels, all of the first one's size."""
 
     def __init__(self, stream):
         self.aspect = stream.sample_aspect_ratio or 1
         self.reformatter = VideoReformatter()
         self.size = None
-        self.matrix = None
 
     def __call__(self, frame):
         if self.size is None:
-            self.set_size_and_matrix(frame)
+            width = frame.width * self.aspect
+            scale = min(1.0, math.sqrt(MOST_PIXELS / (width * frame.height)))
+            self.size = {"width": max(1, round(width * scale)), "height": max(1, round(frame.height * scale))}
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self.matrix = bytes(matrix) if matrix else None
         has_alpha = any(component.is_alpha for component in frame.format.components)
         pixel_format = "rgba" if has_alpha else "rgb24"
+        # one thread: a converter with threads of its own would hang the workers that a DataLoader forks
         frame_HWC = self.reformatter.reformat(frame, **self.size, format=pixel_format, threads=1).to_ndarray()
         if has_alpha:
             frame_HWC = np.asarray(on_white(Image.fromarray(frame_HWC)))
         return upright(frame_HWC, self.matrix) if self.matrix else frame_HWC
 
-    def set_size_and_matrix(self, first_frame):
-        width = first_frame.width * self.aspect
-        height = first_frame.height
-        scale = min(1.0, math.sqrt(MOST_PIXELS / (width * height)))
-        self.size = {"width": max(1, round(width * scale)), "height": max(1, round(height * scale))}
-        for side_data in first_frame.side_data:
-            if side_data.type.name == "DISPLAYMATRIX":
-                self.matrix = bytes(side_data)
-                break
-
 
 def upright(frame_HWC, matrix):
-    """The frame rotated by quarter turns and mirrored by its display matrix (the bytes of 3 x 3 whole numbers).
-
-    A pixel at (x, y) of the file is shown at (a x + c y, b x + d y).
-    """
+    """The frame turned and mirrored by its display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
     a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
     if abs(a) + abs(d) < abs(b) + abs(c):
         frame_HWC = frame_HWC.transpose(1, 0, 2)
-        x_sign = c
-        y_sign = b
-    else:
-        x_sign = a
-        y_sign = d
-    if x_sign < 0:
+        a = c
+        d = b
+    if a < 0:
         frame_HWC = frame_HWC[:, ::-1]
-    if y_sign < 0:
+    if d < 0:
         frame_HWC = frame_HWC[::-1]
     return frame_HWC
 
 
 def read_with_decord(path, choose):
-    """Shown, of a clip whose frames decord takes for evenly spaced."""
+    """(frames, chosen) of a clip whose frames decord takes for evenly spaced."""
     n_frames, rate = run_decord(path)
-    indices, total, fps = choose(range(n_frames), 1 / Fraction(rate).limit_denominator(10**6))
-    frames_FHWC = run_decord(path, indices)
-    check_sides(*frames_FHWC.shape[1:3])
-    return Shown(frames_FHWC, indices, total, fps)
+    chosen = choose(range(n_frames), 1 / Fraction(rate).limit_denominator(10**6))
+    return run_decord(path, chosen[0]), chosen
 
 
 def run_decord(path, indices=None):
-    """(number of frames, rate) of a clip, or its frames with these numbers.
-
-    decord runs in its own process: on some damaged files it never returns, and only killing it helps.
-    """
+    """What decord_process returns, from a process of its own: on some damaged files decord must be killed."""
     request = json.dumps([str(path), indices])
     try:
         done = subprocess.run([sys.executable, __file__, request], capture_output=True, timeout=READ_SECONDS)
@@ -398,7 +361,7 @@ def run_decord(path, indices=None):
 
 
 def decord_process(path, indices):
-    """What run_decord returns. Runs in the other process."""
+    """(number of frames, rate) of a clip, or its frames with these numbers."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
@@ -408,13 +371,14 @@ def decord_process(path, indices):
 
 
 def read_folder(path, choose, fps=None):
-    """The chosen stills of a folder as Shown, all of the size of the first. fps: their rate, FOLDER_FPS if None."""
+    """The chosen stills of a folder as Shown, all of the size of the first. fps: their rate, 3 if None."""
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
     visible = [file for file in Path(path).iterdir() if not file.name.startswith(".")]
-    files = [file for file in visible if file.suffix.lower() in STILLS and file.is_file()]
+    files = [file for file in visible if file.suffix.lower() in suffixes and file.is_file()]
     if not files:
         raise ValueError("no stills (.jpg, .png, .webp, .bmp) in this folder")
     files.sort(key=natural_order)
-    tick_seconds = 1 / Fraction(fps or FOLDER_FPS).limit_denominator(10**6)
+    tick_seconds = 1 / Fraction(fps or 3.0).limit_denominator(10**6)
     indices, total, fps = choose(range(len(files)), tick_seconds)
     stills = [read_picture(files[i]) for i in indices]
     size = stills[0].size
@@ -423,11 +387,7 @@ def read_folder(path, choose, fps=None):
 
 
 def natural_order(path):
-    """A key that sorts numbers in names by their value.
-
-    >>> sorted([Path("frame_10_t4s.png"), Path("frame_9_t3s.png")], key=natural_order)[0].name
-    'frame_9_t3s.png'
-    """
+    """A key that sorts numbers in names by their value: frame_9_t3s.png is before frame_10_t4s.png."""
     pieces = re.split(r"(\d+)", path.stem)
     return [int(piece) if piece.isdecimal() else piece for piece in pieces], path.name
 
@@ -438,7 +398,7 @@ def read_picture(path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("not a file")
     with Image.open(path) as image:
-        image = on_white(ImageOps.exif_transpose(in_8_bits(image)))
+        image = on_white(in_8_bits(ImageOps.exif_transpose(image)))
     check_sides(*image.size)
     return image
 
@@ -453,17 +413,13 @@ def in_8_bits(image):
     if image.mode.startswith("I;16"):
         white = 65535
     elif image.mode == "I":
-        white = 255 if image.format != "PNG" and high <= 255 else 65535
+        white = 255 if high <= 255 else 65535
     else:
         white = 1 if high <= 1 else 255
     # this way round, NaN is refused too
     if not (0 <= low and high <= white):
         raise ValueError(f"greys from {low:g} to {high:g}: it is not known which of them is white")
-    grey = Image.fromarray((grey_HW * (255 / white) + 0.5).astype(np.uint8))
-    if "exif" in image.info:
-        # it holds the orientation
-        grey.info["exif"] = image.info["exif"]
-    return grey
+    return Image.fromarray((grey_HW * (255 / white) + 0.5).astype(np.uint8))
 
 
 def on_white(image):

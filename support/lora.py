@@ -12,7 +12,6 @@ from support import distributed
 
 # The linear layers of the language model. The vision tower has some of the same names, but stays frozen.
 ADAPTED_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def adapted_layers(model):
@@ -44,10 +43,7 @@ def add_adapter(model, cfg):
 
 @contextmanager
 def adapter_off(model):
-    """Within it a model with an adapter computes without it, as the checkpoint it started from.
-
-    A model without an adapter is not changed.
-    """
+    """Within it the model computes without its adapter, if it has one: as the checkpoint it started from."""
     for layer in adapted_layers(model):
         layer.enable_adapters(False)
     try:
@@ -77,16 +73,8 @@ def adapter_tensors(model):
 def save_adapter(model, folder):
     """Write the model's adapter into `folder`, as files that peft's PeftModel.from_pretrained loads."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model), f"{folder}/{ADAPTER_FILE}")
+    save_file(adapter_tensors(model), f"{folder}/adapter_model.safetensors")
     model.peft_config["default"].save_pretrained(folder)
-
-
-@torch.no_grad()
-def load_adapter(model, folder):
-    """Read what save_adapter wrote into the model's adapter. KeyError or RuntimeError if it is another adapter."""
-    saved = load_file(f"{folder}/{ADAPTER_FILE}")
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(saved[name])
 
 
 def checkpoint_adapter_only(accelerator):
@@ -97,8 +85,11 @@ def checkpoint_adapter_only(accelerator):
             save_adapter(accelerator.unwrap_model(models[0]), folder)
         states.clear()
 
+    @torch.no_grad()
     def load(models, folder):
-        load_adapter(accelerator.unwrap_model(models.pop()), folder)
+        saved = load_file(f"{folder}/adapter_model.safetensors")
+        for name, tensor in adapter_tensors(accelerator.unwrap_model(models.pop())).items():
+            tensor.copy_(saved[name])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -80,9 +80,8 @@ def gap(p, p_shuffled, n_ordered, n_shuffled):
     }
     # one completion has no spread
     if n_ordered > 1 and n_shuffled > 1:
-        values["temporal/gap_variance"] = p * (1 - p) / (n_ordered - 1) + p_shuffled * (1 - p_shuffled) / (
-            n_shuffled - 1
-        )
+        variance = p * (1 - p) / (n_ordered - 1)
+        values["temporal/gap_variance"] = variance + p_shuffled * (1 - p_shuffled) / (n_shuffled - 1)
     return values
 
 
@@ -98,7 +97,8 @@ def of_step(means, accelerator):
 def write_rollouts(run, step, groups):
     """Write a step's completions to rollouts.jsonl, and print two of them, as often as the settings say. Collective."""
     if run.cfg.save_rollouts:
-        run.log_rollouts(step, chain.from_iterable(rollout_rows(group) for group in groups))
+        rows = list(chain.from_iterable(rollout_rows(group) for group in groups))
+        run.append("rollouts.jsonl", step, gather_object(rows))
     if run.cfg.print_every and step % run.cfg.print_every == 0 and run.accelerator.is_main_process and groups:
         print_rollouts(step, groups[0])
 

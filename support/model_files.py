@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -27,26 +27,20 @@ def load_processor(cfg):
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         if "Unrecognized image processor" in reason:
-            reason = (
-                "transformers does not know the image processor that preprocessor_config.json names. The hub's "
-                "first revision of Qwen2.5-VL names Qwen2_5_VLImageProcessor: write "
-                "Qwen2VLImageProcessor, which is the same class"
-            )
+            # of the first revision on the hub; the class was renamed
+            reason = "in preprocessor_config.json, for Qwen2_5_VLImageProcessor write Qwen2VLImageProcessor"
         raise settings.UserError(f"{cfg.model}: its processor cannot be loaded: {reason:.300}") from error
     # older folders have the template in the tokenizer's config only
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
-        raise settings.UserError(
-            f"{cfg.model}: no chat template, neither in a file chat_template.* nor in tokenizer_config.json"
-        )
+        raise settings.UserError(f"{cfg.model}: no chat template in chat_template.* or tokenizer_config.json")
     return processor
 
 
 def load_weights(cfg, dtype, accelerator=None, device=None):
     """The checkpoint `cfg.model` as transformers' model, see policy.load_policy.
 
-    If the model will be sharded, only rank 0 reads the weights and sends them to the other ranks, so a machine holds
-    one copy. Raises UserError if the checkpoint's tensors are not the model's.
+    If it will be sharded, only rank 0 reads the weights and later sends them, so a machine holds one copy.
     """
     base, *adapters = storage.adapter_chain(cfg.model)
     if accelerator and distributed.is_sharded(accelerator) and not accelerator.is_main_process:
@@ -60,7 +54,7 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
             base,
             dtype=dtype,
             attn_implementation="sdpa",
-            device_map=None if device is None else {"": device},
+            device_map=device,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -101,17 +95,15 @@ def empty_model(config, dtype):
     return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
-# How names of tensors begin in adapters that were made with transformers before 4.52, and how they do now.
-OLDER_NAMES = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
-
-
 def merge_adapter(model, folder):
     """`model` with the adapter in `folder`, in peft's format, added to its weights. UserError if that is impossible."""
     if not any(Path(folder).glob("adapter_model.*")):
         raise settings.UserError(f"{folder}: adapter_model.safetensors is missing")
+    # how names of tensors begin in adapters that were made with transformers before 4.52, and how they do now
+    older_names = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
     try:
         wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
-        report = wrapped.load_adapter(folder, "default", key_mapping=OLDER_NAMES)._asdict()
+        report = wrapped.load_adapter(folder, "default", key_mapping=older_names)._asdict()
         refuse_other_tensors(folder, report)
         names = " ".join(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
         if model.config.tie_word_embeddings and re.search(r"\b(lm_head|embed_tokens)\b", names):
@@ -124,25 +116,18 @@ def merge_adapter(model, folder):
         raise settings.UserError(f"{folder}: this adapter cannot be merged: {reason:.200}") from error
 
 
-# The files of a checkpoint, besides its weights, from which a model and its processor are loaded.
-STARTING_FILES = (
-    "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
-    "added_tokens.json special_tokens_map.json"
-).split()
-
-
 def starting_files(model):
-    """{name: bytes} of a checkpoint's own config, generation config, preprocessor, chat template and tokenizer files.
+    """{name: bytes} of the files, besides the weights, from which a model and its processor are loaded.
 
-    `model` is a folder or a hub name. `final` gets these files instead of newly written ones, so what loads the
-    starting checkpoint loads `final` too: transformers 4.x and older vLLM cannot read what transformers 5 would write.
+    `final` gets these files instead of newly written ones, so what loads the starting checkpoint loads `final` too:
+    transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
+    names = "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
+    patterns = (names + "added_tokens.json special_tokens_map.json").split()
     model = storage.adapter_chain(model)[0]
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=STARTING_FILES))
-    found = set()
-    for pattern in STARTING_FILES:
-        found |= set(folder.glob(pattern))
-    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=patterns))
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
 def with_dtype(config, dtype):
@@ -152,11 +137,8 @@ def with_dtype(config, dtype):
     return named | {key: name for key in ("dtype", "torch_dtype") if key in config}
 
 
-def save_model(accelerator, model, files, folder, dtype=None):
-    """`folder` becomes a checkpoint laid out like the one that `files` (starting_files) are from.
-
-    Collective: every rank must call it. Written whole or not at all.
-    """
+def save_model(accelerator, model, files, folder, dtype):
+    """`folder` becomes a checkpoint laid out like the one `files` are from, or stays as it is. Collective."""
     # gathers the shards; the full state dict is on rank 0
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -164,8 +146,8 @@ def save_model(accelerator, model, files, folder, dtype=None):
     accelerator.wait_for_everyone()
 
 
-def write_model(state, model, files, folder, dtype=None):
-    """The files of save_model from a full state dict of `model`; `dtype` None keeps the weights' own."""
+def write_model(state, model, files, folder, dtype):
+    """The files of save_model from a full state dict of `model`."""
     has_adapter = bool(lora.adapted_layers(model))
     if has_adapter:
         state = lora.merged_state(state, model)
@@ -175,9 +157,7 @@ def write_model(state, model, files, folder, dtype=None):
     # the tied head is the embedding; in gathered shards they no longer share memory
     for name in shell.all_tied_weights_keys:
         state.pop(name, None)
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    dtype = next(iter(state.values())).dtype
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -199,10 +179,7 @@ def write_model(state, model, files, folder, dtype=None):
 
 
 def check_model(cfg, stage, made_by=None):
-    """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint.
-
-    `made_by` is the script that makes one; the message shows its command.
-    """
+    """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: the script to run."""
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
     is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
     if is_hub_name and not is_local:
@@ -222,9 +199,7 @@ def check_model(cfg, stage, made_by=None):
     except (ValueError, AttributeError) as error:
         raise settings.UserError(f"{config}: not a model's config: {error}") from None
     if model_type != "qwen2_5_vl":
-        raise settings.UserError(
-            f"{stage}.model: {cfg.model} holds a model of type {model_type}; these scripts train qwen2_5_vl"
-        )
+        raise settings.UserError(f"{stage}.model: {cfg.model} holds a model of type {model_type}, not qwen2_5_vl")
 
 
 def check_hub(model):
@@ -233,13 +208,7 @@ def check_hub(model):
         return
     try:
         HfApi().model_info(model, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError):
-        raise settings.UserError(
-            f"model: {model} is neither a local folder nor a model on the hub that you may read"
-        ) from None
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise settings.UserError(
-            f"model: {model} is not a local folder, and the hub cannot be reached: {reason:.200}; with "
-            "HF_HUB_OFFLINE=1 a copy in the hub's cache is used"
-        ) from None
+        way_on = "with HF_HUB_OFFLINE=1 a copy in the hub's cache is used"
+        raise settings.UserError(f"model: {model} is not a folder, and the hub says: {reason:.200}; {way_on}") from None

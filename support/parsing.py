@@ -29,10 +29,9 @@ def tags_in(text):
 def extract_answer(text):
     """Text of the last complete answer block outside the think block, stripped; None if there is none.
 
-    A think block ends at the next </think>; one that is never closed contains all that follows. A </think> without an
-    opening tag ends a think block that began before the text (in the prompt, for example), so blocks before it do not
-    count. Of nested answer blocks the innermost counts. The last block counts, not the first as in the released code: a
-    model that corrects itself means the last.
+    A think block that is never closed contains all that follows; a </think> without an opening tag, all before it. Of
+    nested answer blocks the innermost counts. The last block counts, not the first as in the released code: a model
+    that corrects itself means the last.
 
     >>> extract_answer("<think>maybe <answer>A</answer></think> <answer> B </answer>")
     'B'
@@ -77,8 +76,6 @@ FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}|\\[dt]?frac (\d) ?(\
 MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞↉]|\\[dt]?frac)")
 DOLLARS = re.compile(r"\$\$?([^$]*)\$\$?|\\\(|\\\)|\\\[|\\\]")
 LATEX = {r"\%": "%", r"\$": "$", "{,}": ",", r"\,": " ", r"\;": " ", r"^{\circ}": "°", r"^\circ": "°", r"\degree": "°"}
-# at most so many wrappers inside each other, as in \boxed{\text{B}}
-NESTED = 4
 
 
 def plain(text):
@@ -92,7 +89,8 @@ def plain(text):
         for command, replacement in LATEX.items():
             text = text.replace(command, replacement)
         text = DOLLARS.sub(lambda match: match[1] or "", text)
-        for _ in range(NESTED):
+        # wrappers inside each other, as in \boxed{\text{B}}
+        for _ in range(4):
             text = FRACTION.sub(lambda match: "/".join(part for part in match.groups() if part), text)
             text = WRAPPER.sub(r"\1", text)
     return text.strip()
@@ -109,10 +107,7 @@ SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 
 def split_label(text):
-    """(letter, mark, description) of an option: ("B", ")", " the cat") for "(B) the cat", ("B", "", "") for "B".
-
-    The letter is None, and the others are empty, if the text does not begin with a labelled option.
-    """
+    """("B", ")", " the cat") for "(B) the cat", ("B", "", "") for "B", (None, "", "") for a text without a label."""
     core = text.strip(DECORATION)
     letter = core[:1]
     mark = core[1:2]
@@ -185,8 +180,6 @@ SCALES = set(
     "millionen milliarden millones milliard quarter half halve third fourth fifth sixth seventh eighth ninth tenth "
     "hundredth thousandth millionth squared cubed am pm noon midnight oclock bc bce x e or and to plus minus".split()
 )
-# after a currency sign also these; capital letters always
-SHORT_SCALES = set("m mm t".split())
 # ten … trillion, a half, more than, o'clock
 CJK_SCALE = re.compile("(?!百分|千[克米瓦])[十百千万亿萬億兆几多半余点點时時만억천시]")
 SCRIPTS = str.maketrans({character: f"^{digit}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}) | str.maketrans(
@@ -239,7 +232,7 @@ def is_scale(unit, after_currency):
     word = unit.lower()
     if word in SCALES or word.rstrip("s") in SCALES or unit in ("M", "B", "T"):
         return True
-    if after_currency and word in SHORT_SCALES:
+    if after_currency and word in ("m", "mm", "t"):
         return True
     return CJK_SCALE.match(unit) is not None
 
@@ -247,8 +240,7 @@ def is_scale(unit, after_currency):
 def option_letters(options):
     """Letters of options like "A. text" or "(A) text"; A, B, C … by position unless every option has its own.
 
-    Explicit letters must be ascending and start at A or have no gaps: those of "E. coli", "S. aureus", "B. subtilis"
-    are not labels.
+    Its own letters ascend, and start at A or have no gaps: not those of "E. coli", "S. aureus", "B. subtilis".
     """
     found = [re.match(r"([A-Z])[.):]|\(([A-Z])\)", option) for option in options]
     own = [match[1] or match[2] for match in found if match]

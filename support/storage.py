@@ -12,21 +12,16 @@ from support import settings
 
 def replace_folder(new, old):
     """Put the finished folder `new` where `old` is."""
+    trash = old.with_name(f".{old.name}.old")
+    shutil.rmtree(trash, ignore_errors=True)
     if old.exists():
-        trash = old.with_name(f".{old.name}.old")
-        shutil.rmtree(trash, ignore_errors=True)
         os.replace(old, trash)
-        os.replace(new, old)
-        shutil.rmtree(trash)
-    else:
-        os.replace(new, old)
+    os.replace(new, old)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def write_atomic(path, text):
-    """Write a file so that it has either its old content or all of the new one, even after a crash.
-
-    Raises UserError if it cannot be written.
-    """
+    """Write a file: even after a crash it has its old content or all of the new. UserError if that is impossible."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -34,8 +29,7 @@ def write_atomic(path, text):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise settings.UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -45,9 +39,7 @@ def append_rows(path, rows):
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        raise settings.UserError(
-            f"cannot write {path}: {error.strerror or error}; free disk space and start the same command again"
-        ) from error
+        raise settings.UserError(f"cannot write {path}: {error.strerror}; free disk space and start again") from error
 
 
 def file_hash(path):
@@ -70,8 +62,7 @@ def sampled_hash(path):
 def adapter_chain(model):
     """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
 
-    Raises UserError for an adapter without a base, and for a folder that holds a model and an adapter: transformers
-    would load both.
+    Raises UserError for an adapter without a base, and for a model beside an adapter: transformers would load both.
     """
     config = Path(model) / "adapter_config.json"
     if not config.is_file():
@@ -83,23 +74,17 @@ def adapter_chain(model):
     except (ValueError, KeyError, TypeError) as error:
         raise settings.UserError(f"{config}: not the config of an adapter: {error!r}") from None
     if not isinstance(base, str):
-        raise settings.UserError(
-            f"{config}: base_model_name_or_path: expected the model it was trained on, got {base!r}"
-        )
+        raise settings.UserError(f"{config}: base_model_name_or_path: expected the model below it, got {base!r}")
     return [*adapter_chain(base), model]
 
 
 @functools.cache
 def fingerprint(model):
-    """A hash of the weights in a checkpoint folder, because a path may later hold others; "" for a hub name.
-
-    For an adapter, of the weights below it too.
-    """
+    """A hash of a model's weights and of those below an adapter, as a path may later hold others; "" for a hub name."""
     files = []
     for folder in adapter_chain(model):
-        files += sorted(Path(folder).glob("*.safetensors"))
-        # of an adapter only
-        files += sorted(Path(folder).glob("adapter_config.json")) + sorted(Path(folder).glob("adapter_model.bin"))
+        for pattern in ("*.safetensors", "adapter_config.json", "adapter_model.bin"):
+            files += sorted(Path(folder).glob(pattern))
     digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
     return digest.hexdigest()[:16] if files else ""
 

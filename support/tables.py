@@ -13,9 +13,7 @@ def table(header, rows):
     | T-GRPO | 120 |
     """
     lines = [list(map(str, row)) for row in [header, *rows]]
-    widths = []
-    for column in zip(*lines):
-        widths.append(max(3, *map(len, column)))
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
     lines.insert(1, rule)
     text = []

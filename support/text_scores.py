@@ -21,10 +21,7 @@ def edit_distance(a, b):
 
 
 def word_error_rate(reference, hypothesis):
-    """Edits that turn one list of words into the other, per word of the reference; at least 0, as in jiwer 4.0.
-
-    For an empty reference it is the number of edits.
-    """
+    """Edits per word of the reference, at least 0, as in jiwer 4.0. For an empty reference, the number of edits."""
     return edit_distance(reference, hypothesis) / max(len(reference), 1)
 
 
@@ -66,31 +63,24 @@ def require_words(text):
 
 def f1(overlap, n_reference, n_hypothesis):
     """Harmonic mean of overlap / n_reference and overlap / n_hypothesis; 0 for empty texts."""
-    if not overlap:
-        return 0.0
-    return 2 * overlap / (n_reference + n_hypothesis)
+    return 2 * overlap / max(1, n_reference + n_hypothesis)
 
 
-def n_grams(words, n):
-    """Counter of the runs of n words. Raises ValueError if n < 1."""
-    if n < 1:
-        raise ValueError(f"rouge_n needs n >= 1, got {n}")
+def n_grams(text, n):
+    """Counter of the runs of n >= 1 words."""
+    words = rouge_words(text)
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def rouge_n(reference, hypothesis, n):
-    """F1 of the n-grams of two texts, in [0, 1]; as in rouge_score. Raises ValueError if n < 1."""
-    a = n_grams(rouge_words(reference), n)
-    b = n_grams(rouge_words(hypothesis), n)
+    """F1 of the n-grams of two texts, in [0, 1]; as in rouge_score."""
+    a = n_grams(reference, n)
+    b = n_grams(hypothesis, n)
     return f1((a & b).total(), a.total(), b.total())
 
 
 def common_subsequence(a, b):
     """Length of the longest common subsequence of two lists."""
-    # words that only one list has cannot be in it
-    shared = set(a) & set(b)
-    a = [word for word in a if word in shared]
-    b = [word for word in b if word in shared]
     # row[j]: the length for the words of b so far and the first j words of a
     row = [0] * (len(a) + 1)
     for y in b:

@@ -37,13 +37,10 @@ def set_learning_rate(optimizer, step, cfg):
 
 
 class Run:
-    """A training run in `cfg.output_dir`: its folder, batches, metrics, checkpoints, and how it stops.
+    """A training run in `cfg.output_dir`: its folder, batches, metrics, checkpoints, and how it stops. Collective.
 
-    Create it before anything slow happens: it claims the folder and raises UserError for a batch that the ranks cannot
-    share, for a folder in use, and for a checkpoint of a different run. After prepare(), call resume(). Collective, as
-    are all methods.
-
-    `bad_rows` {name: reason} are the rows that load_records left out, `n_records` is the number of the others.
+    Create it before anything slow happens: it claims the folder, and raises UserError if the run cannot start there.
+    After prepare(), call resume(). `bad_rows` {name: reason} are the rows that load_records left out.
     """
 
     def __init__(self, accelerator, cfg, stage, n_records, bad_rows):
@@ -77,7 +74,7 @@ class Run:
         if self.accelerator.is_main_process:
             for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
                 rows = [row for row in storage.read_jsonl(path) if row["step"] < self.first_step]
-                if rows or path.exists():
+                if path.exists():
                     storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             config = {self.stage: asdict(self.cfg)}
             storage.write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -90,13 +87,8 @@ class Run:
 
     def steps(self, batches):
         """Yields (step, readable samples) for this rank's `batches` (lists of Samples), with a progress bar."""
-        self.bar = tqdm(
-            batches,
-            initial=self.first_step,
-            total=self.cfg.steps,
-            desc=self.stage,
-            disable=not self.accelerator.is_main_process,
-        )
+        hidden = not self.accelerator.is_main_process
+        self.bar = tqdm(batches, initial=self.first_step, total=self.cfg.steps, desc=self.stage, disable=hidden)
         self.seconds = {}
         self.last_lap = time.perf_counter()
         for step, batch in enumerate(self.bar, self.first_step):
@@ -106,24 +98,22 @@ class Run:
     def drop_unreadable(self, batch):
         """The readable samples of `batch`. All ranks count the unreadable ones; too many of them end the run."""
         errors = [(f"{s.record['problem_id']} ({s.record['path']})", s.error) for s in batch if s.error]
-        errors = gather_object(errors)
-        for name, reason in errors:
+        for name, reason in gather_object(errors):
             if name not in self.skipped:
                 self.accelerator.print(f"skipped {name}: {reason}")
                 self.skipped[name] = reason
         if len(self.skipped) > self.cfg.max_unreadable * self.n_rows:
-            raise settings.UserError(
-                f"{len(self.skipped)} of {self.n_rows} records are unusable, more than max_unreadable "
-                f"{self.cfg.max_unreadable} allows; `python -m tools.check_data` lists them. "
-                f"The last: {list(self.skipped.values())[-1]}"
-            )
+            allowed = f"more than max_unreadable {self.cfg.max_unreadable} allows; tools.check_data lists them"
+            last = list(self.skipped.values())[-1]
+            too_many = f"{len(self.skipped)} of {self.n_rows} records are unusable, {allowed}"
+            raise settings.UserError(f"{too_many}; the last: {last}")
         return [sample for sample in batch if not sample.error]
 
     def micro_batches(self, items, dummy):
         """Yields (micro-batch, weight): this rank's items of a step, `micro_batch_size` at a time.
 
-        Sharded weights are gathered by all ranks together, so every rank must run the same number of forward passes. If
-        unreadable records left a rank with too few, it runs `dummy` with weight 0, from which nothing is learned.
+        Every rank must run the same number of forward passes, because they gather sharded weights together. A rank with
+        too few readable records runs `dummy` with weight 0.
         """
         size = self.cfg.micro_batch_size
         for first in range(0, self.cfg.batch_size // self.accelerator.num_processes, size):
@@ -138,19 +128,14 @@ class Run:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def is_finite(self, grad_norm, step):
-        """Whether to take this optimizer step. The norm is that of all ranks, so they decide alike.
-
-        Three steps in a row without a finite gradient raise RuntimeError.
-        """
+        """Whether to take this step; all ranks have the same norm. RuntimeError after three bad steps in a row."""
         if math.isfinite(grad_norm):
             self.steps_without_gradient = 0
             return True
         self.steps_without_gradient += 1
         self.accelerator.print(f"step {step}: the gradient norm is {grad_norm}; this step is skipped")
         if self.steps_without_gradient == 3:
-            raise RuntimeError(
-                f"three steps in a row had no finite gradient, the last was step {step}; lower lr, or check the data"
-            )
+            raise RuntimeError(f"three steps in a row, to {step}, had no finite gradient; lower lr, or check the data")
         return False
 
     def lap(self, name):
@@ -162,10 +147,7 @@ class Run:
         return seconds
 
     def log(self, step, metrics, show):
-        """Write a step's metrics, learning rate, seconds and peak memory to metrics.jsonl and to the tracker.
-
-        `show` is the metric in the progress bar.
-        """
+        """Write a step's metrics, learning rate, seconds and peak memory. `show`: the metric in the progress bar."""
         self.bar.set_postfix({show.split("/")[-1]: metrics.get(show)})
         metrics = metrics | {"lr": learning_rate(step, self.cfg), "data/skipped": len(self.skipped), **self.seconds}
         self.seconds = {}
@@ -176,29 +158,22 @@ class Run:
         if self.cfg.log_with != "none":
             self.accelerator.log(metrics, step=step)
 
-    def log_rollouts(self, step, rows):
-        """Append the rows of all ranks to rollouts.jsonl."""
-        self.append("rollouts.jsonl", step, gather_object(list(rows)))
-
     def append(self, name, step, rows):
+        """Append these rows of the main process to the file `name`."""
         if self.accelerator.is_main_process:
             storage.append_rows(self.folder / name, [{"step": step, **row} for row in rows])
 
     def checkpoint_or_stop(self, step):
-        """Save a checkpoint if one is due. True if the run was asked to stop: then it is saved, and the caller returns.
-
-        The ranks decide together, or one would leave while the others wait for it.
-        """
+        """Save a checkpoint if one is due. True if the run was asked to stop: it is saved, and the caller returns."""
         finished = step + 1
+        # decided together, or one rank would leave while the others wait for it
         stop = distributed.sum_over_ranks(self.accelerator, float(self.stop.asked)) > 0
         due = self.cfg.save_every and finished % self.cfg.save_every == 0 and finished < self.cfg.steps
         if stop or due:
             checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, {"skipped": self.skipped})
         if stop:
-            self.accelerator.print(
-                f"stopped after {finished} of {self.cfg.steps} steps; the same command continues from "
-                f"{self.cfg.output_dir}/checkpoint-{finished}"
-            )
+            stopped = f"stopped after {finished} of {self.cfg.steps} steps; the same command continues from"
+            self.accelerator.print(f"{stopped} {self.cfg.output_dir}/checkpoint-{finished}")
         return stop
 
     def finish(self, model, starting_files, name):
@@ -217,9 +192,7 @@ def check_batch_size(cfg, ranks):
     if cfg.batch_size % ranks:
         raise settings.UserError(f"batch_size {cfg.batch_size} does not divide over {ranks} processes")
     if share % min(cfg.micro_batch_size, share):
-        raise settings.UserError(
-            f"the {share} records of one process do not divide into micro-batches of {cfg.micro_batch_size}"
-        )
+        raise settings.UserError(f"micro_batch_size {cfg.micro_batch_size} does not divide {share} records per process")
 
 
 def launcher():
@@ -232,10 +205,7 @@ def launcher():
 
 
 class StopSignal:
-    """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to stop.
-
-    The loop then saves and exits with status 0. A second Ctrl-C stops at once.
-    """
+    """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to save and exit."""
 
     def __init__(self):
         self.received = False

@@ -59,12 +59,9 @@ def test_a_missing_decord_names_its_package(monkeypatch):
 @pytest.mark.parametrize(
     "error, line",
     [
-        (HTTPError("Name or service not known"), "the hub cannot be reached: Name or .* with HF_HUB_OFFLINE=1"),
-        (TimeoutError("timed out"), "the hub cannot be reached: timed out"),
-        (
-            RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None)),
-            "is neither a local folder nor a model on the hub",
-        ),
+        (HTTPError("Name or service not known"), "the hub says: Name or service not known; with HF_HUB_OFFLINE=1"),
+        (TimeoutError("timed out"), "the hub says: timed out"),
+        (RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None)), "the hub says: 404"),
     ],
 )
 def test_an_unreachable_hub_is_reported_at_once(monkeypatch, tmp_path, error, line):

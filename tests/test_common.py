@@ -215,7 +215,7 @@ def test_the_data_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     [
         (8, 1, 3, "batch_size 8 does not divide over 3 processes"),
         (4, 1, 8, "batch_size 4 does not divide over 8 processes"),
-        (12, 4, 2, "the 6 records of one process do not divide into micro-batches of 4"),
+        (12, 4, 2, "micro_batch_size 4 does not divide 6 records per process"),
         (8, 4, 2, None),
         (4, 16, 2, None),
     ],
@@ -251,7 +251,7 @@ def test_workers_get_picklable_objects_and_ignore_signals(monkeypatch):
 def test_an_accelerate_config_for_another_library_is_one_clear_line(monkeypatch, library):
     """Guards: weights that DeepSpeed has partitioned, in a loop for FSDP2 only; a traceback from accelerate."""
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
-    with pytest.raises(settings.UserError, match="the accelerate config requests .*, which is not supported here"):
+    with pytest.raises(settings.UserError, match="the accelerate config requests .*, which is not supported"):
         distributed.make_accelerator(tgrpo.TGRPOConfig())
 
 

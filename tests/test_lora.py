@@ -293,7 +293,7 @@ def test_a_wrong_adapter_is_one_clear_line(hub, world, tmp_path):
         return folder
 
     assert "no checkpoint at" in message(adapter("gone", tmp_path / "nowhere"))
-    assert "expected the model it was trained on, got None" in message(adapter("none", None))
+    assert "expected the model below it, got None" in message(adapter("none", None))
     assert "cannot be merged: Error(s) in loading" in message(adapter("other rank", r=8))
     all_seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     more_layers = adapter("more layers", target_modules=[*all_seven, "qkv"])
@@ -325,7 +325,7 @@ def test_lora_settings_that_cannot_work_are_one_clear_line(tmp_path, monkeypatch
     assert "lora_rank: 8: LoRA needs the whole model on each GPU; set fsdp: none" in str(error.value)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="the accelerate config requests FSDP, but with LoRA each GPU"):
+    with pytest.raises(UserError, match="the accelerate config requests FSDP, but LoRA needs whole weights"):
         distributed.make_accelerator(TrainConfig(lora_rank=8))
 
 
@@ -334,9 +334,9 @@ def test_a_run_resumes_only_with_the_kind_of_weights_it_began_with(run):
     full = run("sft", "full", save_every=1)
     adapted = run("sft", "lora", save_every=1, **LORA)
     for folder, settings, line in (
-        (full, LORA, "a checkpoint of whole weights cannot be resumed in a run of an adapter"),
-        (adapted, {}, "a checkpoint of an adapter cannot be resumed in a run of whole weights"),
-        (adapted, LORA | {"lora_rank": 8}, "lora_rank was 4, is 8"),
+        (full, LORA, "whole weights cannot be resumed in a run of an adapter"),
+        (adapted, {}, "an adapter of rank 4 cannot be resumed in a run of whole weights"),
+        (adapted, LORA | {"lora_rank": 8}, "an adapter of rank 4 cannot be resumed in a run of an adapter of rank 8"),
     ):
         shutil.rmtree(folder / "final", ignore_errors=True)
         for more in ({}, {"resume_changed": "true"}):

@@ -82,8 +82,7 @@ def test_changed_records_and_weights_are_noticed_by_their_content(run, started, 
     changed = {name: tensor + 1e-3 for name, tensor in load_file(tmp_path / "base/model.safetensors").items()}
     save_file(changed, tmp_path / "base/model.safetensors", {"format": "pt"})
     storage.fingerprint.cache_clear()
-    line = "the weights in .*base have changed, so this policy belongs to another SFT model"
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match="the weights in .*base have changed"):
         run("tgrpo", **settings)
 
 
@@ -166,7 +165,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(run, started, cap
     weights.write_bytes(weights.read_bytes()[:-100])
     run("tgrpo", **settings)
     said = capsys.readouterr().out
-    assert "checkpoint-2 is damaged: model.safetensors is not what was written" in said
+    assert "checkpoint-2 is damaged: model.safetensors is missing or not what was written" in said
     assert f"resumed from {folder / 'checkpoint-1'}" in said
     assert without_times(folder) == whole
     (folder / "checkpoint-2/state.json").write_text("{")
@@ -262,8 +261,7 @@ def test_missing_and_unexpected_tensors_are_named(world, tmp_path, run):
             policy.load_policy(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
-    line = "sft.model: .*base holds a model of type qwen3_vl; these scripts train qwen2_5_vl"
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match="sft.model: .*base holds a model of type qwen3_vl, not qwen2_5_vl"):
         run("sft", model=tmp_path / "base")
 
 

@@ -36,7 +36,7 @@ def export(checkpoint, folder):
     cfg = settings.SharedConfig(model=run_settings["model"], bf16=run_settings["bf16"])
     model_files.check_model(cfg, f"{checkpoint}, whose run started from: export")
     dtype = distributed.compute_dtype(cfg)
-    if checkpoints.weights_in(checkpoint) == "an adapter":
+    if (checkpoint / "adapter_config.json").is_file():
         model = model_files.merge_adapter(load_policy(cfg, dtype), checkpoint)
         state = model.state_dict()
     else:
