@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,13 @@ def as_arguments(settings):
     for name, value in settings.items():
         arguments += [f"--{name}", str(value)]
     return arguments
+
+
+def free_port():
+    """A port on which no program listens, as text: two suites may run on one machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def is_alive(pid):

@@ -866,7 +866,7 @@ GOOD = row("mvbench", "B", "B", row_id="x")
         ([GOOD | {"prediction": {"a": 1}}], "prediction: expected text"),
         ([GOOD | {"options": 5}], "options: expected a list"),
         ([GOOD | {"frames": "sideways"}], "frames: expected one of ordered, shuffled, reversed, single, blind"),
-        ([GOOD | {"problem_type": "maths"}], "no problem type 'maths'"),
+        ([GOOD | {"problem_type": "maths"}], "problem_type: expected one of"),
         ([GOOD | {"solution": 4}], "solution: expected text"),
         ([GOOD | {"solution": ""}], "solution: missing"),
         ([GOOD | {"solution": "<answer>B"}], "no answer in"),

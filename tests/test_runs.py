@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from naive import without_times
-from processes import QUIET, ROOT, as_arguments, children, is_alive
+from processes import QUIET, ROOT, as_arguments, children, free_port, is_alive
 from safetensors.torch import load_file, save_file
 
 import policy
@@ -270,7 +270,7 @@ def test_missing_and_unexpected_tensors_are_named(world, tmp_path, run):
 
 LAUNCHERS = {
     "accelerate": ["accelerate.commands.launch"],
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "1", "--master_port", "29671"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "1", "--master_port", free_port()],
 }
 
 

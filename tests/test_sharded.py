@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from naive import without_times
-from processes import QUIET, ROOT
+from processes import QUIET, ROOT, free_port
 from safetensors.torch import load_file
 from test_hub import checked_final
 
@@ -75,10 +75,11 @@ def outputs(world, hub, forker, tmp_path_factory):
             placed[place] = r
         (world / f"world/mixed_{stage}.json").write_text(json.dumps(placed))
     runs = [forker.start(one / "said", "tests/two_ranks.py", world, one, "none")]
+    port = free_port()
     for rank in ("0", "1"):
         # what torchrun sets
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         said = two / f"said {rank}"
         runs.append(forker.start(said, "tests/two_ranks.py", world, two, "full_shard", **environment))
     statuses = [forker.wait(run, seconds=400) for run in runs]
@@ -94,7 +95,7 @@ def two_machines(world, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("machines")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", "29653", "--node_rank"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", free_port(), "--node_rank"]
     script = ["tests/two_ranks.py", str(world), str(folder), "full_shard", "explode"]
     machines = []
     for rank in ("0", "1"):
