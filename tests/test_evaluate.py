@@ -13,6 +13,7 @@ import time
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from processes import free_port
 from test_benchmarks import ANNOTATIONS, N_QUESTIONS, VIDEOMME, write
 from test_data import numbers, write_video
 
@@ -77,12 +78,16 @@ def in_this_process(words):
     return out.getvalue(), progress.getvalue()
 
 
+# of this suite: two may run on one machine
+PORT = free_port()
+
+
 def start(words, log, rank=0, ranks=1):
     """Start evaluate.py in a process of its own: one of `ranks` that work together."""
     environment = dict(ENVIRONMENT)
     if ranks > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29657"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     process = PROCESSES.Process(target=evaluate_there, args=(words, log, environment))
     process.start()
     return process
