@@ -56,17 +56,18 @@ class Unusable(Exception):
 
 
 def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, last_duration=None):
-    """Which n frames of a clip are shown: those on display at even times, or all frames if there are fewer.
+    """Which n frames of a clip are shown: those on display at evenly spaced times, or all frames if there are fewer.
 
     A clip, or its part from `start` to `end` (seconds from the first frame, both or neither), lasts for D seconds.
     Frame i is the one on display at (i + 1/2) D / n. So frames are D / n seconds apart: Qwen2.5-VL assumes one constant
     distance (ours; the released code spaces the frame numbers evenly, whatever their times).
 
-    ticks: when each frame appears, increasing, in units of tick_seconds (a Fraction) · last_duration: ticks for which
-    the last frame is shown, None: the median of the others · last_frame: the last shown frame is the clip's last.
+    ticks: when each frame appears, increasing, in units of tick_seconds (a Fraction) · last_frame: if true, the last
+    frame shown is the clip's last · last_duration: for how many ticks that one is on display (None: the others' median)
     Returns (their numbers, how many frames of the file they are spread over, the mean rate of those).
 
-    At 4 frames per second; then a clip that shows its first frame for three of its four seconds:
+    At 4 frames per second; a clip that shows its first frame for three of its four seconds; the part from 0.5 to 1.25 s
+    of the first clip, which has fewer than 16 frames:
 
     >>> even_frames([0, 1, 2, 3, 4, 5, 6, 7], Fraction(1, 4), 2)
     ([2, 6], 8, 4.0)
@@ -76,12 +77,13 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
     ([2, 3, 4], 3, 4.0)
     """
     ticks, display_ends = frames.display_times(ticks, last_duration)
-    low = Fraction(int(ticks[0]))
+    clip_start = Fraction(int(ticks[0]))
+    low = clip_start
     high = Fraction(int(display_ends[-1]))
     if start is not None:
-        high = min(high, low + frames.in_ticks(end, tick_seconds))
+        high = min(high, clip_start + frames.in_ticks(end, tick_seconds))
         # a part beyond the end of the clip is its last frame
-        low = min(low + max(Fraction(0), frames.in_ticks(start, tick_seconds)), Fraction(int(ticks[-1])))
+        low = min(clip_start + frames.in_ticks(start, tick_seconds), Fraction(int(ticks[-1])))
     first = frames.frame_at(ticks, low)
     # the last frame that appears before `high`
     last = max(first, frames.frame_at(ticks, math.ceil(high) - 1))
@@ -90,7 +92,7 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
     if total < n:
         indices = list(range(first, last + 1))
         length = Fraction(int(display_ends[last] - ticks[first]))
-    elif start is None and frames.is_even(ticks):
+    elif start is None and frames.evenly_spaced(ticks):
         # picked by number, not by time: a container that rounds times (Matroska: to ms) may put a frame just after its
         # moment
         indices = [int((i + 0.5) * total / n) for i in range(n)]
@@ -105,8 +107,7 @@ def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
     The processor derives the seconds between two frames from the metadata: total_num_frames / fps / F. SFT, rollout,
-    loss and evaluation all use them. Raises Unusable with the file and the reason, and ValueError for a path that
-    escapes data_root.
+    loss and evaluation all use these seconds. Raises Unusable with the file and the reason.
     """
     path = record_files.media_path(record["path"], cfg.data_root)
     try:
@@ -122,8 +123,8 @@ def load_media(record, cfg):
 def load_clip(record, path, cfg):
     """(frames, metadata) of a video or a folder of stills, from `start` to `end` if the record has them.
 
-    With `last_frame` the clip ends on the question's own picture, which is always shown. `image_path` is a file with
-    that picture: it becomes one more frame at the end.
+    If the record has `last_frame`, its question is about the last frame of the file, which is then always shown.
+    `image_path` names a separate picture that the question is about: it becomes one more frame at the end.
     """
     picture = None
     n_frames = cfg.max_frames
@@ -193,6 +194,7 @@ def frame_orders(names, n_frames, keep_last, rng, unit):
         elif name == "single":
             # repeated to fill a temporal patch
             order = [n_moving // 2] * TEMPORAL_PATCH
+        # None: one temporal patch has no order, and "blind" shows no frames
         if order is not None:
             orders[name] = [*order, *range(n_moving, n_frames)]
     return orders
@@ -250,8 +252,8 @@ def encode(processor, record, media, metadata, cfg):
 def as_clip(inputs, processor):
     """A picture's inputs as those of a clip of one moment. The model computes the same from both (test_pictures.py).
 
-    So a batch has one kind of media, and the vision tower runs once per batch. Under FSDP it must: all ranks gather its
-    weights together.
+    So a batch has one kind of media, and the vision tower runs exactly once per batch. FSDP requires this, because all
+    ranks gather the tower's weights together.
     """
     ids = inputs["input_ids"]
     is_picture = ids == processor.image_token_id
@@ -335,6 +337,7 @@ class Samples(Dataset):
             sample.inputs["ordered"] = encode(self.processor, record, media, None, self.cfg)
             return sample
         seed_key = draw
+        # evaluate.py gives every question both names
         if self.in_file_order and "benchmark" in record:
             seed_key = f"{record['benchmark']}/{record['id']}"
         rng = random.Random(f"{self.cfg.seed}/{seed_key}/frames")

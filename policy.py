@@ -3,12 +3,12 @@
     Policy                             transformers' own class, with a head that returns log-probs
     load_policy, load_reference        the policy to train, and the frozen SFT model of the KL term
     mrope_positions                    time, row and column of each token of a prompt
-    rollout(model, prompts, counts)    sample n completions for each prompt
+    rollout(model, prompts, counts)    sample counts[b] completions of prompt b
     pack, completion_logps             log-probs of given completions, differentiable
 
 Which object plays which part in tgrpo.py:
 
-    training           policy (float32 weights)      rollout_model                       reference
+    training           policy (trained in float32)   rollout_model                       reference
     one or more GPUs   whole                         the policy; with bf16 a bf16 copy   a frozen copy
     sharded (FSDP)     a shard per GPU               a whole copy per GPU, refreshed     a frozen copy, a shard per GPU
     LoRA               frozen weights + an adapter   the policy                          the policy with its adapter off
@@ -61,7 +61,7 @@ class LogpHead(nn.Linear):
     def chunk_logps(self, hidden_MD, targets_M, temperature, banned):
         """Log-probs and entropies (M,) in nats, in float32 for any dtype of the weights."""
         logits_MV = F.linear(hidden_MD, self.weight).float() / temperature
-        # tokens that are never sampled have no probability here either
+        # tokens that are never sampled have no probability here either; -inf would make the entropy NaN
         for token in banned:
             logits_MV[:, token] = torch.finfo(torch.float32).min
         log_norm_M = logits_MV.logsumexp(-1)
@@ -97,7 +97,7 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
     # with `wraps`, generate() sees the arguments of the base class when it inspects the signature
     @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, source=None, targets=None, temperature=1.0, banned=(), **inputs):
-        # only for speed: with these, no vision block waits for the GPU
+        # only for speed: the windows' lengths on the CPU, so that no vision block waits for the GPU
         inputs |= decoding.vision_lengths(inputs, self.config.vision_config)
         if targets is None:
             return super().forward(*args, **inputs)
@@ -111,7 +111,7 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
 def load_policy(cfg, dtype=torch.float32, accelerator=None, device=None):
     """The checkpoint `cfg.model` as a Policy. Trained weights are float32: bfloat16 would lose updates of size 1e-6.
 
-    Loaded on the CPU, from where accelerate moves or shards it; with `device`, straight onto that device.
+    It is loaded on the CPU; accelerate then moves or shards it. With `device`, it is loaded straight onto that device.
     Raises UserError if the checkpoint's tensors are not the model's.
     """
     return Policy.of(model_files.load_weights(cfg, dtype, accelerator, device))
@@ -142,7 +142,8 @@ def rollout_copy(accelerator, policy, cfg):
     """The model to sample from: the policy itself or, if it is sharded or computes in bfloat16, a whole copy of it.
 
     generate() on sharded weights would gather all of them for every token. With a whole copy, ranks also sample without
-    waiting for one another. Call refresh() before each rollout. With LoRA the policy's weights are whole and frozen.
+    waiting for one another. In bfloat16, a copy saves casting the float32 weights for every token. Call refresh()
+    before each rollout. With LoRA the policy's weights are whole and frozen.
     """
     copy = policy
     if not cfg.lora_rank and (distributed.is_sharded(accelerator) or cfg.bf16):
@@ -182,9 +183,9 @@ def mrope_positions(prompt, config):
     4.57 rounds the seconds between patches down to a whole number first. 5.24 continues after a clip at
     s + max(rows, columns), which lies inside any clip of more than a few seconds.
 
-    `prompt` holds mm_token_type_ids (1, P) and the grid and frame times of its clip; `config` is the model's vision
-    config. With tokens_per_second 2, patches less than half a second apart may share a time position; this happens with
-    16 frames (8 patches) of a clip shorter than 4 seconds.
+    `prompt` holds mm_token_type_ids (1, P), the patch grid and the seconds per temporal patch; `config` is the model's
+    vision config. With tokens_per_second 2, patches less than half a second apart may share a time position; this
+    happens with 16 frames (8 patches) of a clip shorter than 4 seconds.
     """
     grids = iter(prompt.get("video_grid_thw", ()))
     seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
@@ -248,7 +249,7 @@ def read_prompts(model, prompts, pad_id):
     batch = distributed.to_device(data.collate_prompts(prompts, pad_id), model.device)
     prompt_BP = batch.pop("input_ids")
     mask_BP = batch.pop("attention_mask")
-    # the positions follow from it, and are passed in
+    # only mrope_positions needs it
     batch.pop("mm_token_type_ids")
     positions = [mrope_positions(prompt, model.config.vision_config).T for prompt in prompts]
     positions_3BP = data.pad(positions, 0, "left").permute(2, 0, 1).to(model.device)

@@ -7,7 +7,8 @@
     temporal    0 to alpha   alpha (p - p̃) if p > p̃: how much the order helped         p 3/4, p̃ 1/4, alpha 0.3: 0.15
 
 Any model output can be scored: scoring never raises an exception, and its time is linear in the output's length. A
-solution that cannot be read is a mistake in the data: parse_solution raises, and it runs on every record first.
+solution that cannot be read is a mistake in the data: parse_solution raises ValueError, and data.load_records runs it
+on every record before training.
 
 Sources: "paper" is Video-R1 (arXiv 2503.21776), "released" its published code, "ours" a choice of this project.
 
@@ -85,11 +86,11 @@ def temporal_reward(p, p_shuffled, alpha=0.3, rule="margin"):
     """
     if rule == "margin":
         return alpha * (p - p_shuffled) if p > p_shuffled else 0.0
-    # pays even if the order made no difference, and if both fractions are 0
     if rule == "paper":
+        # pays even if the order made no difference, and if both fractions are 0
         return alpha if p >= p_shuffled else 0.0
-    # pays even if the order hurt a little; the released code has mean accuracies in place of p and p̃
     if rule == "released":
+        # pays even if the order hurt a little; the released code has mean accuracies in place of p and p̃
         return alpha if p >= 0.8 * p_shuffled else 0.0
     if rule == "none":
         return 0.0
@@ -124,8 +125,8 @@ def ocr_accuracy(answer, truth):
 
 def free_form_accuracy(answer, truth):
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (paper). A truth of one word has no 2-grams, so its best score is 2/3."""
-    answer = parsing.plain(answer)
-    truth = parsing.plain(truth)
+    answer = parsing.without_latex(answer)
+    truth = parsing.without_latex(truth)
     rouge_1 = text_scores.rouge_n(truth, answer, 1)
     rouge_2 = text_scores.rouge_n(truth, answer, 2)
     return (rouge_1 + rouge_2 + text_scores.rouge_l(truth, answer)) / 3

@@ -51,11 +51,11 @@ def main():
 
     # 1. records
     for step, batch in run.steps(batches):
-        # for the dropout of a LoRA adapter: a resumed step repeats it
+        # seeds the dropout of a LoRA adapter, so that a resumed step repeats it
         distributed.seed_everything(cfg.seed, step, rank)
         n_tokens = distributed.sum_over_ranks(accelerator, sum(len(sample.target) for sample in batch))
         loss_sum = 0.0
-        # weight is 1, or 0 for the dummy; unreadable samples are dropped already
+        # weight is 1, or 0 for the dummy; run.steps has dropped unreadable samples
         for micro, weight in run.micro_batches(batch, dummy):
             # 2. log-probs: one completion per prompt, its target
             prompts = [sample.inputs["ordered"] for sample in micro]

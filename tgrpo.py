@@ -6,9 +6,9 @@
 Each step:
     1. prompts: a batch of questions; a video comes with its frames in order and shuffled
     2. rollout: the policy samples G completions with the frames in order and S with the frames shuffled
-    3. rewards: accuracy, format and length of each completion; p and p̃, the fractions correct with ordered and with
-       shuffled frames
-    4. advantages: rewards relative to their group, plus the temporal term r_t = α (p − p̃) for the correct completions
+    3. rewards: accuracy, format and length of each completion; the temporal term r_t = α (p − p̃) if p > p̃, else 0,
+       where p and p̃ are the fractions correct with ordered and with shuffled frames
+    4. advantages: rewards relative to their group, plus r_t for the correct completions
     5. loss: clipped ratio times advantage, and β times the KL to the frozen SFT model; mean over the tokens of a
        completion, then over completions. Only completions sampled with ordered frames are trained on
     6. update: backward, clip the gradient, AdamW
@@ -116,9 +116,11 @@ def temporal_advantages(rewards_G, temporal_G, target="advantage", std="group"):
 
 
 def kl_k3(logps, ref_logps):
-    """Schulman's k3 = e^d − d − 1, d = log π_ref − log π: never negative, and KL(π ‖ π_ref) on average over π."""
-    # the clamp keeps e^d finite
-    d = (ref_logps - logps).clamp(-10, 10)
+    """Schulman's k3 = e^d − d − 1 with d = log π_ref − log π. It is never negative, and its mean over samples from π is
+    KL(π ‖ π_ref).
+    """
+    # e^d stays finite
+    d = (ref_logps - logps).clamp(max=10)
     return torch.expm1(d) - d
 
 
@@ -175,12 +177,11 @@ def sample_groups(model, samples, processor, cfg):
     if not samples:
         return []
     # the batch: all prompts with ordered frames, then those of the videos with shuffled frames
-    prompts = [sample.inputs["ordered"] for sample in samples]
-    shuffled_prompts = [sample.inputs["shuffled"] for sample in samples if "shuffled" in sample.inputs]
-    counts = [cfg.num_generations] * len(prompts) + [cfg.shuffled_generations] * len(shuffled_prompts)
+    ordered = [sample.inputs["ordered"] for sample in samples]
+    shuffled = [sample.inputs["shuffled"] for sample in samples if "shuffled" in sample.inputs]
+    counts = [cfg.num_generations] * len(ordered) + [cfg.shuffled_generations] * len(shuffled)
     tokenizer = processor.tokenizer
-    prompts += shuffled_prompts
-    completions = iter(rollout(model, prompts, counts, tokenizer, cfg.temperature, cfg.max_new_tokens))
+    completions = iter(rollout(model, ordered + shuffled, counts, tokenizer, cfg.temperature, cfg.max_new_tokens))
 
     def take(n):
         """The next n completions of the batch, and their texts."""
@@ -218,7 +219,10 @@ def accuracies(texts, record):
 
 
 def temporal_term(group, cfg):
-    """The temporal term (G,) of a scored group: r_t for the correct completions; 0 without shuffled completions."""
+    """The temporal term (G,): r_t for the correct completions, else 0; all 0 without shuffled completions.
+
+    Needs group.correct_G, and sets group.correct_S.
+    """
     if not group.shuffled_texts:
         return torch.zeros(len(group.texts))
     group.correct_S = accuracies(group.shuffled_texts, group.sample.record) > CORRECT
@@ -289,6 +293,7 @@ def main():
                 advantages_N = torch.cat([group.advantages_G for group in micro]).to(accelerator.device)
                 ref_logps_NT = None
                 if reference is not None:
+                    # with LoRA the reference is the policy; without, adapter_off does nothing
                     with torch.no_grad(), lora.adapter_off(reference):
                         ref_logps_NT, _ = completion_logps(reference, packed, cfg.temperature, banned)
                 logps_NT, entropy_NT = completion_logps(model, packed, cfg.temperature, banned)

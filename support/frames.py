@@ -85,7 +85,7 @@ def frame_at(ticks, moment):
     return max(0, int(np.searchsorted(ticks, math.floor(moment), side="right")) - 1)
 
 
-def is_even(ticks):
+def evenly_spaced(ticks):
     """Whether frames are evenly spaced, as far as the container's clock can tell."""
     gaps = np.diff(ticks)
     if not len(gaps):

@@ -2,7 +2,7 @@
 
     extract_answer                 the text of the answer block
     parse_letter, parse_number     what a person would read in it; anything else is None or a ValueError
-    plain                          the text without LaTeX and full-width forms
+    without_latex                  the text without LaTeX and full-width forms
     lettered, option_letters       the options of a question
 
 Every function takes linear time, because a model may write anything.
@@ -78,10 +78,10 @@ DOLLARS = re.compile(r"\$\$?([^$]*)\$\$?|\\\(|\\\)|\\\[|\\\]")
 LATEX = {r"\%": "%", r"\$": "$", "{,}": ",", r"\,": " ", r"\;": " ", r"^{\circ}": "°", r"^\circ": "°", r"\degree": "°"}
 
 
-def plain(text):
+def without_latex(text):
     """The text in NFKC (full-width forms, ligatures) and without LaTeX boxes, fonts, dollars and fractions.
 
-    >>> plain(r"$\\boxed{\\text{B}}$"), plain("Ｂ"), plain(r"3\\frac{1}{2}")
+    >>> without_latex(r"$\\boxed{\\text{B}}$"), without_latex("Ｂ"), without_latex(r"3\\frac{1}{2}")
     ('B', 'B', '3 1/2')
     """
     text = normalized("NFKC", MIXED.sub(" ", text))
@@ -137,7 +137,7 @@ def parse_letter(text):
     >>> parse_letter("B. E. coli")
     'B'
     """
-    core = plain(text).replace("*", "").strip(DECORATION)
+    core = without_latex(text).replace("*", "").strip(DECORATION)
     letter, _, description = split_label(core[LEAD.match(core).end() :])
     parts = [split_label(part) for part in SEPARATOR.split(description) if part.strip(DECORATION)]
     if not parts:
@@ -201,7 +201,7 @@ def parse_number(text):
     [0.75, 0.75, 5.0, 5.0, 5.0, 5.0]
     """
     # "m²" is "m^2" and "4²" no 42
-    core = " ".join(plain(text.translate(SCRIPTS)).split())
+    core = " ".join(without_latex(text.translate(SCRIPTS)).split())
     # "**4**", "4 m.", "5€", "(5)"
     core = core.lstrip("*").rstrip("*.$€£¥₹。").replace("−", "-")
     core = core[NUMBER_LEAD.match(core).end() :]

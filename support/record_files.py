@@ -135,8 +135,8 @@ def check_times(row):
     if start is not None or end is not None:
         if not is_number(start) or not is_number(end):
             raise ValueError(f"start, end: expected two numbers of seconds, got {start!r:.40}, {end!r:.40}")
-        if start > end:
-            raise ValueError(f"start, end: {start} is after {end}")
+        if not 0 <= start < end:
+            raise ValueError(f"start, end: {start} to {end} is no part of a clip")
     rate = row.get("fps")
     if row["data_type"] == "frame" and rate is not None:
         if not is_number(rate) or not 0.001 <= rate <= 1000:

@@ -56,7 +56,7 @@ def rouge_words(text):
 
 def require_words(text):
     """The text, if ROUGE can read a word in it. Else raises ValueError."""
-    if not rouge_words(parsing.plain(text)):
+    if not rouge_words(parsing.without_latex(text)):
         raise ValueError(f"no word that ROUGE can read (letters, digits) in {text[:80]!r}")
     return text
 
