@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,14 +45,6 @@ BETA = 0.04
 SIZES = {"464x64": ((616, 560), 512, 8), "1112x128": ((952, 896), 256, 4), "64x8": ((56, 56), 128, 2)}
 
 
-class NoEnd:
-    """The tokenizer with an end-of-turn token that is never sampled, so that every completion has C tokens."""
-
-    def __init__(self, tokenizer):
-        self.eos_token_id = len(tokenizer) + 1
-        self.pad_token_id = tokenizer.pad_token_id
-
-
 class Step:
     """What every contestant starts from: model, reference, optimizer, and one prompt of P tokens, for C more."""
 
@@ -73,7 +66,9 @@ class Step:
         self.reference = policy.load_policy(cfg).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
         self.placeholders = list(policy.placeholder_ids(self.model))
-        self.tokenizer = NoEnd(self.processor.tokenizer)
+        tokenizer = self.processor.tokenizer
+        # an end that is never sampled, so that every completion has C tokens
+        self.tokenizer = types.SimpleNamespace(eos_token_id=len(tokenizer) + 1, pad_token_id=tokenizer.pad_token_id)
 
     def advantages(self, completions):
         texts = self.processor.tokenizer.batch_decode(completions)

@@ -52,12 +52,21 @@ def test_curves_are_written_beside_the_metrics(tmp_path, colours, capsys):
     assert 0 < count(sft.with_suffix(".png"), colours["first"]) < count(rl.with_suffix(".png"), colours["first"])
 
 
-def test_panels_follow_the_metrics_of_the_run():
+def test_panels_follow_the_metrics_of_the_run(tmp_path, monkeypatch):
     """Guards: the meaningless loss of T-GRPO; an empty panel for a metric that the run does not have."""
-    drawn = [name for name, *_ in plot.PANELS if name in plot.metrics_in([rl_row(0)])]
-    assert drawn == ["reward/total", "temporal/gap", "policy/kl", "completion/length"]
+    figures = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, out: figures.append(figure))
     plain = {name: value for name, value in rl_row(0).items() if name != "temporal/gap"}
-    assert "temporal/gap" not in plot.metrics_in([plain]) and "loss" in plot.metrics_in([{"step": 0, "loss": 1.0}])
+    for row in (rl_row(0), plain, {"step": 0, "loss": 1.0}):
+        plot.main([str(write_rows(tmp_path / "metrics.jsonl", [row]))])
+    titles = [[axis.get_title() for axis in figure.axes] for figure in figures]
+    assert [title.split("(")[1] for title in titles[0]] == [
+        "reward/total)",
+        "temporal/gap)",
+        "policy/kl)",
+        "completion/length)",
+    ]
+    assert (len(titles[1]), titles[2]) == (3, ["SFT loss (loss)"])
 
 
 def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
@@ -75,10 +84,10 @@ def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
 @pytest.mark.parametrize(
     "text, line",
     [
-        (None, "metrics.jsonl: no such file"),
-        ("", "metrics.jsonl: nothing is in this file"),
+        (None, "metrics.jsonl: no such file, or nothing is in it"),
+        ("", "metrics.jsonl: no such file, or nothing is in it"),
         ("{\n{\n", "metrics.jsonl: not JSON lines"),
-        ('{"loss": 1}\n', "line 1: not a row of metrics.jsonl, it lacks step"),
+        ('{"loss": 1}\n', "line 1: this row lacks step"),
         ('{"step": 1, "lr": 1}\n', "none of loss, reward/total"),
     ],
 )

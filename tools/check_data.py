@@ -10,21 +10,13 @@ import argparse
 import functools
 import json
 import sys
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
 import data
 import rewards
 from support import record_files, settings, storage, workers
-from support.settings import UserError, option
-
-
-@dataclass
-class CheckConfig(settings.SharedConfig):
-    """The settings that all stages share."""
-
-    out: str = option("", "file for the usable rows")
+from support.settings import UserError
 
 
 def why_unreadable(record, cfg):
@@ -43,8 +35,8 @@ def check_media(records, cfg):
     return {number: reason for number, reason in zip(records, results) if reason}
 
 
-def check(cfg, stage):
-    """Prints an example and the unusable rows, writes the others to cfg.out if it is given. Returns the exit status."""
+def check(cfg, stage, out):
+    """Prints an example and the unusable rows, writes the others to `out` if it is given. Returns the exit status."""
     rows = record_files.read_rows(cfg.records)
     record_files.refuse_conversations(cfg.records, rows)
     usable, reasons = record_files.split_rows(rewards.parse_solution, rows, cfg.data_root, need_process=stage == "sft")
@@ -58,22 +50,22 @@ def check(cfg, stage):
         print(f"row {number}{name}: {reasons[number]}")
     usable_rows = [row for number, row in enumerate(rows, 1) if number not in reasons]
     print(f"{len(usable_rows)} of {len(rows)} rows of {cfg.records} can be used by {stage}")
-    if not cfg.out:
+    if not out:
         return int(len(reasons) > cfg.max_unreadable * len(rows))
     if not usable_rows:
-        raise UserError(f"{cfg.records}: no row can be used, {cfg.out} is not written")
-    storage.write_atomic(cfg.out, json.dumps(usable_rows, indent=1, ensure_ascii=False))
-    print(f"they are in {cfg.out}")
+        raise UserError(f"{cfg.records}: no row can be used, {out} is not written")
+    storage.write_atomic(out, json.dumps(usable_rows, indent=1, ensure_ascii=False))
     return 0
 
 
 def main():
-    # the stage names the section of the config to read
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # the section of the config to read
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
-    known, others = parser.parse_known_args()
-    cfg = settings.load_config(CheckConfig, known.stage, argv=others, doc=__doc__, partial=True, required=("records",))
-    sys.exit(check(cfg, known.stage))
+    parser.add_argument("--out")
+    args, rest = parser.parse_known_args()
+    cfg = settings.load_config(settings.SharedConfig, args.stage, rest, __doc__, partial=True, required=["records"])
+    sys.exit(check(cfg, args.stage, args.out))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python -m tools.distill predictions.jsonl --out cot.json --data_root DIR
 
 The predictions are those of evaluate.py. For each question the most accurate answer is kept, the first of equals: its
 think block becomes `process`, and `solution` stays the truth. An answer must have the right format, a thought, frames
-in order, and an accuracy above --min_accuracy.
+in order, and an accuracy above rewards.CORRECT.
 """
 
 import json
@@ -20,11 +20,8 @@ FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solu
 FIELDS += ("start", "end", "fps", "image_path", "last_frame")
 
 
-def distill(rows, data_root, min_accuracy=CORRECT):
-    """(records for sft.py, Counter of why the other predictions were dropped).
-
-    Raises UserError for a row that is not a prediction.
-    """
+def distill(rows, data_root):
+    """(records for sft.py, Counter of why the others were dropped). UserError for a row that is not a prediction."""
     # question -> (accuracy, record)
     best = {}
     dropped = Counter()
@@ -46,7 +43,7 @@ def distill(rows, data_root, min_accuracy=CORRECT):
             dropped["not one think block and one answer"] += 1
         elif not thought:
             dropped["no thought"] += 1
-        elif accuracy <= min_accuracy:
+        elif accuracy <= CORRECT:
             dropped["answer not accurate enough"] += 1
         else:
             if question in best:
@@ -62,11 +59,9 @@ def main(argv=None):
     parser.add_argument("predictions", metavar="predictions.jsonl")
     parser.add_argument("--out", required=True, help="JSON file of records to write")
     parser.add_argument("--data_root", default=".", help="folder that the paths of the predictions are relative to")
-    accuracy_help = f"keep answers of a higher accuracy; default: {CORRECT}"
-    parser.add_argument("--min_accuracy", type=float, default=CORRECT, help=accuracy_help)
     args = parser.parse_args(argv)
     rows = record_files.read_rows(args.predictions)
-    records, dropped = distill(rows, args.data_root, args.min_accuracy)
+    records, dropped = distill(rows, args.data_root)
     storage.write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))
     for reason, count in dropped.most_common():
         print(f"{count} dropped: {reason}")

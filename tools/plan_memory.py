@@ -1,7 +1,6 @@
 """Estimates the memory of one GPU in a T-GRPO step, without a GPU and without the weights.
 
-    python -m tools.plan_memory --config configs/7b.yaml --gpus 8
-    python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24
+    python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24   # by default 8 and 80
 
 Weights and caches are exact. Activations are estimated from the tensors that a layer saves for its backward pass, which
 were counted with saved-tensor hooks; tests/test_memory.py compares the estimate with a measured step.
@@ -22,10 +21,8 @@ from support.lora import add_adapter
 from support.model_files import empty_model
 from tgrpo import TGRPOConfig
 
-# bytes per trained parameter: float32 weights, their gradients, and AdamW's two moments
-MASTER_BYTES = 4
-GRADIENT_BYTES = 4
-ADAMW_BYTES = 8
+# bytes of a trained weight, of its gradient, and of each of AdamW's two moments
+FLOAT32 = 4
 # What a layer saves per token or patch for its backward pass, in tensors as wide as the hidden state; with bfloat16
 # more, because norms compute in float32; with LoRA less, because frozen norms do not save their outputs.
 TEXT_LAYER_WIDTHS = 11
@@ -77,50 +74,40 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     shards = gpus if cfg.fsdp == "full_shard" else 1
     with torch.device("meta"):
         model = empty_model(config, torch.float32)
-        weights = count(model.parameters())
+        weights = model.num_parameters()
         if cfg.freeze_vision:
             model.model.visual.requires_grad_(False)
         if cfg.lora_rank:
             add_adapter(model, cfg)
-    trained = count(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained = model.num_parameters(only_trainable=True)
 
     compiled_caches, rollout = cache_bytes(cfg, config.get_text_config(), prompts, prompt_tokens)
     resident = resident_bytes(cfg, model, weights, trained, shards) | compiled_caches
     training = training_bytes(cfg, config, min(cfg.micro_batch_size, prompts), prompt_tokens, patches)
     # AdamW then holds the roots of the second moments of all tensors
-    stepping = {"optimizer step": 4 * trained / shards}
+    stepping = {"optimizer step": FLOAT32 * trained / shards}
     largest_phase = max(sum(phase.values()) for phase in (rollout, training, stepping))
     return resident | rollout | training | stepping, sum(resident.values()) + largest_phase
 
 
-def count(parameters):
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def number_bytes(cfg):
-    """Bytes of a number in computation."""
-    return distributed.compute_dtype(cfg).itemsize
-
-
 def resident_bytes(cfg, model, weights, trained, shards):
     """Bytes, by name, that a GPU holds all the time, given how many weights there are and how many are trained."""
-    number = number_bytes(cfg)
-    states = {"gradients": GRADIENT_BYTES * trained / shards, "optimizer (AdamW)": ADAMW_BYTES * trained / shards}
-    if cfg.lora_rank:
-        # the frozen weights are the policy's, the reference's and the rollout's
-        return {"weights": number * weights + MASTER_BYTES * trained, **states, "reference": 0, "rollout copy": 0}
-    has_copy = cfg.fsdp == "full_shard" or cfg.bf16
+    number = distributed.compute_dtype(cfg).itemsize
     resident = {
-        "weights": MASTER_BYTES * weights / shards,
-        **states,
+        "weights": FLOAT32 * weights / shards,
+        "gradients": FLOAT32 * trained / shards,
+        "optimizer (AdamW)": 2 * FLOAT32 * trained / shards,
         "reference": number * weights / shards if cfg.beta else 0,
         # whole on each GPU
-        "rollout copy": number * weights if has_copy else 0,
+        "rollout copy": number * weights if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
     }
-    if shards > 1:
+    if cfg.lora_rank:
+        # the frozen weights are the policy's, the reference's and the rollout's
+        resident |= {"weights": number * weights + FLOAT32 * trained, "reference": 0, "rollout copy": 0}
+    elif shards > 1:
         # FSDP gathers a layer and, ahead of time, the next one. The embedding and the head of the policy stay gathered,
         # and so does the head of the reference.
-        layer = count(model.model.language_model.layers[0].parameters())
+        layer = sum(parameter.numel() for parameter in model.model.language_model.layers[0].parameters())
         embedding = model.get_input_embeddings().weight
         matrices = (1 if model.lm_head.weight is embedding else 2) + (1 if cfg.beta else 0)
         resident["gathered layers"] = (2 * layer + matrices * embedding.numel()) * number
@@ -130,7 +117,9 @@ def resident_bytes(cfg, model, weights, trained, shards):
 def cache_bytes(cfg, text, prompts, prompt_tokens):
     """(bytes that stay allocated between rollouts, bytes of the rollout alone) of the KV caches, by name."""
     head_width = text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width * number_bytes(cfg)
+    per_token = (
+        2 * text.num_hidden_layers * text.num_key_value_heads * head_width * distributed.compute_dtype(cfg).itemsize
+    )
     completions = prompts * (cfg.num_generations + cfg.shuffled_generations)
     row_tokens = prompt_tokens + cfg.max_new_tokens
     # each frame order of a prompt is computed once and then copied for its completions
@@ -171,34 +160,26 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
     activations += OUTER_WIDTHS * packed_tokens * width
-    # one byte per pair of tokens
-    boolean_mask = packed_tokens**2
     return {
-        "activations": micro_prompts * (number_bytes(cfg) * activations + boolean_mask),
-        "logits": 4 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size,
+        # and a mask of one byte per pair of tokens
+        "activations": micro_prompts * (distributed.compute_dtype(cfg).itemsize * activations + packed_tokens**2),
+        "logits": FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size,
     }
-
-
-def print_plan(cfg, gpus, card_gb):
-    """The plan as a table, and whether it fits into `card_gb`, a tenth of which is left to CUDA and fragmentation."""
-    parts, peak = memory_plan(cfg, model_shape(cfg.model), gpus)
-    rows = [[name, f"{size / 1e9:.1f}"] for name, size in [*parts.items(), ("peak", peak)]]
-    print(tables.table([f"GPUs: {gpus}, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
-    print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
-    if peak / 1e9 < 0.9 * card_gb:
-        print(f"It fits in {card_gb:g} GB with a tenth to spare.")
-    else:
-        print(f"It does not fit in {card_gb:g} GB with a tenth to spare.")
-        print("Use more GPUs or lora_rank, or lower batch_size, max_frames, max_pixels or max_new_tokens.")
 
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", type=partial(settings.convert, kind=int, low=1), default=8)
     parser.add_argument("--card_gb", type=partial(settings.convert, kind=float, low=1), default=80)
-    arguments, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args()
     cfg = settings.load_config(TGRPOConfig, "tgrpo", rest, doc=__doc__, required=("model",))
-    print_plan(cfg, arguments.gpus, arguments.card_gb)
+    parts, peak = memory_plan(cfg, model_shape(cfg.model), args.gpus)
+    rows = [[name, f"{size / 1e9:.1f}"] for name, size in [*parts.items(), ("peak", peak)]]
+    print(tables.table([f"GPUs: {args.gpus}, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
+    print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
+    # a tenth is left to CUDA and fragmentation
+    verdict = "fits" if peak / 1e9 < 0.9 * args.card_gb else "does not fit"
+    print(f"It {verdict} in {args.card_gb:g} GB with a tenth to spare.")
 
 
 if __name__ == "__main__":

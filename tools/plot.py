@@ -6,8 +6,10 @@
 A faint line shows the value of each step, a strong line the mean over nine steps.
 """
 
-import math
+from itertools import chain
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from support.figures import draw_curve, save_figure
 from support.settings import UserError
@@ -23,42 +25,24 @@ PANELS = (
 )
 
 
-def metrics_in(rows):
-    """Names of the metrics to draw. The loss of T-GRPO is left out: its value does not measure progress."""
-    names = set().union(*rows)
-    if "reward/total" in names:
-        names.discard("loss")
-    return names
-
-
 def plot(files, out):
     """Draw the curves of these metrics files into the PNG `out`: one panel per metric, one colour per file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     runs = [shared.read_log(file, ["step"]) for file in files]
-    known = set().union(*(metrics_in(rows) for rows in runs))
-    panels = [panel for panel in PANELS if panel[0] in known]
+    names = set().union(*chain(*runs))
+    if "reward/total" in names:
+        # the loss of T-GRPO does not measure progress
+        names.discard("loss")
+    panels = [panel for panel in PANELS if panel[0] in names]
     if not panels:
         raise UserError(f"{files[0]}: none of {', '.join(name for name, _, _ in PANELS)} in this file")
-    n_columns = min(2, len(panels))
-    n_rows = math.ceil(len(panels) / n_columns)
-    size = (5.5 * n_columns, 3.4 * n_rows)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, title, unit) in zip(axes.flat, panels):
-        for number, rows in enumerate(runs):
-            if name in metrics_in(rows):
-                draw_curve(axis, rows, name, color=f"C{number % 10}")
+    figure = Figure(figsize=(8, 2.8 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axis, (name, title, unit) in zip(axes, panels):
+        for number, (file, rows) in enumerate(zip(files, runs)):
+            draw_curve(axis, rows, name, label=str(Path(file).parent), color=f"C{number % 10}")
         axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit, yscale="log" if name == "loss" else "linear")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    names = [str(Path(file).parent) for file in files]
-    handles = [plt.Line2D([], [], color=f"C{number % 10}", label=name) for number, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", frameon=False)
+        axis.legend(frameon=False)
     save_figure(figure, out)
-    plt.close(figure)
 
 
 def main(argv=None):

@@ -4,18 +4,15 @@
     python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl --data_root DIR      # side by side
     python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in orders.py
 
-Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order (`ordered` if
-it has that). Differences are from the first of them, paired by question, with a 95 % interval clustered by video; a
-filter shows the questions whose answers changed. The gallery holds at most 300 questions, evenly spaced.
-
-The page is a single file that loads nothing else. Its template is report.html, which tools/rollouts.py uses too. Jinja
-escapes every value, so HTML written by a model or a data set is shown as text and never runs.
+Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order. Differences
+are from the first column, paired by question, with a 95 % interval clustered by video; a filter shows the questions
+whose answers changed. The page is one file that loads nothing else. Jinja escapes every value, so HTML written by a
+model or a data set is shown as text and never runs.
 """
 
 import base64
 import io
 import json
-import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -33,34 +30,25 @@ from rewards import CORRECT
 from support import parsing, record_files, settings, storage
 from tools import shared
 
-# A page shows at most this many questions, ...
+# the most that a page shows: questions of a gallery, characters of a text, and frames of a strip
 MAX_QUESTIONS = 300
-# ... a text this many characters, ...
 MAX_CHARACTERS = 20_000
-# ... and a strip this many frames, of this height in pixels (report.html has the same number).
 MAX_FRAMES = 16
+# in pixels; report.html has the same number
 FRAME_HEIGHT = 72
-# how the page names an order of frames
-ORDER_NAMES = {"ordered": "in order", "single": "middle frame", "blind": "no frame"}
 # fields of a prediction that a card prints
 REWARDS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "truncated")
 
 
-# ------------------------------------------------------------------------------------------------------- page
-
-
 def write_report(path, runs, cfg):
-    """Write the page about `runs`, {label: rows of a predictions.jsonl}, to `path`.
-
-    Media are read from cfg.data_root; a question without readable media shows the reason instead of frames.
-    """
+    """Write the page about `runs`, {label: rows of a predictions.jsonl}, to `path`; media are in cfg.data_root."""
     columns = columns_of({label: scored_rows(rows) for label, rows in runs.items()})
     by_question = {}
     for label, rows in columns.items():
         for row in rows:
             by_question.setdefault((row["benchmark"], str(row["id"])), {})[label] = row
     questions = [question_card(rows) for rows in by_question.values()]
-    made_with = {json.dumps(settings_of(row), sort_keys=True): settings_of(row) for row in chain(*runs.values())}
+    made_with = {json.dumps(row.get("settings")): row.get("settings") or {} for row in chain(*runs.values())}
     models = sorted({str(used.get("model") or "unnamed model") for used in made_with.values()})
     benchmarks = benchmarks_in(list(chain(*columns.values())))
     title = f"{', '.join(models)}: {', '.join(benchmarks)}"
@@ -74,17 +62,16 @@ def columns_of(runs):
     for label, rows in runs.items():
         by_order = orders.rows_by_order(rows)
         if len(runs) == 1:
-            return {ORDER_NAMES.get(order, order): by_order[order] for order in by_order}
+            return by_order
         first = next(iter(by_order))
-        columns[label if first == "ordered" else f"{label}, {ORDER_NAMES.get(first, first)}"] = by_order[first]
+        columns[label if first == "ordered" else f"{label}, {first}"] = by_order[first]
     return columns
 
 
 def write_page(path, title, words, questions, cfg, made_with, table=None):
     """Render report.html with at most MAX_QUESTIONS of the questions.
 
-    words: what the page calls a question (`item`), its `group` and its `kind`. made_with: settings to print. table: see
-    score_table.
+    words: what the page calls a question (`item`), its `group` and `kind`. made_with: settings. table: see score_table.
     """
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
@@ -92,7 +79,7 @@ def write_page(path, title, words, questions, cfg, made_with, table=None):
     for question in tqdm(shown, desc="frames", unit=words["item"]):
         question.update(film_strip(question["record"], cfg))
     page = template.render(
-        title=f"{title}, {time.strftime('%Y-%m-%d')}",
+        title=title,
         words=words,
         questions=shown,
         total=len(questions),
@@ -111,33 +98,35 @@ def evenly_spaced(items, most):
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
-# -------------------------------------------------------------------------------------------------- questions
-
-
-def settings_of(row):
-    """The settings that a prediction was made with; {} if it names none."""
-    return row["settings"] if isinstance(row.get("settings"), dict) else {}
-
-
 def question_card(rows):
-    """What the gallery shows of one question, given its scored row in each column, {label: row}."""
-    first = next(iter(rows.values()))
-    answers = [prediction_card(label, row) for label, row in rows.items() if row["status"] != "unusable"]
-    errors = [row["error"] for row in rows.values() if row["status"] == "unusable"]
+    """The card of one question, given its scored row in each column, {label: row}."""
+    answers = []
+    for label, row in rows.items():
+        score, readable = row["result"] or (None, None)
+        rewards = {name: row[name] for name in REWARDS if isinstance(row.get(name), int | float)}
+        # a question that could not be asked has an error
+        text = row.get("prediction") or row.get("error") or ""
+        answers.append(answer_card(label, text, score, readable, rewards))
     # the row of a shuffled clip has the order of its frames, too
-    records = [row for row in rows.values() if row.get("frame_order")]
+    first = next(iter(rows.values()))
+    record = next((row for row in rows.values() if row.get("frame_order")), first)
+    task = record.get("task") or ""
+    return card(record, record["benchmark"], task, answers, answers[0]["verdict"], changes_of(answers))
+
+
+def card(record, group, kind, answers, result, changes):
+    """What the gallery shows of a question. answers: see answer_card; the filters use the texts group to changes."""
     return {
-        "group": first["benchmark"],
-        "kind": first.get("task") or "",
-        "id": str(first["id"]),
-        "problem": shorten(first.get("problem") or ""),
-        "options": [shorten(option) for option in parsing.lettered(first.get("options") or [])],
-        "solution": shorten(first.get("solution") or ""),
-        "error": errors[0] if errors else "",
+        "group": group,
+        "kind": kind,
+        "id": str(record["id"]),
+        "problem": shorten(record.get("problem") or ""),
+        "options": [shorten(option) for option in parsing.lettered(record.get("options") or [])],
+        "solution": shorten(str(record.get("solution") or "")),
         "answers": answers,
-        "result": answers[0]["verdict"] if answers else "not answered",
-        "changes": changes_of(answers),
-        "record": records[0] if records else first,
+        "result": result,
+        "changes": changes,
+        "record": record,
     }
 
 
@@ -154,12 +143,6 @@ def changes_of(answers):
             change = "gained" if after > before else "lost"
         changes.append(f"{answer['label']}: {change}")
     return changes
-
-
-def prediction_card(label, row):
-    score, readable = row["result"] or (None, None)
-    rewards = {name: row[name] for name in REWARDS if isinstance(row.get(name), int | float)}
-    return answer_card(label, row.get("prediction") or "", score, readable, rewards)
 
 
 def answer_card(label, text, score, readable, rewards):
@@ -195,9 +178,9 @@ def film_strip(record, cfg):
     Returns {"strip": data URI, "width": of a frame in pixels, "frames": how many, "frames_seen": how many the model
     saw, "shuffled": order of the shuffled strip}; or {"no_frames": reason}.
     """
-    if record.get("data_type") not in record_files.DATA_TYPES or not record.get("path"):
+    if not record.get("path"):
         return {"no_frames": "this prediction names no media"}
-    used = settings_of(record)
+    used = record.get("settings") or {}
     frame_settings = {name: used[name] for name in ("max_frames", "video_reader") if name in used}
     try:
         media, _ = load_media(record, replace(cfg, **frame_settings))
@@ -213,17 +196,13 @@ def film_strip(record, cfg):
         picture.paste(frames[index].resize((width, FRAME_HEIGHT)), (position * width, 0))
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=70)
-    order = record["frame_order"] if isinstance(record.get("frame_order"), list) else []
     return {
         "strip": "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(),
         "width": width,
         "frames": len(shown),
         "frames_seen": len(frames),
-        "shuffled": [shown.index(index) for index in order if index in shown],
+        "shuffled": [shown.index(index) for index in record.get("frame_order") or [] if index in shown],
     }
-
-
-# ----------------------------------------------------------------------------------------------------- scores
 
 
 def score_table(columns, benchmarks):
@@ -238,9 +217,7 @@ def score_table(columns, benchmarks):
         differences = [orders.paired_difference(column, of_columns[0]) for column in of_columns[1:]]
         rows.append({"style": "benchmark", "label": name, "cells": score_cells(parts, differences)})
         for task in sorted(set().union(*(part["by_task"] for part in parts))):
-            of_task = [part["by_task"].get(task) for part in parts]
-            task_differences = [(difference or {"by_task": {}})["by_task"].get(task) for difference in differences]
-            rows.append({"style": "task", "label": task, "cells": score_cells(of_task, task_differences)})
+            rows.append({"style": "task", "label": task, "cells": score_cells(parts, differences, task)})
         for key, ending in ANSWER_COLUMNS.items():
             shares = ["-" if part[key] is None else f"{part[key]:.1%}" for part in parts]
             rows.append({"style": "note", "label": f"answers {ending}", "cells": ["", *shares]})
@@ -248,26 +225,17 @@ def score_table(columns, benchmarks):
     return {"headings": ["questions", *(f"{label}, %" for label in columns)], "rows": rows}
 
 
-def score_cells(parts, differences):
+def score_cells(parts, differences, task=None):
     """How many questions, and the score of each column with its difference from the first; "" if a column has none."""
-    cells = [parts[0]["n"] if parts[0] else ""]
+    parts = [orders.of_task(part, task) for part in parts]
+    differences = [orders.of_task(difference, task) for difference in differences]
+    cells = [parts[0].get("n", "")]
     for part, difference in zip(parts, [None, *differences]):
         cell = with_error(part["score"], part["se"]) if part else ""
         if difference:
             cell += f"\n{orders.interval_text(difference)}"
         cells.append(cell)
     return cells
-
-
-# ------------------------------------------------------------------------------------------------------- main
-
-
-def run_labels(paths):
-    """{label: path}: the name of each file's folder or, if two have the same name, the whole path."""
-    names = [Path(path).resolve().parent.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    return dict(zip(names, paths))
 
 
 def main(argv=None):
@@ -277,7 +245,8 @@ def main(argv=None):
     parser.add_argument("--annotations", help="folder of the benchmarks' files, for rows without a solution")
     parser.add_argument("--out", help="page to write; default: report.html beside the last predictions")
     args = parser.parse_args(argv)
-    runs = {label: record_files.read_rows(path) for label, path in run_labels(args.predictions).items()}
+    # the page calls a run by its folder
+    runs = {path.removesuffix("/predictions.jsonl"): record_files.read_rows(path) for path in args.predictions}
     if args.annotations:
         runs = {label: join_annotations(rows, args.annotations) for label, rows in runs.items()}
     out = args.out or Path(args.predictions[-1]).with_name("report.html")

@@ -4,9 +4,9 @@
     python -m tools.rollouts runs/toy/tgrpo/rollouts.jsonl --step 0 99       # only these steps
 
 A run writes the file if it is started with `save_rollouts: true`. Records, media and the number of frames are those in
-the run's config.yaml, beside the file; --records and --data_root override them. The page is the gallery of
-tools/report.py. Its filters are the step, the problem type, whether all, some or none of a prompt's completions with
-frames in order are correct, and whether the frame order helped.
+the run's config.yaml, beside the file; --records, --data_root and the like override them. The gallery's filters are the
+step, the problem type, how many of a prompt's completions with frames in order are correct (all, some or none), and
+whether that share is higher (gained) or lower (lost) than with shuffled frames.
 """
 
 from pathlib import Path
@@ -19,17 +19,7 @@ from tools import report, shared
 # Every row of rollouts.jsonl has these fields; the others are rewards, the advantage, or the order of the frames.
 NEEDED = ("step", "problem_id", "path", "frames", "text")
 # what the page says of the share of a prompt's completions that are correct; any other share: "some correct"
-RESULTS = {None: "none in order", 0: "none correct", 1: "all correct"}
-
-
-def run_config(folder, records, data_root):
-    """SharedConfig of the run in `folder`, from its config.yaml; `records` and `data_root` override it if given."""
-    path = folder / "config.yaml"
-    arguments = ["--config", str(path)] if path.is_file() else []
-    for name, value in (("records", records), ("data_root", data_root)):
-        if value:
-            arguments += [f"--{name}", value]
-    return load_config(SharedConfig, "tgrpo", arguments, partial=True, required=("records",))
+RESULTS = {None: "none ordered", 0: "none correct", 1: "all correct"}
 
 
 def prompt_cards(rows, cfg):
@@ -49,38 +39,26 @@ def prompt_cards(rows, cfg):
 def prompt_card(rows, record):
     """What the gallery shows of a prompt and its completions."""
     completions = [completion_card(row, record) for row in rows]
-    p = share_correct(completions, "in order")
-    p_shuffled = share_correct(completions, "shuffled")
-    effects = []
-    if p is not None and p_shuffled is not None:
-        effect = "helped" if p > p_shuffled else "hurt"
-        effects = [f"order: {effect if p != p_shuffled else 'no difference'}"]
-    orders = [row["frame_order"] for row in rows if row.get("frame_order")]
-    return {
-        "group": f"step {rows[0]['step']}",
-        "kind": record["problem_type"],
-        "id": str(record["problem_id"]),
-        "problem": record["problem"],
-        "options": parsing.lettered(record.get("options") or []),
-        "solution": str(record["solution"]),
-        "error": "",
-        "answers": completions,
-        "result": RESULTS.get(p, "some correct"),
-        "changes": effects,
-        "record": record | {"frame_order": orders[0] if orders else None},
-    }
+    shuffled = {"label": "shuffled", "score": share_correct(completions, "shuffled")}
+    ordered = {"label": "ordered", "score": share_correct(completions, "ordered")}
+    frame_order = next((row["frame_order"] for row in rows if row.get("frame_order")), None)
+    return report.card(
+        record | {"id": record["problem_id"], "frame_order": frame_order},
+        group=f"step {rows[0]['step']}",
+        kind=record["problem_type"],
+        answers=completions,
+        result=RESULTS.get(ordered["score"], "some correct"),
+        changes=report.changes_of([shuffled, ordered]),
+    )
 
 
 def completion_card(row, record):
     """What the gallery shows of a completion."""
-    score = row.get("accuracy")
-    # A run logs no rewards for completions from shuffled frames.
-    if score is None:
-        score = accuracy_reward(row["text"], record["solution"], record["problem_type"])
+    # computed again, as a run logs no rewards of completions from shuffled frames
+    score = accuracy_reward(row["text"], record["solution"], record["problem_type"])
     rewards = {name: value for name, value in row.items() if name not in (*NEEDED, "frame_order")}
     is_readable = parsing.extract_answer(row["text"]) is not None
-    label = report.ORDER_NAMES.get(row["frames"], row["frames"])
-    return report.answer_card(label, row["text"], score, is_readable, rewards)
+    return report.answer_card(row["frames"], row["text"], score, is_readable, rewards)
 
 
 def share_correct(completions, frames):
@@ -93,17 +71,15 @@ def main(argv=None):
     parser = shared.parser(__doc__)
     parser.add_argument("file", metavar="rollouts.jsonl")
     parser.add_argument("--step", type=int, nargs="+", help="only these steps; default: all")
-    parser.add_argument("--records", help="records of the run; default: as in its config.yaml")
-    parser.add_argument("--data_root", help="folder of their media; default: as in its config.yaml")
     parser.add_argument("--out", help="page to write; default: rollouts.html beside the file")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
     path = Path(args.file)
     rows = shared.read_log(path, NEEDED)
     chosen = [row for row in rows if not args.step or row["step"] in args.step]
     if not chosen:
-        steps = f"it holds steps {rows[0]['step']} to {rows[-1]['step']}"
-        raise UserError(f"{path}: no rollouts of step {', '.join(map(str, args.step))}; {steps}")
-    cfg = run_config(path.parent, args.records, args.data_root)
+        raise UserError(f"{path}: nothing of these steps; it holds steps {rows[0]['step']} to {rows[-1]['step']}")
+    arguments = ["--config", str(path.with_name("config.yaml")), *rest]
+    cfg = load_config(SharedConfig, "tgrpo", arguments, partial=True, required=["records"])
     out = args.out or path.with_suffix(".html")
     words = {"group": "step", "kind": "problem type", "item": "prompt"}
     report.write_page(out, f"Rollouts of {path.parent}", words, prompt_cards(chosen, cfg), cfg, vars(cfg))

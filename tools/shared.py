@@ -1,7 +1,6 @@
 """What the tools share: their command line, and reading the files that a run logs to."""
 
 import argparse
-from pathlib import Path
 
 from support import settings, storage
 
@@ -14,17 +13,14 @@ def parser(doc):
 
 def read_log(path, needed):
     """Rows of a JSONL file of a run. Raises UserError if it has none, or one without all fields in `needed`."""
-    path = Path(path)
-    if not path.is_file():
-        raise settings.UserError(f"{path}: no such file")
     try:
         rows = storage.read_jsonl(path)
     except ValueError as error:
         raise settings.UserError(f"{path}: not JSON lines: {error}") from None
     if not rows:
-        raise settings.UserError(f"{path}: nothing is in this file")
+        raise settings.UserError(f"{path}: no such file, or nothing is in it")
     for number, row in enumerate(rows, 1):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
-            raise settings.UserError(f"{path}, line {number}: not a row of {path.name}, it lacks {', '.join(missing)}")
+            raise settings.UserError(f"{path}, line {number}: this row lacks {', '.join(missing)}")
     return rows
