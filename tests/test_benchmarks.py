@@ -62,9 +62,8 @@ def score_prediction(row):
 
 def benchmark_scores(rows):
     scored = scored_rows(rows)
-    return {
-        name: score_benchmark(name, [r for r in scored if r["benchmark"] == name]) for name in benchmarks_in(scored)
-    }
+    names = benchmarks_in(scored)
+    return {name: score_benchmark(name, [row for row in scored if row["benchmark"] == name]) for name in names}
 
 
 def write(path, content):
@@ -239,14 +238,12 @@ def test_video_r1_eval_json_is_read_without_official_files(tmp_path):
     "name, file, change, message",
     [
         ("vsibench", "test.jsonl", {"question_type": "colour"}, "question_type: expected one of"),
-        ("vsibench", "test.jsonl", {"ground_truth": "many"}, "solution: not a number"),
         ("vsibench", "test.jsonl", {"scene_name": None}, "scene_name: missing"),
         ("vsibench", "test.jsonl", {"scene_name": "../../../up"}, "leaves the data root"),
         ("mvbench", "json/action_sequence.json", {"answer": "He flew."}, "answer: expected one of He sat."),
         ("mvbench", "json/action_sequence.json", {"start": "soon"}, "could not convert"),
         ("mmvu", "validation.json", {"answer": "F"}, "answer F is not among the options"),
         ("mmvu", "validation.json", {"choices": ["x"]}, "list"),
-        ("videomme", "test.jsonl", {"duration": ""}, "duration: missing"),
         ("videomme", "test.jsonl", {"question_id": "001-2"}, "id '001-2' is used twice, first in"),
     ],
 )
@@ -456,20 +453,12 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
         "obj_appearance_order": [1],
     }
     rows = rows_of("vsibench", plan)
-    for task, guess in (
-        ("object_counting", "3"),
-        ("object_abs_distance", "4"),
-        ("object_size_estimation", "x"),
-        ("room_size_estimation", "2"),
-    ):
-        # .6, 1, 0, and .1
-        rows.append(row("vsibench", guess, 4, "regression", task, task))
+    # their scores are .6, 1, 0, and .1
+    guesses = {"object_counting": 3, "object_abs_distance": 4, "object_size_estimation": "x", "room_size_estimation": 2}
+    rows += [row("vsibench", str(guess), 4, "regression", task, task) for task, guess in guesses.items()]
     summary = benchmark_scores(rows)["vsibench"]
-    # 56.67
+    # over all questions it would be 58.0, over ten types 52.0
     assert summary["score"] == pytest.approx((100 + 100 / 3 + 50 + 100 + 60 + 100 + 0 + 10) / 8)
-    micro = 100 * (7 + 1.7) / 15
-    ten = (100 + 100 + 0 + 0 + 50 + 100 + 60 + 100 + 0 + 10) / 10
-    assert abs(summary["score"] - micro) > 1 and abs(summary["score"] - ten) > 1
     assert summary["score_video_r1"] == pytest.approx((100 * 7 / 11 + 100 * 1.7 / 4) / 2)
     assert (summary["n"], summary["tasks"], summary["answered"], summary["unparsed"]) == (15, 8, 15, 1 / 15)
     assert summary["by_task"]["object_rel_direction_medium"] == {"score": 0, "se": 0, "n": 2}
@@ -493,10 +482,7 @@ def test_mvbench_is_correct_over_total():
     assert (summary["score"], summary["n"], summary["clipped"]) == (75, 4, 0)
     # sd 50, over the root of 4
     assert summary["se"] == pytest.approx(25)
-    assert summary["by_task"] == {
-        "action_count": {"score": 0, "n": 1, "se": None},
-        "state_change": {"score": 100, "n": 3, "se": 0},
-    }
+    assert summary["by_task"]["action_count"] == {"score": 0, "n": 1, "se": None}
 
 
 def test_tempcompass_is_pooled_over_three_formats():
@@ -510,12 +496,8 @@ def test_tempcompass_is_pooled_over_three_formats():
     ]
     summary = benchmark_scores(rows)["tempcompass"]
     assert (summary["score"], summary["n"], summary["unscored"]) == (75, 4, ["5"]) and "captioning" in summary["note"]
-    assert {t: p["score"] for t, p in summary["by_task"].items()} == {
-        "caption_matching": 100,
-        "multi-choice": 100,
-        "yes_no": 50,
-    }
-    assert {d: p["score"] for d, p in summary["by_dim"].items()} == {"order": 100, "speed": 50}
+    assert [part["score"] for part in summary["by_task"].values()] == [100, 100, 50]
+    assert [part["score"] for part in summary["by_dim"].values()] == [100, 50]
     assert summary["by_task"]["yes_no"]["by_dim"]["speed"]["score"] == 0
 
 
@@ -535,13 +517,6 @@ def test_videommmu_tracks_and_knowledge_gain():
             assert summary["se_delta_knowledge"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_mmvu_lists_open_questions_as_unscored():
-    """Guards: open answers in the denominator or scored by ROUGE."""
-    rows = rows_of("mmvu", {"Physics": [1, 0]}) + [row("mmvu", "friction", "friction", "free-form", "Physics", "open")]
-    summary = benchmark_scores(rows)["mmvu"]
-    assert (summary["score"], summary["n"], summary["unscored"]) == (50, 2, ["open"])
-
-
 def test_videomme_breakdowns():
     """Guards: a breakdown by the wrong key."""
     rows = rows_of("videomme", {"Counting": [1, 0], "OCR": [1]})
@@ -558,32 +533,21 @@ def test_videomme_breakdowns():
         assert {name: part["score"] for name, part in summary[key].items()} == scores
 
 
-def test_empty_answers_stay_in_the_denominator():
-    """Guards: empty or unreadable answers that are dropped (Video-MME, VideoMMMU, lmms-eval's MVBench)."""
-    rows = [
-        row("videomme", text, "B", row_id=str(i)) for i, text in enumerate(["B", "", None, "<think>B", "hard to say"])
-    ]
-    summary = benchmark_scores(rows)["videomme"]
-    assert (summary["score"], summary["n"], summary["answered"], summary["unparsed"]) == (20, 5, 2, 0.8)
-
-
 def test_answers_are_counted_as_cut_off_and_as_read_leniently(capsys):
-    """Guards: a score that hides that half of the answers were cut off, or that other harnesses could not read them; an
-    unanswered question that counts as wrong or is not counted.
+    """Guards: a score that hides that half of the answers were cut off, or that other harnesses could not read them;
+    empty or unreadable answers that are dropped (Video-MME, VideoMMMU, lmms-eval's MVBench); an unanswered question
+    that counts as wrong or is not counted.
     """
-    texts = {
-        "strict": "<think>x</think><answer>B</answer>",
-        "bracket": "<answer>(B)</answer>",
-        "bare": "B",
-        "unread": "<answer>A or B</answer>",
-    }
-    rows = [row("mvbench", text, "B", row_id=name, truncated=name == "bare") for name, text in texts.items()]
+    # written as asked, read leniently (two), and unread (five)
+    texts = ["<think>x</think><answer>B</answer>", "<answer>(B)</answer>", "B"]
+    texts += ["<answer>A or B</answer>", "hard to say", "", None, "<think>B"]
+    rows = [row("mvbench", text, "B", row_id=i, truncated=text == "<think>B") for i, text in enumerate(texts)]
     summary = benchmark_scores([*rows, {"benchmark": "mvbench", "id": 9, "error": "cannot be read"}])
     part = summary["mvbench"]
-    assert (part["score"], part["n"], part["unusable"]) == (75, 4, ["9"])
-    assert (part["lenient"], part["unparsed"], part["truncated"]) == (0.5, 0.25, 0.25)
+    assert (part["score"], part["n"], part["answered"], part["unusable"]) == (37.5, 8, 5, ["9"])
+    assert (part["lenient"], part["unparsed"], part["truncated"]) == (0.25, 0.625, 0.125)
     print_table(summary)
-    assert re.search(r"\| mvbench +\| +4 \| +25.0% +\| +50.0% \| +25.0% \| +1 \|", capsys.readouterr().out)
+    assert re.search(r"\| mvbench +\| +8 \| +62.5% +\| +25.0% \| +12.5% \| +1 \|", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

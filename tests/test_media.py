@@ -26,7 +26,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import data
-from support import frames, model_files
+from support import frames, model_files, tables
 from support.settings import SharedConfig
 from tools import check_data
 
@@ -106,24 +106,34 @@ def write_clip(path, ticks=range(150), rate=25, codec="libx264", options=None, c
 # ------------------------------------------------------------------------------------------------- the real files
 
 
-@pytest.mark.parametrize("n", [5, 64])
-@pytest.mark.parametrize("name", sorted(set(TRUTH) - {"fast_cut_60.mp4", "lost_keyframes.mp4"}))
-def test_real_clips_show_the_frames_on_display(name, n):
-    """Guards: frames counted, not timed: out of order in cuts, 10 s off in open groups, 8 s off in uneven rates."""
+def check_real_clip(name, n, reader="exact"):
+    """Assert that `n` frames of a file in tests/media are those on display; return their metadata."""
     truth = TRUTH[name]
-    shown, metadata = data.load_media(record(name), config(MEDIA, max_frames=n))
+    shown, metadata = data.load_media(record(name), config(MEDIA, max_frames=n, video_reader=reader))
     expected = on_display(truth["times"], n)
-    if name not in TURNED:
-        assert [number_of(frame) for frame in shown] == [truth["numbers"][i] for i in expected]
-    assert metadata.frames_indices == expected and metadata.total_num_frames == len(truth["times"])
-    assert 1 / metadata.sampled_fps == pytest.approx(
-        (truth["times"][-1] - truth["times"][0] + 0.04) / len(expected), rel=1e-6
-    )
     height, width = truth["height_width"]
     if name == "sar.mp4":
         # truth.json has the stored size
         width = round(width * 64 / 45)
-    assert shown.shape[1:3] == (height, width)
+    assert shown.shape == (len(expected), height, width, 3)
+    for frame, index in zip(shown, expected):
+        # up to the first lost key frame, and where the truth counts on again, pictures are sound
+        lost = name == "lost_keyframes.mp4" and index >= 110 and not 975 <= truth["numbers"][index] <= 1005
+        assert lost or name in TURNED or number_of(frame) == truth["numbers"][index]
+    return metadata
+
+
+@pytest.mark.parametrize("n", [5, 64])
+@pytest.mark.parametrize("name", sorted(set(TRUTH) - {"fast_cut_60.mp4"}))
+def test_real_clips_show_the_frames_on_display(name, n):
+    """Guards: frames counted, not timed: out of order in cuts, 10 s off in open groups, 8 s off in uneven rates; a read
+    that never returns (decord), or frames of another time in place of lost ones.
+    """
+    metadata = check_real_clip(name, n)
+    times = TRUTH[name]["times"]
+    expected = on_display(times, n)
+    assert metadata.frames_indices == expected and metadata.total_num_frames == len(times)
+    assert 1 / metadata.sampled_fps == pytest.approx((times[-1] - times[0] + 0.04) / len(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", TURNED)
@@ -142,17 +152,6 @@ def test_a_partial_download_is_named():
     """Guards: 324 of 700 frames taken for the whole clip, so that "what happens at the end" is about its middle."""
     with pytest.raises(data.Unusable, match="fast_cut_60.mp4: incomplete: 13.0 s of the 28.0 s"):
         data.load_media(record("fast_cut_60.mp4"), config(MEDIA))
-
-
-def test_a_clip_with_lost_key_frames_is_right_in_its_sound_parts():
-    """Guards: a read that never returns (decord); frames of another time in place of the lost ones."""
-    truth = TRUTH["lost_keyframes.mp4"]
-    shown, metadata = data.load_media(record("lost_keyframes.mp4"), config(MEDIA, max_frames=64))
-    expected = on_display(truth["times"], 64)
-    assert metadata.frames_indices == expected and metadata.sampled_fps == pytest.approx(64 / 28)
-    # up to the first loss, and where the truth counts on again, pictures are sound
-    sound = [k for k, i in enumerate(expected) if i < 110 or 975 <= truth["numbers"][i] <= 1005]
-    assert len(sound) > 10 and [number_of(shown[k]) for k in sound] == [truth["numbers"][expected[k]] for k in sound]
 
 
 @pytest.mark.parametrize("reader", ["exact", "decord"])
@@ -492,14 +491,8 @@ def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world)
         (record("even.mp4", image_path="stills/0.png"), 6 / 7),
         (record("even.mp4", last_frame=True), 6 / 8),
     ]
-    cfg = SharedConfig(
-        model=str(world / "base"),
-        data_root=str(tmp_path),
-        prompt="{problem}",
-        max_frames=8,
-        min_pixels=784,
-        max_pixels=3136,
-    )
+    limits = {"max_frames": 8, "min_pixels": 784, "max_pixels": 3136}
+    cfg = config(tmp_path, model=str(world / "base"), prompt="{problem}", **limits)
     processor = model_files.load_processor(cfg)
     for row, distance in cases:
         inputs = data.encode(processor, row, *data.load_media(row, cfg), cfg)
@@ -586,29 +579,6 @@ def test_stills_of_unequal_size_get_the_size_of_the_first(tmp_path):
     assert shown.shape == (3, 96, 128, 3) and [number_of(frame) for frame in shown] == [0, 1, 2]
 
 
-# ----------------------------------------------------------------------------- how many files each reader gets right
-
-
-def count_right(reader, n=16):
-    """{file: whether 16 frames of it are right, or a part of a download is named} of the clips in tests/media."""
-    verdicts = {}
-    for name, truth in TRUTH.items():
-        try:
-            shown, _ = data.load_media(record(name), config(MEDIA, max_frames=n, video_reader=reader))
-        except data.Unusable as error:
-            verdicts[name] = "incomplete" in str(error) and name == "fast_cut_60.mp4"
-            continue
-        height, width = truth["height_width"]
-        width = round(width * 64 / 45) if name == "sar.mp4" else width
-        expected = on_display(truth["times"], n)
-        checked = range(n)
-        if name == "lost_keyframes.mp4":
-            checked = [k for k in range(n) if expected[k] < 110 or 975 <= truth["numbers"][expected[k]] <= 1005]
-        right = name in TURNED or all(number_of(shown[k]) == truth["numbers"][expected[k]] for k in checked)
-        verdicts[name] = bool(right) and shown.shape[1:3] == (height, width) and name != "fast_cut_60.mp4"
-    return verdicts
-
-
 def test_huge_frames_are_shrunk_while_decoding(tmp_path, monkeypatch):
     """Guards: a worker that holds 16 frames of 8K (1.6 GB), of which the model sees a hundredth of the pixels."""
     write_clip(tmp_path / "clip.mp4", range(8))
@@ -620,13 +590,20 @@ def test_huge_frames_are_shrunk_while_decoding(tmp_path, monkeypatch):
     assert abs(whole.mean((1, 2, 3)) - shrunk.mean((1, 2, 3))).max() < 3
 
 
+def is_right(name, reader):
+    """Whether 16 frames of a file in tests/media are right, or a part of a download is named."""
+    try:
+        check_real_clip(name, 16, reader)
+    except AssertionError:
+        return False
+    except data.Unusable as error:
+        return "incomplete" in str(error) and name == "fast_cut_60.mp4"
+    return name != "fast_cut_60.mp4"
+
+
 if __name__ == "__main__":
     frames.READ_SECONDS = 20
-    columns = {reader: count_right(reader) for reader in ("exact", "decord")}
-    for name in TRUTH:
-        print(
-            f"{name:<22}"
-            + "".join(f"{reader} {'right' if column[name] else 'WRONG':<8}" for reader, column in columns.items())
-        )
-    for reader, column in columns.items():
-        print(f"{reader}: {sum(column.values())} of {len(column)} files right")
+    readers = ("exact", "decord")
+    verdicts = [[name, *(is_right(name, reader) for reader in readers)] for name in TRUTH]
+    totals = [f"{len(TRUTH)} files", *(sum(column) for column in list(zip(*verdicts))[1:])]
+    print(tables.table(["right", *readers], [*verdicts, totals]))
