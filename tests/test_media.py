@@ -85,16 +85,15 @@ def on_display(times, n):
     return [bisect_right(times, times[0] + (2 * i + 1) * seconds / (2 * n)) - 1 for i in range(n)]
 
 
-def write_clip(path, ticks=range(150), rate=25, codec="libx264", options=None, container_options=None, prepare=None):
-    """A painted clip; frame i shows i and appears at ticks[i] / rate seconds. prepare(stream) changes the stream."""
+def write_clip(path, ticks=range(150), rate=25, codec="libx264", options=None, container_options=None, aspect=(1, 1)):
+    """A painted clip; frame i shows i and appears at ticks[i] / rate seconds. aspect: width, height of a pixel."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {"g": "24", "bf": "2", "crf": "10"})
         stream.width = 128
         stream.height = 96
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, rate)
-        if prepare:
-            prepare(stream)
+        stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
         for i, tick in enumerate(ticks):
             frame = av.VideoFrame.from_ndarray(painted(i), format="rgb24")
             frame.pts = tick
@@ -196,11 +195,6 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, n_hidden, codec)
         assert metadata.sampled_fps == pytest.approx(len(expected) / (len(left) / 25))
 
 
-def full_range(stream):
-    """The pixel format that MJPEG needs."""
-    stream.pix_fmt = "yuvj420p"
-
-
 @pytest.mark.parametrize(
     "name, codec, options",
     [
@@ -223,8 +217,7 @@ def test_containers_and_codecs_show_the_frames_asked_for(tmp_path, name, codec, 
     """Guards: leading frames of an open group decoded after a seek; decoding order; packets without a frame."""
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
-    prepare = full_range if codec == "mjpeg" else None
-    write_clip(tmp_path / name, codec=codec, options=options, prepare=prepare)
+    write_clip(tmp_path / name, codec=codec, options=options)
     for n in (6, 150):
         shown, _ = data.load_media(record(name), config(tmp_path, max_frames=n))
         assert [number_of(frame) for frame in shown] == [int((i + 0.5) * 150 / n) for i in range(n)], n
@@ -326,11 +319,7 @@ def test_the_display_matrix_rotates_and_mirrors(tmp_path, codec, abcd, turn):
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_pixels_are_made_square(tmp_path, aspect, width, codec):
     """Guards: people squashed or stretched in clips from television and DVD."""
-
-    def set_aspect(stream):
-        stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
-
-    write_clip(tmp_path / "a.mp4", range(20), codec=codec, prepare=set_aspect)
+    write_clip(tmp_path / "a.mp4", range(20), codec=codec, aspect=aspect)
     shown, _ = data.load_media(record("a.mp4"), config(tmp_path, max_frames=4))
     assert shown.shape[1:3] == (96, width) and [number_of(frame) for frame in shown] == [2, 7, 12, 17]
 
