@@ -13,7 +13,7 @@ To add a benchmark, write its file and add its name to NAMES. A benchmark's file
 
 and, where its authors do something else than the rewards, any of
 
-    flatten      turns a JSON file that is not a list of rows into rows
+    KEYS         fields for the keys of a JSON file that is not a list of rows, from the outermost key on
     FOLDER       the folder of its files, if that has another name
     score_answer (score, whether the answer could be read) of a row, its answer and its truth; None: the general rule
     is_unscored  whether a row needs a judge model
@@ -33,7 +33,7 @@ from pathlib import Path
 
 from benchmarks import video_r1
 from rewards import parse_solution
-from support.record_files import check_record, media_path, read_rows
+from support.record_files import check_record, read_rows
 from support.settings import UserError
 
 NAMES = (
@@ -75,16 +75,15 @@ def load_benchmark(name, root, clip_segments=True):
     """
     loaded = []
     for record in read_benchmark(name, root):
-        if record["task"] == "question_only" and not os.path.isdir(os.path.dirname(media_path(record["path"], root))):
-            continue
         if not clip_segments:
             record = {key: value for key, value in record.items() if key not in ("start", "end")}
-        loaded.append(record)
+        if record["task"] != "question_only" or Path(root, record["path"]).parent.is_dir():
+            loaded.append(record)
     return loaded
 
 
 def read_benchmark(name, root):
-    """Every record in a benchmark's files, checked."""
+    """Every record in a benchmark's files, checked, with paths that are relative to `root`."""
     base, files, module = find_files(name, root)
     found = []
     problems = []
@@ -96,25 +95,19 @@ def read_benchmark(name, root):
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {row!r:.80}")
                 for record in module.records(row, number, file, base):
-                    found.append(checked_record(record, name, root, base))
+                    record |= {"benchmark": name, "problem_id": record["id"]}
+                    for key in record.keys() & {"path", "image_path"}:
+                        record[key] = os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
+                    check_record(parse_solution, record, root, need_process=False)
                     if record["id"] in first_seen:
                         raise ValueError(f"id {record['id']!r} is used twice, first in {first_seen[record['id']]}")
                     first_seen[record["id"]] = where
+                    found.append(record)
             except (ValueError, TypeError, AttributeError) as error:
                 problems.append(f"  {where}: {error}")
     if problems:
         raise UserError(f"{name}: {len(problems)} bad rows:\n" + "\n".join(problems))
     return found
-
-
-def checked_record(record, name, root, base):
-    """The record with its benchmark, and with paths that are relative to `root`. Raises ValueError if it is bad."""
-    record = record | {"benchmark": name, "problem_id": record["id"]}
-    for key in ("path", "image_path"):
-        if key in record:
-            record[key] = os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
-    check_record(parse_solution, record, root, need_process=False)
-    return record
 
 
 def find_files(name, root):
@@ -136,15 +129,29 @@ def find_files(name, root):
 
 
 def read_file(path, module):
-    """Rows of a JSON, JSONL or parquet file. The module flattens a JSON file that is not a list of rows."""
+    """Rows of a JSON, JSONL or parquet file. If the module has KEYS, its JSON files are nested: see flatten."""
     if path.suffix == ".parquet":
         return read_parquet(path)
-    if not hasattr(module, "flatten"):
+    if not hasattr(module, "KEYS"):
         return read_rows(path)
     try:
-        return module.flatten(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+        return flatten(json.loads(path.read_text(encoding="utf-8")), module.KEYS)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not in this benchmark's format: {error}") from None
+
+
+def flatten(table, keys):
+    """Rows of nested JSON objects and lists, with the keys that lead to a row as its fields `keys`.
+
+    >>> flatten({"a": [{"question": "?"}]}, ("video", "index"))
+    [{'question': '?', 'index': 0, 'video': 'a'}]
+    """
+    if not keys:
+        return [table]
+    rows = []
+    for key, value in table.items() if isinstance(table, dict) else enumerate(table):
+        rows += [row | {keys[0]: key} for row in flatten(value, keys[1:])]
+    return rows
 
 
 def read_parquet(path):
@@ -167,12 +174,8 @@ def read_parquet(path):
 
 def missing_media(records, root):
     """Paths, relative to root, of the videos, frame folders and question images that do not exist; each once."""
-    paths = []
-    for record in records:
-        paths.append(record["path"])
-        if record.get("image_path"):
-            paths.append(record["image_path"])
-    return [path for path in dict.fromkeys(paths) if not os.path.exists(os.path.join(root, path))]
+    paths = chain.from_iterable((record["path"], record.get("image_path")) for record in records)
+    return [path for path in dict.fromkeys(paths) if path and not os.path.exists(os.path.join(root, path))]
 
 
 def join_annotations(rows, root):
@@ -181,26 +184,21 @@ def join_annotations(rows, root):
     What a row already has wins. Its id is the record's, or the part after "<task>/" if the row has the task. Raises
     UserError with every unknown id.
     """
-    bare = [row for row in rows if is_bare(row)]
-    unknown = {str(row.get("benchmark")) for row in bare} - set(NAMES)
-    if unknown:
-        raise UserError(f"no benchmark {', '.join(sorted(unknown))}: {', '.join(NAMES)}")
     known = {}
-    for name in sorted({row["benchmark"] for row in bare}):
-        known |= {(name, record["id"]): record for record in read_benchmark(name, root)}
+    for name in sorted({str(row.get("benchmark")) for row in rows if is_bare(row)}):
+        known[name] = {record["id"]: record for record in read_benchmark(name, root)}
     joined = []
     problems = []
     for row in rows:
-        if not is_bare(row):
-            joined.append(row)
-            continue
-        record = known.get((row["benchmark"], str(row.get("id"))))
-        record = record or known.get((row["benchmark"], f"{row.get('task')}/{row.get('id')}"))
-        if record is None:
-            problems.append(f"{row['benchmark']} {row.get('id')!r}")
-            continue
-        given = {key: value for key, value in row.items() if value}
-        joined.append({**row, **record, **given})
+        if is_bare(row):
+            records = known[row["benchmark"]]
+            record = records.get(str(row.get("id"))) or records.get(f"{row.get('task')}/{row.get('id')}")
+            if record is None:
+                problems.append(f"{row['benchmark']} {row.get('id')!r}")
+                continue
+            given = {key: value for key, value in row.items() if value}
+            row = {**row, **record, **given}
+        joined.append(row)
     if problems:
         raise UserError(f"{len(problems)} predictions are of no question in {root}: {', '.join(problems)}")
     return joined

@@ -18,14 +18,13 @@ from support.settings import UserError
 
 # fields of the records by which scores are listed beside the tasks
 GROUPS = tuple(chain.from_iterable(getattr(module, "GROUPS", ()) for module in MODULES.values()))
+# what an answer that is written as asked consists of
+STRICT = {"multiple choice": "[A-Z]", "numerical": r"-?\d+(\.\d+)?", "regression": r"-?\d+(\.\d+)?"}
 # fields of a prediction row that must be texts
 TEXT_FIELDS = ("benchmark", "prediction", "solution", "problem_type", "problem", "task", "path", "error", *GROUPS)
 
 
-# ---------------------------------------------------------------------------------------------------------- one answer
-
-
-def hook(benchmark, name, default=None):
+def hook(benchmark, name, default):
     """A function of the benchmark's file (see __init__.py), or the default if it has none or is not ours."""
     return getattr(MODULES.get(benchmark), name, default)
 
@@ -46,13 +45,8 @@ def is_strict(row):
     Harnesses that compare strings, as Video-R1's does, read only such answers.
     """
     answer = extract_answer(row["prediction"] or "")
-    if answer is None:
-        return False
-    if row["problem_type"] == "multiple choice":
-        return re.fullmatch("[A-Z]", answer) is not None
-    if row["problem_type"] in ("numerical", "regression"):
-        return re.fullmatch(r"-?\d+(\.\d+)?", answer) is not None
-    return True
+    pattern = STRICT.get(row["problem_type"])
+    return answer is not None and (pattern is None or re.fullmatch(pattern, answer) is not None)
 
 
 def score_by_type(row, answer, truth):
@@ -63,9 +57,6 @@ def score_by_type(row, answer, truth):
         return float(letter == truth), letter is not None
     is_readable = problem_type not in ("numerical", "regression") or math.isfinite(number_or_nan(answer))
     return float(PROBLEM_TYPES[problem_type].accuracy(answer, truth)), is_readable
-
-
-# ------------------------------------------------------------------------------------------------- rows of predictions
 
 
 def scored_rows(rows):
@@ -113,8 +104,8 @@ def status_of(row):
         choice_field(row, "frames", ORDERS)
     if row.get("error") and "prediction" not in row:
         return "unusable"
-    is_unscored = hook(row["benchmark"], "is_unscored")
-    if is_unscored and is_unscored(row):
+    is_unscored = hook(row["benchmark"], "is_unscored", lambda _: False)
+    if is_unscored(row):
         return "unscored"
     if not row.get("solution"):
         raise ValueError("solution: missing; join the official files with --annotations DIR")
@@ -124,13 +115,9 @@ def status_of(row):
         raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
     if "prediction" not in row:
         raise ValueError("prediction: missing")
-    check_row = hook(row["benchmark"], "check_row")
-    if check_row:
-        check_row(row)
+    check_row = hook(row["benchmark"], "check_row", lambda _: None)
+    check_row(row)
     return "scored"
-
-
-# -------------------------------------------------------------------------------------------------- scoring a benchmark
 
 
 def benchmarks_in(rows):
@@ -148,10 +135,8 @@ def score_benchmark(name, rows):
     """
     scored = [row for row in rows if row["status"] == "scored"]
     by_task = mean_score_by(scored, "task")
-    result = mean_score(scored)
-    extra_scores = hook(name, "extra_scores")
-    if extra_scores:
-        result |= extra_scores(scored, by_task)
+    extra_scores = hook(name, "extra_scores", lambda *_: {})
+    result = mean_score(scored) | extra_scores(scored, by_task)
     result["answered"] = sum(answer_of(row["prediction"]) != "" for row in scored)
     result["unparsed"] = share(not row["result"][1] for row in scored)
     result["lenient"] = share(row["result"][1] and not is_strict(row) for row in scored)

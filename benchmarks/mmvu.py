@@ -14,14 +14,17 @@ FILES = [["validation.json"]]
 def records(row, number, file, base):
     kind = choice_field(row, "question_type", ("multiple-choice", "open-ended"))
     metadata = row["metadata"] if isinstance(row.get("metadata"), dict) else {}
-    subject = text_field(metadata, "subject")
-    path = "videos/" + text_field(row, "video").split("videos/")[-1]
-    question = (text_field(row, "id"), subject, text_field(row, "question"), text_field(row, "answer"), path)
-    if kind == "open-ended":
-        yield make_record(*question, (), "free-form", unscored=True)
-        return
+    # an open-ended question has empty choices
     options = [f"{letter}. {choice}" for letter, choice in (row.get("choices") or {}).items() if choice]
-    yield make_record(*question, options, "multiple choice")
+    yield make_record(
+        text_field(row, "id"),
+        text_field(metadata, "subject"),
+        text_field(row, "question"),
+        text_field(row, "answer"),
+        "videos/" + text_field(row, "video").split("videos/")[-1],
+        options,
+        "multiple choice" if kind == "multiple-choice" else "free-form",
+    )
 
 
 def is_unscored(row):

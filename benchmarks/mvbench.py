@@ -7,7 +7,7 @@ The answer is a text; its letter is its place among the candidates. Five tasks a
 `end` in seconds (the authors show that part, Video-R1 shows the whole video).
 """
 
-from benchmarks.shared import make_record, text_field
+from benchmarks.shared import make_record, one_of, text_field
 
 FILES = [["json/*.json"]]
 
@@ -32,11 +32,8 @@ for folder, tasks in FOLDERS.items():
 
 
 def records(row, number, file, base):
-    task = file.stem
-    folder = FOLDER_OF.get(task)
-    if folder is None:
-        raise ValueError(f"no task of MVBench is called {task!r}")
-    record = task_record(row, number, task, folder)
+    task = one_of("task", file.stem, FOLDER_OF)
+    record = task_record(row, number, task, FOLDER_OF[task])
     if task == "episodic_reasoning":
         record["data_type"] = "frame"
     yield record
@@ -44,13 +41,10 @@ def records(row, number, file, base):
 
 def task_record(row, number, task, folder):
     """The record of a row, whose video is in video/`folder`."""
-    video = text_field(row, "video")
     options = [str(candidate) for candidate in row.get("candidates") or ()]
-    answer = text_field(row, "answer")
-    if answer not in options:
-        raise ValueError(f"answer: {answer!r:.80} is not among the candidates {options!r:.160}")
+    answer = one_of("answer", text_field(row, "answer"), options)
     letter = chr(ord("A") + options.index(answer))
-    path = f"video/{folder}/{video}"
+    path = f"video/{folder}/{text_field(row, 'video')}"
     record = make_record(f"{task}/{number - 1}", task, text_field(row, "question"), letter, path, options)
     for key in ("start", "end"):
         if row.get(key) is not None:
@@ -59,6 +53,5 @@ def task_record(row, number, task, folder):
 
 
 def extra_scores(rows, by_task):
-    """The number of questions on a part of their video."""
     clipped = sum("start" in row for row in rows)
     return {"clipped": clipped, "note": f"{clipped} questions on a part of their video"}

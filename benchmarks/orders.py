@@ -4,12 +4,11 @@
 and `blind` no frame. The paired difference is over the questions that were asked in both orders.
 """
 
-import json
 import math
 from itertools import chain
 
 from benchmarks.answers import benchmarks_in, frames_of, score_benchmark, scored_rows
-from benchmarks.shared import ORDERS
+from benchmarks.shared import ORDERS, percent
 from support.tables import table
 
 # 97.5 % quantile of the normal distribution
@@ -45,10 +44,6 @@ def summarise(rows):
             part["orders"][order] = {key: scores[key] for key in ("score", "se", "n", "by_task")}
             part["orders"][order]["difference"] = paired_difference(asked[order], asked[first])
         summary[name] = part
-    by_text = {json.dumps(row["settings"]): row["settings"] for row in rows if "settings" in row}
-    distinct = list(by_text.values())
-    if distinct:
-        summary["settings"] = distinct if len(distinct) > 1 else distinct[0]
     return summary
 
 
@@ -58,28 +53,22 @@ def paired_difference(rows, other_rows):
     Over the questions that both have. Unscored questions and stills (VideoMMMU's question_only) are left out. Rows are
     scored rows of one benchmark, one per question. None without pairs.
     """
-    other_scores = question_scores(other_rows)
-    # (difference, clip)
-    pairs = []
-    pairs_by_task = {}
-    for row_id, (row, score) in question_scores(rows).items():
-        if row_id in other_scores:
-            pair = (score - other_scores[row_id][1], str(row.get("path") or row_id))
-            pairs.append(pair)
-            pairs_by_task.setdefault(str(row.get("task")), []).append(pair)
+    others = questions(other_rows)
+    # {task: [(difference, clip)]}
+    pairs = {}
+    for row_id, row in questions(rows).items():
+        if row_id in others:
+            difference = 100 * (row["result"][0] - others[row_id]["result"][0])
+            pairs.setdefault(str(row.get("task")), []).append((difference, str(row.get("path") or row_id)))
     if not pairs:
         return None
-    by_task = {task: clustered_mean(pairs_by_task[task]) for task in sorted(pairs_by_task)}
-    return {**clustered_mean(pairs), "by_task": by_task}
+    by_task = {task: clustered_mean(pairs[task]) for task in sorted(pairs)}
+    return {**clustered_mean(list(chain.from_iterable(pairs.values()))), "by_task": by_task}
 
 
-def question_scores(rows):
-    """{id: (row, score in percent)} of the scored questions on videos."""
-    scores = {}
-    for row in rows:
-        if row["status"] == "scored" and row.get("task") != "question_only":
-            scores[str(row["id"])] = (row, 100 * row["result"][0])
-    return scores
+def questions(rows):
+    """{id: row} of the scored questions on videos."""
+    return {str(row["id"]): row for row in rows if row["status"] == "scored" and row.get("task") != "question_only"}
 
 
 def clustered_mean(pairs):
@@ -106,16 +95,10 @@ def clustered_mean(pairs):
     return {"mean": mean, "low": low, "high": high, "n": n, "clips": n_clips}
 
 
-def scored_benchmarks(summary):
-    """{benchmark: its scores}: the summary without its settings."""
-    return {name: part for name, part in summary.items() if isinstance(part, dict) and "by_task" in part}
-
-
 def print_orders(summary):
     """Print, by benchmark and task, the score in each order and what it differs from the first with a 95 % interval."""
-    parts = {name: part for name, part in scored_benchmarks(summary).items() if part["orders"]}
-    asked = set(chain.from_iterable(part["orders"] for part in parts.values()))
-    others = [order for order in ORDERS if order in asked]
+    parts = {name: part for name, part in summary.items() if part["orders"]}
+    others = [order for order in ORDERS if any(order in part["orders"] for part in parts.values())]
     rows = []
     for name, part in parts.items():
         rows.append(order_row(name, part, others))
@@ -132,22 +115,14 @@ def print_orders(summary):
 
 
 def order_row(label, part, others, task=None):
-    """One row of the table of orders: of a benchmark, or of one of its tasks."""
-    cells = [percent(of_task(part, task).get("score"))]
+    """Scores as "48.4 (-48.8, -52.1 to -45.5)", of a benchmark or one of its tasks; empty for an order not asked."""
+    cells = [label, percent(of_task(part, task).get("score"))]
     for order in others:
-        cells.append(order_cell(part["orders"].get(order), task))
-    return [label, *cells]
-
-
-def order_cell(scores, task):
-    """ "48.4 (-48.8, -52.1 to -45.5)"; empty for an order that was not asked."""
-    if scores is None:
-        return ""
-    text = percent(of_task(scores, task).get("score"))
-    difference = of_task(scores["difference"], task)
-    if difference:
-        text += f" ({interval_text(difference)})"
-    return text
+        scores = part["orders"].get(order)
+        cell = percent(of_task(scores, task).get("score")) if scores else ""
+        difference = of_task(scores["difference"], task) if scores else {}
+        cells.append(f"{cell} ({interval_text(difference)})" if difference else cell)
+    return cells
 
 
 def of_task(scores, task):
@@ -163,7 +138,3 @@ def interval_text(difference):
     if difference["low"] is not None:
         text += f", {difference['low']:+.1f} to {difference['high']:+.1f}"
     return text
-
-
-def percent(value):
-    return "–" if value is None else f"{value:.1f}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import PUBLISHED, join_annotations
 from benchmarks.answers import GROUPS
-from benchmarks.orders import print_orders, scored_benchmarks, summarise
+from benchmarks.orders import print_orders, summarise
 from benchmarks.shared import with_error
 from support.record_files import read_rows
 from support.storage import write_atomic
@@ -30,32 +30,21 @@ def print_table(summary):
     rows = []
     answers = []
     notes = []
-    for name, part in scored_benchmarks(summary).items():
+    for name, part in summary.items():
         published = ["/".join(map(str, scores.get(name, ()))) for scores in PUBLISHED.values()]
         rows.append([name, part["n"], with_error(part["score"], part["se"]), *published])
-        rows += group_rows(part)
-        answers.append([name, part["n"], *answer_cells(part)])
+        for key in ("by_task", *(f"by_{group}" for group in GROUPS)):
+            # "by_sub_category": "sub-category Tennis"
+            kind = "" if key == "by_task" else f"{key[3:].replace('_', '-')} "
+            for label, line in part.get(key, {}).items():
+                score = with_error(line["score"], line["se"])
+                rows.append([f"  {kind}{label}", line["n"], score, *[""] * len(PUBLISHED)])
+        shares = ["-" if part[key] is None else f"{part[key]:.1%}" for key in ANSWER_COLUMNS]
+        answers.append([name, part["n"], *shares, len(part["unusable"])])
         notes += [f"{name}: {note}" for note in notes_of(part)]
     print("\n".join([table(header, rows), "published scores: at 16/32/64 frames if there are three", *notes]))
     print()
     print(table(["answers", "n", *ANSWER_COLUMNS.values(), "media missing or bad"], answers))
-
-
-def answer_cells(part):
-    """The shares of ANSWER_COLUMNS, and how many questions could not be asked, as texts."""
-    cells = ["-" if part.get(key) is None else f"{part[key]:.1%}" for key in ANSWER_COLUMNS]
-    return [*cells, str(len(part["unusable"]))]
-
-
-def group_rows(part):
-    """Rows of the table for the tasks and groups of a benchmark."""
-    rows = []
-    for key in ("by_task", *(f"by_{group}" for group in GROUPS)):
-        for label, line in part.get(key, {}).items():
-            if key != "by_task":
-                label = f"{key[3:].replace('_', '-')} {label}"
-            rows.append([f"  {label}", line["n"], with_error(line["score"], line["se"]), *[""] * len(PUBLISHED)])
-    return rows
 
 
 def notes_of(part):
@@ -71,7 +60,9 @@ def write_summary(rows, predictions):
     """Score the rows of the file `predictions`, write summary.json beside it, and print the tables."""
     path = predictions.with_name("summary.json")
     summary = summarise(rows)
-    write_atomic(path, json.dumps(summary, indent=2))
+    distinct = list({json.dumps(row["settings"]): row["settings"] for row in rows if "settings" in row}.values())
+    made_with = {"settings": distinct[0] if len(distinct) == 1 else distinct}
+    write_atomic(path, json.dumps(summary | made_with if distinct else summary, indent=2))
     print_table(summary)
     print_orders(summary)
     print(f"every answer: {predictions}\nall numbers:  {path}")
@@ -80,9 +71,7 @@ def write_summary(rows, predictions):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", help="JSON or JSONL file of answers")
-    parser.add_argument(
-        "--annotations", default="", help="folder of the benchmarks' files, for rows without a solution"
-    )
+    parser.add_argument("--annotations", help="folder of the benchmarks' files, for rows without a solution")
     args = parser.parse_args(argv)
     rows = read_rows(args.predictions)
     if args.annotations:

@@ -16,19 +16,23 @@ def text_field(row, name):
     return str(row[name])
 
 
+def one_of(name, value, values):
+    """The value of the field `name`. Raises ValueError if it is not one of `values`, which are texts."""
+    if value not in values:
+        raise ValueError(f"{name}: expected one of {', '.join(values)}, got {value!r:.80}")
+    return value
+
+
 def choice_field(row, name, values):
-    """The field, which must be one of `values`. Raises ValueError otherwise."""
-    if text_field(row, name) not in values:
-        raise ValueError(f"{name}: expected one of {', '.join(values)}, got {row[name]!r:.80}")
-    return row[name]
+    """The field as text, which must be one of `values`. Raises ValueError otherwise."""
+    return one_of(name, text_field(row, name), values)
 
 
 def make_record(row_id, task, problem, answer, path, options=(), problem_type="", **extra):
     """A record (see data.py). The default problem type is multiple choice with options, else numerical or free-form."""
-    if not problem_type and options:
-        problem_type = "multiple choice"
     if not problem_type:
-        problem_type = "numerical" if math.isfinite(number_or_nan(answer)) else "free-form"
+        without_options = "numerical" if math.isfinite(number_or_nan(answer)) else "free-form"
+        problem_type = "multiple choice" if options else without_options
     return {
         "id": row_id,
         "task": task,
@@ -60,25 +64,30 @@ def answer_of(prediction):
 
 def with_error(score, se):
     """A score with its standard error, as text; a missing number is "-"."""
-    numbers = ["-" if value is None else f"{value:.1f}" for value in (score, se)]
-    return " ± ".join(numbers)
+    return f"{percent(score)} ± {percent(se)}"
+
+
+def percent(value):
+    return "-" if value is None else f"{value:.1f}"
 
 
 def mean_score(rows):
     """Mean score of scored rows in percent, its standard error (None for fewer than two), and their number."""
-    if not rows:
+    return mean_percent([row["result"][0] for row in rows])
+
+
+def mean_percent(scores):
+    """Mean of scores in [0, 1], as mean_score gives it."""
+    if not scores:
         return {"score": None, "n": 0, "se": None}
-    mean, se = mean_and_se([100 * row["result"][0] for row in rows])
-    return {"score": mean, "n": len(rows), "se": se if len(rows) > 1 else None}
+    mean, se = mean_and_se([100 * score for score in scores])
+    return {"score": mean, "n": len(scores), "se": se if len(scores) > 1 else None}
 
 
 def mean_score_by(rows, key):
     """{value of `key`: mean_score of its rows}."""
     names = sorted({row[key] for row in rows if row.get(key) is not None})
-    scores = {}
-    for name in names:
-        scores[name] = mean_score([row for row in rows if row.get(key) == name])
-    return scores
+    return {name: mean_score([row for row in rows if row.get(key) == name]) for name in names}
 
 
 def mean_of_parts(parts):

@@ -9,20 +9,12 @@ text that begins with "B." or "B)".
 
 import re
 
-from benchmarks.shared import choice_field, make_record, mean_score_by, text_field
+from benchmarks.shared import make_record, mean_score_by, one_of, text_field
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")
 FILES = [[f"questions/{name}.json" for name in FORMATS], [f"{name}/test-*.parquet" for name in FORMATS]]
+KEYS = ("video_id", "dim", "index")
 GROUPS = ("dim",)
-
-
-def flatten(table):
-    """Rows of {video_id: {dim: [row]}}."""
-    flat = []
-    for video, dims in table.items():
-        for dim, rows in dims.items():
-            flat += [{**row, "video_id": video, "dim": dim, "index": index} for index, row in enumerate(rows)]
-    return flat
 
 
 def records(row, number, file, base):
@@ -40,11 +32,10 @@ def records(row, number, file, base):
         if re.match(r"[A-D][.)]", answer):
             answer = answer[:1]
     elif form == "yes_no":
-        answer = choice_field({"answer": answer.lower()}, "answer", ("yes", "no"))
+        answer = one_of("answer", answer.lower(), ("yes", "no"))
         question += "\nAnswer yes or no."
-    elif answer not in question.split("\n")[1:]:
-        raise ValueError(f"answer: {answer!r:.80} is not a line of the question")
     else:
+        one_of("answer", answer, question.split("\n")[1:])
         question += "\nAnswer with the label of the one that matches."
     row_id = f"{form}/{video}/{dim}/{row['index']}"
     problem_type = "multiple choice" if form == "multi-choice" else "free-form"
@@ -58,7 +49,8 @@ def is_unscored(row):
 def score_answer(row, answer, truth):
     """(score, whether the answer could be read) by the authors' rules without a judge model; None for other formats."""
     if row["problem_type"] == "multiple choice":
-        letter = strict_letter(answer)
+        match = re.match(r"([A-D])(?:[.)]|$)", answer)
+        letter = match[1] if match else None
         return float(letter == truth), letter is not None
     if row.get("task") == "yes_no":
         # as in the official rule, "Not sure" begins with no
@@ -68,12 +60,6 @@ def score_answer(row, answer, truth):
         lines = [line for line in (row.get("problem") or truth).split("\n") if ": " in line]
         return float(names_caption(answer, truth)), any(names_caption(answer, line) for line in lines)
     return None
-
-
-def strict_letter(answer):
-    """The letter of "B", or of a text that begins with "B." or "B)"; None for any other spelling."""
-    match = re.match(r"([A-D])(?:[.)]|$)", answer)
-    return match[1] if match else None
 
 
 def names_caption(answer, line):
@@ -86,9 +72,7 @@ def names_caption(answer, line):
 
 
 def extra_scores(rows, by_task):
-    """Adds the scores by dimension to each format in `by_task`."""
+    """Adds the scores by dimension to each format."""
     for task, part in by_task.items():
         part["by_dim"] = mean_score_by([row for row in rows if row["task"] == task], "dim")
-    return {
-        "note": "pooled over multi-choice, yes_no and caption_matching; captioning, which needs a judge, is left out"
-    }
+    return {"note": f"pooled over {', '.join(FORMATS)}; captioning, which needs a judge, is left out"}

@@ -7,10 +7,9 @@ Rows 4k to 4k + 3 are one instance. An instance with a missing answer counts as 
 model of the paper answers 48.2 % of the instances, people 98.2 %.
 """
 
-import math
 import re
 
-from benchmarks.shared import choice_field, make_record, mean_score, text_field, with_error
+from benchmarks.shared import choice_field, make_record, mean_percent, mean_score, one_of, text_field, with_error
 from support.parsing import parse_letter
 
 FILES = [["data.jsonl"]]
@@ -21,7 +20,7 @@ def records(row, number, file, base):
     kind = choice_field(row, "type", tuple(HINTS))
     index = int(text_field(row, "index"))
     answer = text_field(row, "answer").strip().lower()
-    choice_field({"answer": answer}, "answer", ("yes", "no") if kind == "yes_no" else ("a", "b"))
+    one_of("answer", answer, ("yes", "no") if kind == "yes_no" else ("a", "b"))
     yield make_record(
         str(index),
         kind,
@@ -34,7 +33,6 @@ def records(row, number, file, base):
 
 
 def score_answer(row, answer, truth):
-    """(score, whether the answer could be read) of a yes or no, or of a letter."""
     if row["task"] == "yes_no":
         words = re.findall(r"\b(yes|no)\b", answer.lower())
         # a text with both says neither
@@ -50,14 +48,13 @@ def extra_scores(rows, by_task):
     for row in rows:
         instance = row.get("instance", row["id"])
         right[instance] = right.get(instance, 0) + (row["result"][0] == 1)
-    share = sum(count == 4 for count in right.values()) / len(right) if right else None
-    se = 100 * math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
+    share = mean_percent([count == 4 for count in right.values()])
     accuracy = mean_score(rows)
     single = with_error(accuracy["score"], accuracy["se"])
     return {
-        "score": None if share is None else 100 * share,
-        "se": se,
-        "instances": len(right),
+        "score": share["score"],
+        "se": share["se"],
+        "instances": share["n"],
         "accuracy": accuracy["score"],
         "se_accuracy": accuracy["se"],
         "note": f"share of {len(right)} instances with all four right; single answers: {single}",

@@ -9,11 +9,7 @@ The authors show 16 frames.
 from benchmarks.shared import make_record, text_field
 
 FILES = [["data/*.json"]]
-
-
-def flatten(table):
-    """Rows of {id: row}."""
-    return [{**row, "id": row_id} for row_id, row in table.items()]
+KEYS = ("id",)
 
 
 def records(row, number, file, base):

@@ -7,6 +7,7 @@ Two tasks ask about a part of a video. The videos of action_antonym (.avi, from 
 """
 
 from benchmarks import mvbench
+from benchmarks.shared import one_of
 
 FILES = mvbench.FILES
 TASKS = (
@@ -18,7 +19,5 @@ extra_scores = mvbench.extra_scores
 
 
 def records(row, number, file, base):
-    task = file.stem
-    if task not in TASKS:
-        raise ValueError(f"no task of TVBench is called {task!r}")
+    task = one_of("task", file.stem, TASKS)
     yield mvbench.task_record(row, number, task, task)

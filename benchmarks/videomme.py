@@ -14,14 +14,14 @@ GROUPS = ("duration", "domain", "sub_category")
 
 def records(row, number, file, base):
     video = text_field(row, "videoID")
-    names = [f"{video}{ending}" for ending in (".mp4", ".MP4", ".mkv")]
-    existing = [name for name in names if Path(base, "data", name).is_file()]
+    paths = [f"data/{video}{ending}" for ending in (".mp4", ".MP4", ".mkv")]
+    existing = [path for path in paths if Path(base, path).is_file()]
     yield make_record(
         text_field(row, "question_id"),
         text_field(row, "task_type"),
         text_field(row, "question"),
         text_field(row, "answer"),
-        f"data/{existing[0] if existing else names[0]}",
+        existing[0] if existing else paths[0],
         row.get("options") or (),
         "multiple choice",
         **{key: text_field(row, key) for key in GROUPS},

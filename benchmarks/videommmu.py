@@ -13,12 +13,12 @@ import re
 from itertools import product
 from pathlib import Path
 
-from benchmarks.shared import choice_field, make_record, mean_of_parts, mean_score, text_field, with_error
+from benchmarks.shared import make_record, mean_of_parts, mean_score, one_of, text_field, with_error
 from support.parsing import extract_answer
 
 TRACKS = ("Perception", "Comprehension", "Adaptation")
 FILES = [[f"data/{track.lower()}_video.json" for track in TRACKS], [f"{track}/test-*.parquet" for track in TRACKS]]
-
+KEYS = ("track", "number")
 # folder of the videos: its subjects
 DISCIPLINES = {
     "Art": "Art Art_Theory Design Music",
@@ -34,41 +34,26 @@ for folder, subjects in DISCIPLINES.items():
     DISCIPLINE_OF |= dict.fromkeys(subjects.split(), folder)
 
 
-def flatten(table):
-    """Rows of {"Adaptation": {"0": row}}."""
-    flat = []
-    for track, rows in table.items():
-        flat += [{**row, "track": track} for row in rows.values()]
-    return flat
-
-
 def records(row, number, file, base):
-    track = row.get("track") or file.parent.name
-    choice_field({"track": track}, "track", TRACKS)
+    track = one_of("track", row.get("track") or file.parent.name, TRACKS)
     name = text_field(row, "id")
-    folder = DISCIPLINE_OF.get("_".join(name.split("_")[1:-1]))
-    if folder is None:
-        raise ValueError(f"id: no subject of VideoMMMU in {name!r}")
+    subject = one_of("subject in id", "_".join(name.split("_")[1:-1]), DISCIPLINE_OF)
     question = text_field(row, "question")
     answer = text_field(row, "answer")
     options = row.get("options") or ()
-    path = f"{folder}/{name}.mp4"
+    record = make_record(f"{track}/{name}", track, question, answer, f"{DISCIPLINE_OF[subject]}/{name}.mp4", options)
     if track != "Adaptation":
-        yield make_record(f"{track}/{name}", track, question, answer, path, options)
+        yield record
         return
-    yield make_record(f"{track}/{name}", track, question, answer, path, options, **question_image(row, base))
+    # in a parquet file, an object with the path
+    image = row["image"].get("path") if isinstance(row.get("image"), dict) else row.get("image")
+    if image and Path(base, image).is_file():
+        record["image_path"] = image
+    else:
+        record["last_frame"] = True
+    yield record
     path = f"question_only/{name}_image.mp4"
     yield make_record(f"question_only/{name}", "question_only", question, answer, path, options)
-
-
-def question_image(row, base):
-    """Where the question's image is: in a file that is appended, or, as in the official videos, the last frame."""
-    image = row.get("image")
-    if isinstance(image, dict):
-        image = image.get("path")
-    if image and Path(base, image).is_file():
-        return {"image_path": image}
-    return {"last_frame": True}
 
 
 def score_answer(row, answer, truth):
@@ -127,13 +112,11 @@ def mmmu_open(answer, truth):
     sentences = whole.split("\n")
     phrases = []
     for number, sentence in enumerate(sentences, 1):
-        leads = [*LEADS, "="] if number == len(sentences) else LEADS
-        phrase = closing_phrase(sentence, leads)
+        phrase = closing_phrase(sentence, [*LEADS, "="] if number == len(sentences) else LEADS)
         if phrase and phrase not in list(":,.!?;'"):
             phrases.append(phrase)
-    phrases = phrases or [whole]
     guesses = []
-    for phrase in phrases:
+    for phrase in phrases or [whole]:
         guesses += comparable_forms(phrase)
         for pattern in NUMBERS:
             for match in re.findall(pattern, phrase):
@@ -145,14 +128,11 @@ def mmmu_open(answer, truth):
     for entry in entries:
         if entry:
             truths += comparable_forms(entry)
-    return float(any(meets(guess, form) for guess, form in product(guesses, truths)))
-
-
-def meets(guess, truth):
-    """Equal numbers, or a text that contains the truth."""
-    if isinstance(truth, str) and isinstance(guess, str):
-        return truth in guess
-    return truth == guess
+    for guess, form in product(guesses, truths):
+        # equal numbers, or a text that contains the truth
+        if guess == form or (isinstance(guess, str) and isinstance(form, str) and form in guess):
+            return 1.0
+    return 0.0
 
 
 def extra_scores(rows, by_task):

@@ -37,7 +37,6 @@ def records(row, number, file, base):
 
 
 def check_row(row):
-    """Raise ValueError if a prediction cannot be scored."""
     choice_field(row, "task", QUESTION_TYPES)
 
 
@@ -45,16 +44,11 @@ def score_answer(row, answer, truth):
     """(score, whether the answer could be read) of a number; None for a letter, which has the general rule."""
     if row["problem_type"] == "multiple choice":
         return None
-    number = first_number(answer)
-    return mean_relative_accuracy(number, truth), math.isfinite(number)
-
-
-def first_number(answer):
-    """The number that the answer is, or else that its first word is (all that VSI-Bench reads); NaN if neither."""
     number = number_or_nan(answer)
-    if math.isfinite(number):
-        return number
-    return number_or_nan(answer.split()[0])
+    if not math.isfinite(number):
+        # VSI-Bench reads the first word only
+        number = number_or_nan(answer.split()[0])
+    return mean_relative_accuracy(number, truth), math.isfinite(number)
 
 
 def mean_relative_accuracy(prediction, truth):

@@ -175,21 +175,13 @@ def test_an_sft_model_without_a_choice_fails_its_check(fault, agreeing, misled, 
 
 def test_differences_are_paired_by_seed():
     """Guards: differences between means over different seeds; a number of seeds that the arm does not have."""
-
-    def scores(value):
-        return dict.fromkeys(ablation.MEASURES, value) | {"credit": {}}
-
     results = []
-    for seed, arms in enumerate([{"grpo": 0.1, "credit": 0.4}, {"grpo": 0.3}]):
-        arms = {name: scores(value) for name, value in arms.items()}
-        results.append({"seed": seed, "faults": [], "sft": scores(0.5), "arms": arms})
-    results.append({"seed": 2, "faults": ["bad"], "sft": scores(0.9), "arms": {}})
+    for seed, values in enumerate([{"sft": 0.5, "grpo": 0.1, "credit": 0.4}, {"sft": 0.5, "grpo": 0.3}, {"sft": 0.9}]):
+        arms = {name: dict.fromkeys(ablation.MEASURES, value) | {"credit": {}} for name, value in values.items()}
+        results.append({"seed": seed, "faults": ["bad"] * (seed == 2), "sft": arms.pop("sft"), "arms": arms})
     means, differences = (cells(text)[1:] for text in ablation.tables(results).split("Paired differences"))
-    assert [(row[0], row[1], row[-1]) for row in means] == [
-        ("SFT model", "50", "2"),
-        ("GRPO, group std", "20", "2"),
-        ("credit", "40", "1"),
-    ]
+    expected = {"SFT model": ("50", "2"), "GRPO, group std": ("20", "2"), "credit": ("40", "1")}
+    assert {row[0]: (row[1], row[-1]) for row in means} == expected
     assert differences == [["GRPO, group std", "30", "30", "30", "1"]]
 
 

@@ -21,7 +21,6 @@ from benchmarks.answers import benchmarks_in, is_strict, score_answer, score_ben
 from benchmarks.orders import clustered_mean, print_orders, summarise
 from benchmarks.score import main, print_table
 from benchmarks.shared import answer_of
-from benchmarks.videommmu import mmmu_open
 from rewards import accuracy_reward, parse_solution
 from support.record_files import check_record
 from support.settings import UserError
@@ -63,9 +62,8 @@ def score_prediction(row):
 
 def benchmark_scores(rows):
     scored = scored_rows(rows)
-    return {
-        name: score_benchmark(name, [r for r in scored if r["benchmark"] == name]) for name in benchmarks_in(scored)
-    }
+    names = benchmarks_in(scored)
+    return {name: score_benchmark(name, [row for row in scored if row["benchmark"] == name]) for name in names}
 
 
 def write(path, content):
@@ -106,8 +104,8 @@ def test_records_of_every_benchmark_pass_the_checks_of_data(name):
         assert record["benchmark"] == name and isinstance(record["id"], str) and record["problem_id"] == record["id"]
         # relative to root, whichever folder held the file
         assert record["path"].startswith(name.removesuffix("_debiased") + "/")
-        if not record.get("unscored"):
-            # the truth answers its own question
+        # the truth answers its own question; no rule scores MMVU's open ones
+        if not (name == "mmvu" and record["problem_type"] == "free-form"):
             assert score_prediction({**record, "prediction": record["solution"]}) == 1
 
 
@@ -126,82 +124,84 @@ def test_a_new_benchmark_is_one_file_and_one_name(tmp_path, monkeypatch, capsys)
     assert summary["gates"]["score"] == 100 and "| gates " in capsys.readouterr().out
 
 
-def test_vsibench_types_and_paths():
-    """Guards: numbers asked as letters; media in the wrong folder."""
-    number, letter = load_benchmark("vsibench", ANNOTATIONS)
-    path = "vsibench/scannet/scene0999_00.mp4"
-    assert fields(number, "id problem_type options path") == ["0", "regression", [], path]
-    assert fields(letter, "task problem_type") == ["object_rel_direction_hard", "multiple choice"]
-    assert fields(letter, "solution path") == ["<answer>C</answer>", "vsibench/arkitscenes/777.mp4"]
+STILLS = "mvbench/video/tvqa/frames_fps3_hq/show_s01"
+FIRST = "vsibench/scannet/scene0999_00.mp4"
+SEQUENCE = {"options": ["A. He sat.", "B. He ran."], "solution": "<answer>B</answer>", "start": 1.5, "end": 9.0}
+CHOICE = {"problem": "What happens?", "options": ["A. it falls", "B. it flies"], "solution": "<answer>B</answer>"}
+CAPTIONS = (
+    "Which caption fits?\nOption 1: It falls.\nOption 2: It flies.\nAnswer with the label of the one that matches."
+)
+FILM_OPTIONS = ["A. a brother", "B. a thief", "C. nobody"]
 
 
-def test_mvbench_letters_clips_and_folders():
-    """Guards: the answer's text used as its letter; whole videos instead of their parts."""
-    sequence, single, frames = load_benchmark("mvbench", ANNOTATIONS)
-    assert fields(sequence, "id task") == ["action_sequence/0", "action_sequence"]
-    assert fields(sequence, "options solution") == [["A. He sat.", "B. He ran."], "<answer>B</answer>"]
-    assert fields(sequence, "start end path") == [1.5, 9.0, "mvbench/video/star/Charades_v1_480/AB9CD.mp4"]
-    assert single["options"] == ["A. only this"] and "start" not in single
-    assert (frames["data_type"], frames["path"]) == ("frame", "mvbench/video/tvqa/frames_fps3_hq/show_s01")
+@pytest.mark.parametrize(
+    "name, row_id, expected",
+    [
+        # a number that is asked as a letter
+        ("vsibench", "0", {"problem_type": "regression", "options": [], "path": FIRST}),
+        ("vsibench", "1", {"task": "object_rel_direction_hard", "solution": "<answer>C</answer>"}),
+        # the answer's text as its letter; the whole video instead of its part; stills
+        ("mvbench", "action_sequence/0", SEQUENCE | {"path": "mvbench/video/star/Charades_v1_480/AB9CD.mp4"}),
+        ("mvbench", "counterfactual_inference/0", {"options": ["A. only this"], "start": None}),
+        ("mvbench", "episodic_reasoning/0", {"data_type": "frame", "path": STILLS}),
+        # options that are asked twice; two questions with one id
+        ("tempcompass", "multi-choice/11/action/0", CHOICE | {"dim": "action", "path": "tempcompass/videos/11.mp4"}),
+        ("tempcompass", "yes_no/11/action/1", {"problem_type": "free-form", "solution": "<answer>no</answer>"}),
+        ("tempcompass", "caption_matching/11/order/0", {"problem": CAPTIONS, "options": []}),
+        # one id for three tracks; more options than ten
+        ("videommmu", "Perception/validation_Biology_901", {"options": ["A. a root", "B. a leaf"], "last_frame": None}),
+        ("videommmu", "Comprehension/validation_Biology_901", {"solution": "<answer>N</answer>"}),
+        ("videommmu", "Adaptation/validation_Math_15", {"problem_type": "numerical", "last_frame": True}),
+        ("videommmu", "Adaptation/validation_Art_Theory_7", {"path": "videommmu/Art/validation_Art_Theory_7.mp4"}),
+        ("mmvu", "validation_0", {"solution": "<answer>E</answer>", "path": "mmvu/videos/Physics/3.mp4"}),
+        ("mmvu", "validation_1", {"problem_type": "free-form", "options": []}),
+        # the keys of its groups
+        ("videomme", "001-1", {"task": "Counting", "duration": "short", "domain": "Sports", "sub_category": "Tennis"}),
+        # a video in a folder of MVBench
+        ("tvbench", "moving_direction/0", {"path": "tvbench/video/moving_direction/m1.mp4"}),
+        ("tvbench", "action_localization/0", {"start": 1.0, "end": 9.0}),
+        # an answer that is one option off
+        ("tomato", "shape&trend/40", {"solution": "<answer>B</answer>", "path": "tomato/videos/human/0215-06.mp4"}),
+        ("timeblind", "0", {"solution": "<answer>yes</answer>", "instance": 0, "path": "timeblind/videos/vid_0_0.mp4"}),
+        ("timeblind", "3", {"solution": "<answer>A</answer>", "instance": 0, "path": "timeblind/videos/vid_0_1.mp4"}),
+        ("videoholmes", "dGS48/3", {"options": FILM_OPTIONS, "path": "videoholmes/videos_cropped/dGS48.mp4"}),
+        # the files of VSI-Bench and of its debiased part lie in one folder
+        ("vsibench_debiased", "1", {"path": "vsibench/arkitscenes/777.mp4", "benchmark": "vsibench_debiased"}),
+    ],
+)
+def test_records_have_the_fields_of_the_authors_rows(name, row_id, expected):
+    """Guards: what the comments say of each benchmark, and media in the wrong folder."""
+    records = {record["id"]: record for record in load_benchmark(name, ANNOTATIONS)}
+    assert {field: records[row_id].get(field) for field in expected} == expected
+
+
+def test_mvbench_shows_whole_videos_if_asked():
+    """Guards: `clip_segments: false` without effect."""
     whole = load_benchmark("mvbench", ANNOTATIONS, clip_segments=False)
-    assert not any("start" in r or "end" in r for r in whole)
+    assert not any("start" in record or "end" in record for record in whole)
 
 
-def test_tempcompass_formats():
-    """Guards: captioning scored without a judge model; options asked twice; two questions with one id."""
-    records = load_benchmark("tempcompass", ANNOTATIONS)
-    assert [r["id"] for r in records] == [
-        "multi-choice/11/action/0",
-        "multi-choice/11/speed/0",
-        "yes_no/11/action/0",
-        "yes_no/11/action/1",
-        "caption_matching/11/order/0",
-    ]
-    choice, _, yes, _, caption = records
-    assert fields(choice, "problem options") == ["What happens?", ["A. it falls", "B. it flies"]]
-    assert fields(choice, "solution dim path") == ["<answer>B</answer>", "action", "tempcompass/videos/11.mp4"]
-    assert (yes["problem_type"], yes["options"], yes["solution"]) == ("free-form", [], "<answer>yes</answer>")
-    assert "Option 1: It falls." in caption["problem"] and caption["solution"] == "<answer>Option 2: It flies.</answer>"
-
-
-def test_videommmu_tracks_and_question_image(root):
-    """Guards: options without letters; one id for three tracks; a question image lost in sampling."""
-    records = {r["id"]: r for r in load_benchmark("videommmu", root)}
-    assert records["Perception/validation_Biology_901"]["options"] == ["A. a root", "B. a leaf"]
-    assert records["Comprehension/validation_Biology_901"]["solution"] == "<answer>N</answer>"
-    art = records["Adaptation/validation_Art_Theory_7"]
-    maths = records["Adaptation/validation_Math_15"]
-    assert (art["path"], art["last_frame"]) == ("videommmu/Art/validation_Art_Theory_7.mp4", True)
-    assert (maths["path"], maths["problem_type"]) == ("videommmu/Science/validation_Math_15.mp4", "numerical")
-    assert "last_frame" not in records["Perception/validation_Biology_901"]
+def test_videommmu_shows_the_image_of_the_question(root):
+    """Guards: a question without the lecture that is asked although its media are missing, or not asked although they
+    are there; an image file of the annotation that is not appended.
+    """
     (root / "videommmu/question_only").mkdir()
-    only = [r for r in load_benchmark("videommmu", root) if r["task"] == "question_only"]
-    assert [r["path"] for r in only] == [
-        "videommmu/question_only/validation_Art_Theory_7_image.mp4",
-        "videommmu/question_only/validation_Math_15_image.mp4",
-    ]
-
-
-def test_videommmu_question_image_given_as_a_file(root):
-    """Guards: an image file of the annotation that is not appended."""
     touch(root / "videommmu/images/q.png")
     table = read("videommmu/data/adaptation_video.json")
     table["Adaptation"]["0"]["image"] = "images/q.png"
     write(root / "videommmu/data/adaptation_video.json", table)
-    record = load_benchmark("videommmu", root)[2]
-    assert record["image_path"] == "videommmu/images/q.png" and "last_frame" not in record
+    records = load_benchmark("videommmu", root)
+    assert records[2]["image_path"] == "videommmu/images/q.png" and "last_frame" not in records[2]
+    only = [record["path"] for record in records if record["task"] == "question_only"]
+    names = ("validation_Art_Theory_7", "validation_Math_15")
+    assert only == [f"videommmu/question_only/{name}_image.mp4" for name in names]
 
 
-def test_mmvu_and_videomme(root):
-    """Guards: open questions scored as letters; missing group keys; .MP4 and .mkv files that are not found."""
-    choice, open_ended = load_benchmark("mmvu", root)
-    assert fields(choice, "solution task path") == ["<answer>E</answer>", "Physics", "mmvu/videos/Physics/3.mp4"]
-    assert choice["options"][4] == "E. all"
-    assert open_ended["unscored"] and open_ended["options"] == [] and "unscored" not in choice
+def test_videomme_finds_other_endings_and_missing_media_are_listed_once(root):
+    """Guards: .MP4 and .mkv files that are not found; a score over fewer videos than stated."""
     touch(root / "videomme/data/yt2.mkv")
-    first, second = load_benchmark("videomme", root)
-    assert (first["path"], second["path"]) == ("videomme/data/yt1.mp4", "videomme/data/yt2.mkv")
-    assert fields(first, "task duration domain sub_category") == ["Counting", "short", "Sports", "Tennis"]
+    records = load_benchmark("videomme", root)
+    assert missing_media(records + records, root) == ["videomme/data/yt1.mp4"]
 
 
 def test_parquet_gives_the_same_records(tmp_path):
@@ -210,7 +210,7 @@ def test_parquet_gives_the_same_records(tmp_path):
     write_parquet(other / "vsibench/test-00000-of-00001.parquet", read("vsibench/test.jsonl"))
     write_parquet(other / "videomme/videomme/test-00000-of-00001.parquet", VIDEOMME)
     for form in ("multi-choice", "yes_no", "caption_matching", "captioning"):
-        rows = tempcompass.flatten(read(f"tempcompass/questions/{form}.json"))
+        rows = benchmarks.flatten(read(f"tempcompass/questions/{form}.json"), tempcompass.KEYS)
         for row in rows:
             del row["index"]
         write_parquet(other / f"tempcompass/{form}/test-00000-of-00001.parquet", rows)
@@ -238,14 +238,12 @@ def test_video_r1_eval_json_is_read_without_official_files(tmp_path):
     "name, file, change, message",
     [
         ("vsibench", "test.jsonl", {"question_type": "colour"}, "question_type: expected one of"),
-        ("vsibench", "test.jsonl", {"ground_truth": "many"}, "solution: not a number"),
         ("vsibench", "test.jsonl", {"scene_name": None}, "scene_name: missing"),
         ("vsibench", "test.jsonl", {"scene_name": "../../../up"}, "leaves the data root"),
-        ("mvbench", "json/action_sequence.json", {"answer": "He flew."}, "not among the candidates"),
+        ("mvbench", "json/action_sequence.json", {"answer": "He flew."}, "answer: expected one of He sat."),
         ("mvbench", "json/action_sequence.json", {"start": "soon"}, "could not convert"),
         ("mmvu", "validation.json", {"answer": "F"}, "answer F is not among the options"),
         ("mmvu", "validation.json", {"choices": ["x"]}, "list"),
-        ("videomme", "test.jsonl", {"duration": ""}, "duration: missing"),
         ("videomme", "test.jsonl", {"question_id": "001-2"}, "id '001-2' is used twice, first in"),
     ],
 )
@@ -258,27 +256,6 @@ def test_bad_rows_are_named_all_at_once(tmp_path, name, file, change, message):
     assert message in str(error.value) and f"{file}, row 3: expected an object" in str(error.value)
 
 
-def test_records_of_the_benchmarks_made_for_time():
-    """Guards: an answer that is one option off; videos of MVBench's folders; a pair that is taken apart."""
-    localization, direction = load_benchmark("tvbench", ANNOTATIONS)
-    assert fields(direction, "path solution") == ["tvbench/video/moving_direction/m1.mp4", "<answer>B</answer>"]
-    assert (localization["start"], localization["end"], localization["id"]) == (1.0, 9.0, "action_localization/0")
-    (shape,) = load_benchmark("tomato", ANNOTATIONS)
-    assert (shape["id"], shape["task"], shape["solution"]) == ("shape&trend/40", "shape&trend", "<answer>B</answer>")
-    assert (shape["path"], shape["options"][1]) == ("tomato/videos/human/0215-06.mp4", "B. A square.")
-    blind = load_benchmark("timeblind", ANNOTATIONS)
-    assert [record["path"] for record in blind] == [f"timeblind/videos/vid_0_{i % 2}.mp4" for i in range(4)]
-    answers = [record["solution"] for record in blind]
-    assert answers == [f"<answer>{answer}</answer>" for answer in ("yes", "no", "B", "A")]
-    assert {record["instance"] for record in blind} == {0} and blind[0]["problem"].endswith("Answer yes or no.")
-    (film,) = load_benchmark("videoholmes", ANNOTATIONS)
-    assert (film["id"], film["task"], film["path"]) == ("dGS48/3", "SR", "videoholmes/videos_cropped/dGS48.mp4")
-    assert film["options"] == ["A. a brother", "B. a thief", "C. nobody"]
-    # the files of VSI-Bench and of its debiased part lie in one folder
-    (debiased,) = load_benchmark("vsibench_debiased", ANNOTATIONS)
-    assert (debiased["path"], debiased["benchmark"]) == ("vsibench/arkitscenes/777.mp4", "vsibench_debiased")
-
-
 DIRECTION = read("tvbench/json/moving_direction.json")[0]
 SHAPE = read("tomato/data/shape&trend.json")["40"]
 PAIR = read("timeblind/data.jsonl")[0]
@@ -288,8 +265,7 @@ FILM = read("videoholmes/test_Video-Holmes.json")[0]
 @pytest.mark.parametrize(
     "name, file, content, message",
     [
-        ("tvbench", "json/moving_count.json", [DIRECTION], "no task of TVBench is called"),
-        ("tvbench", "json/moving_direction.json", [DIRECTION | {"answer": "x"}], "not among"),
+        ("tvbench", "json/moving_count.json", [DIRECTION], "task: expected one of action_antonym"),
         ("tomato", "data/count.json", {"1": SHAPE | {"answer": 3}}, "the number of an option"),
         ("tomato", "data/count.json", {"1": SHAPE | {"answer": "B"}}, "the number of an option"),
         ("tomato", "data/count.json", [1], "not in this benchmark's format"),
@@ -332,21 +308,10 @@ def test_timeblind_counts_instances_with_four_right_answers():
     assert score_answer(letter) == (1.0, True)
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [("mmvu", "looked for validation.json, eval_mmvu.json"), ("activitynet", "no benchmark 'activitynet'")],
-)
-def test_without_files_the_message_names_them(tmp_path, name, message):
+def test_without_files_the_message_names_them(tmp_path):
     """Guards: a traceback instead of what was looked for."""
-    with pytest.raises(UserError, match=message):
-        load_benchmark(name, tmp_path)
-
-
-def test_missing_media_are_listed_once(root):
-    """Guards: a score over fewer videos than stated."""
-    records = load_benchmark("videomme", root)
-    touch(root / "videomme/data/yt1.mp4")
-    assert missing_media(records + records, root) == ["videomme/data/yt2.mp4"]
+    with pytest.raises(UserError, match="looked for validation.json, eval_mmvu.json"):
+        load_benchmark("mmvu", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- one answer
@@ -366,140 +331,98 @@ def row(benchmark, prediction, truth, kind="multiple choice", task="t", row_id="
 
 
 @pytest.mark.parametrize(
-    "prediction, answer",
+    "answer, predictions",
     [
-        ("<think>A</think>\n<answer> B </answer>", "B"),
-        (" B\n", "B"),
-        ("3.5", "3.5"),
-        ("", ""),
-        (None, ""),
-        ("<answer></answer>", ""),
-        ("<think>it is B", ""),
-        ("<think>B</think>", ""),
-        ("<answer>B", ""),
+        ("B", ["<think>A</think>\n<answer> B </answer>", " B\n"]),
+        ("", ["", None, "<answer></answer>", "<think>it is B", "<think>B</think>", "<answer>B"]),
     ],
 )
-def test_the_answer_in_a_prediction(prediction, answer):
+def test_the_answer_in_a_prediction(answer, predictions):
     """Guards: an unfinished chain of thought read as an answer; an answer without tags read as none."""
-    assert answer_of(prediction) == answer
+    assert [answer_of(prediction) for prediction in predictions] == [answer] * len(predictions)
 
 
 @pytest.mark.parametrize(
-    "prediction, truth, score",
+    "score, truth, predictions",
     [
-        ("3", 4, 0.6),
-        ("3", 2, 0.1),
-        ("4", 4, 1.0),
-        ("<answer>4 chairs in the room</answer>", 4, 1.0),
-        ("four", 4, 0.0),
-        ("nan", 4, 0.0),
-        ("", 4, 0.0),
-        ("0", 4, 0.0),
-        ("6", 4, 0.1),
-        ("3.8", 4, 1.0),
+        (1.0, 4, ["4", "3.8", "<answer>4 chairs in the room</answer>"]),
+        (0.6, 4, ["3"]),
+        (0.1, 4, ["6"]),
+        (0.1, 2, ["3"]),
+        (0.0, 4, ["0", "four", "nan", ""]),
     ],
 )
-def test_vsi_numbers_and_ties(prediction, truth, score):
+def test_vsi_numbers_and_ties(score, truth, predictions):
     """Guards: the rule for ties: |3-2|/2 = .5 counts for t = .50 (<=), with < it is 0; |3-4|/4 = .25 counts six times,
     with < five.
     """
-    assert score_prediction(row("vsibench", prediction, truth, "regression", "object_counting")) == score
+    for prediction in predictions:
+        assert score_prediction(row("vsibench", prediction, truth, "regression", "object_counting")) == score
 
 
 @pytest.mark.parametrize("benchmark", ["vsibench", "mvbench", "mmvu", "videomme", "videommmu", "mine"])
-@pytest.mark.parametrize(
-    "prediction, score",
-    [
-        ("B", 1),
-        ("b", 1),
-        ("(B) left", 1),
-        ("<answer>B.</answer>", 1),
-        ("A", 0),
-        ("A or B", 0),
-        ("", 0),
-        (None, 0),
-        ("After B", 0),
-    ],
-)
-def test_letters(benchmark, prediction, score):
+def test_letters(benchmark):
     """Guards: MVBench's official rule, by which an empty answer is correct; Video-MME's, which reads A in After."""
-    assert score_prediction(row(benchmark, prediction, "B", task="object_rel_distance")) == score
+    for prediction in ("B", "b", "(B) left", "<answer>B.</answer>"):
+        assert score_prediction(row(benchmark, prediction, "B", task="object_rel_distance")) == 1
+    for prediction in ("A", "A or B", "", None, "After B"):
+        assert score_prediction(row(benchmark, prediction, "B", task="object_rel_distance")) == 0
+
+
+OPTION = "Option 2: It flies."
 
 
 @pytest.mark.parametrize(
-    "form, prediction, truth, score",
+    "form, truth, right, wrong, unread",
     [
-        ("multi-choice", "B", "B", 1),
-        ("multi-choice", "B. it flies", "B", 1),
-        ("multi-choice", "B) it", "B", 1),
-        ("multi-choice", "(B)", "B", 0),
-        ("multi-choice", "b", "B", 0),
-        ("multi-choice", "Because", "B", 0),
-        ("multi-choice", "A.", "B", 0),
-        ("yes_no", "Yes, it does", "yes", 1),
-        ("yes_no", "no.", "no", 1),
-        ("yes_no", "Not sure", "no", 1),
-        ("yes_no", "It does", "yes", 0),
-        ("yes_no", "It does not", "no", 0),
-        ("yes_no", "", "no", 0),
-        ("caption_matching", "Option 2: It flies.", "Option 2: It flies.", 1),
-        ("caption_matching", "It flies.", "Option 2: It flies.", 1),
-        ("caption_matching", "Option 2", "Option 2: It flies.", 1),
-        ("caption_matching", "2.", "Option 2: It flies.", 1),
-        ("caption_matching", "B", "Caption B: It flies.", 1),
-        ("caption_matching", "2) It flies.", "Option 2: It flies.", 1),
-        ("caption_matching", "option 2", "Option 2: It flies.", 0),
-        ("caption_matching", "(2)", "Option 2: It flies.", 0),
-        ("caption_matching", "1", "Option 2: It flies.", 0),
-        ("caption_matching", "Option 1", "Option 2: It flies.", 0),
+        ("multi-choice", "B", ["B", "B. it flies", "B) it"], ["A."], ["(B)", "b", "Because"]),
+        ("yes_no", "yes", ["Yes, it does"], ["no"], ["It does"]),
+        ("yes_no", "no", ["no.", "Not sure"], ["yes"], ["It does not", ""]),
+        ("caption_matching", OPTION, [OPTION, "It flies.", "Option 2", "2.", "2) It flies."], ["1", "Option 1"], []),
+        ("caption_matching", OPTION, [], [], ["option 2", "(2)", "neither"]),
+        ("caption_matching", "Caption B: It flies.", ["B"], [], []),
     ],
 )
-def test_tempcompass_rules(form, prediction, truth, score):
-    """Guards: rules that are more lenient than the official ones (case, brackets), or ROUGE instead of them."""
+def test_tempcompass_rules(form, truth, right, wrong, unread):
+    """Guards: rules that are more lenient than the official ones (case, brackets), or ROUGE instead of them; a wrong
+    answer counted as unreadable.
+    """
     kind = "multiple choice" if form == "multi-choice" else "free-form"
-    assert score_prediction(row("tempcompass", prediction, truth, kind, form)) == score
+    problem = "Which caption fits?\nOption 1: It falls.\nOption 2: It flies.\nCaption B: It flies."
+    for predictions, result in ((right, (1, True)), (wrong, (0, True)), (unread, (0, False))):
+        for prediction in predictions:
+            assert score_answer(row("tempcompass", prediction, truth, kind, form, problem=problem)) == result
 
 
 @pytest.mark.parametrize(
-    "answer, truth, score",
+    "truth, right, wrong",
     [
-        ("3.5", "3.5", 1),
-        ("The answer is 3.5", "3.5", 1),
-        ("4, not 5", "5", 1),
-        ("3.504", "3.5", 1),
-        ("3.51", "3.5", 0),
-        (".3", "0.3", 0),
-        ("so .3 apples", "0.3", 1),
-        ("1,000", "1000", 1),
-        ("x = 12", "12", 1),
-        ("1e3 m", "1000", 1),
-        ("-4", "4", 0),
-        ("", "4", 0),
-        ("D", "D", 1),
-        ("Dog", "D", 0),
-        ("it is D", "D", 1),
-        ("3.43", "['3.429']", 1),
-        ("7", "['3.429']", 0),
-        ("nan", "4", 0),
-        ("12", "2", 0),
+        ("3.5", ["3.5", "The answer is 3.5", "3.504"], ["3.51"]),
+        ("5", ["4, not 5"], []),
+        ("0.3", ["so .3 apples"], [".3"]),
+        ("1000", ["1,000", "1e3 m"], []),
+        ("12", ["x = 12"], []),
+        ("2", [], ["12"]),
+        ("4", [], ["-4", "", "nan"]),
+        ("D", ["D", "it is D"], ["Dog"]),
+        ("['3.429']", ["3.43"], ["7"]),
     ],
 )
-def test_mmmu_open_rule(answer, truth, score):
+def test_mmmu_open_rule(truth, right, wrong):
     """Guards: open answers scored as strictly as letters; a number found inside another one."""
-    assert mmmu_open(answer, truth) == score
     kind = "numerical" if truth.replace(".", "").isdigit() else "free-form"
-    assert score_prediction(row("videommmu", answer, truth, kind, "Adaptation")) == score
+    for answer in right + wrong:
+        assert score_prediction(row("videommmu", answer, truth, kind, "Adaptation")) == (answer in right)
 
 
-def test_other_benchmarks_are_scored_as_in_training():
+@pytest.mark.parametrize(
+    "kind, answer, truth",
+    [("free-form", "a red cat", "the red cat"), ("regression", "3", "4"), ("OCR", "EXIT", "EXIT now")],
+)
+def test_other_benchmarks_are_scored_as_in_training(kind, answer, truth):
     """Guards: an accuracy that differs from that of rewards.py."""
-    for kind, answer, truth in (
-        ("free-form", "a red cat", "the red cat"),
-        ("regression", "3", "4"),
-        ("OCR", "EXIT", "EXIT now"),
-    ):
-        want = accuracy_reward(f"<answer>{answer}</answer>", f"<answer>{truth}</answer>", kind)
-        assert 0 < want < 1 and score_prediction(row("mine", answer, truth, kind)) == want
+    want = accuracy_reward(f"<answer>{answer}</answer>", f"<answer>{truth}</answer>", kind)
+    assert 0 < want < 1 and score_prediction(row("mine", answer, truth, kind)) == want
 
 
 # -------------------------------------------------------------------------------------------------------- summaries
@@ -525,20 +448,12 @@ def test_vsi_is_the_mean_of_eight_tasks_and_nothing_else():
         "obj_appearance_order": [1],
     }
     rows = rows_of("vsibench", plan)
-    for task, guess in (
-        ("object_counting", "3"),
-        ("object_abs_distance", "4"),
-        ("object_size_estimation", "x"),
-        ("room_size_estimation", "2"),
-    ):
-        # .6, 1, 0, and .1
-        rows.append(row("vsibench", guess, 4, "regression", task, task))
+    # their scores are .6, 1, 0, and .1
+    guesses = {"object_counting": 3, "object_abs_distance": 4, "object_size_estimation": "x", "room_size_estimation": 2}
+    rows += [row("vsibench", str(guess), 4, "regression", task, task) for task, guess in guesses.items()]
     summary = benchmark_scores(rows)["vsibench"]
-    # 56.67
+    # over all questions it would be 58.0, over ten types 52.0
     assert summary["score"] == pytest.approx((100 + 100 / 3 + 50 + 100 + 60 + 100 + 0 + 10) / 8)
-    micro = 100 * (7 + 1.7) / 15
-    ten = (100 + 100 + 0 + 0 + 50 + 100 + 60 + 100 + 0 + 10) / 10
-    assert abs(summary["score"] - micro) > 1 and abs(summary["score"] - ten) > 1
     assert summary["score_video_r1"] == pytest.approx((100 * 7 / 11 + 100 * 1.7 / 4) / 2)
     assert (summary["n"], summary["tasks"], summary["answered"], summary["unparsed"]) == (15, 8, 15, 1 / 15)
     assert summary["by_task"]["object_rel_direction_medium"] == {"score": 0, "se": 0, "n": 2}
@@ -562,10 +477,7 @@ def test_mvbench_is_correct_over_total():
     assert (summary["score"], summary["n"], summary["clipped"]) == (75, 4, 0)
     # sd 50, over the root of 4
     assert summary["se"] == pytest.approx(25)
-    assert summary["by_task"] == {
-        "action_count": {"score": 0, "n": 1, "se": None},
-        "state_change": {"score": 100, "n": 3, "se": 0},
-    }
+    assert summary["by_task"]["action_count"] == {"score": 0, "n": 1, "se": None}
 
 
 def test_tempcompass_is_pooled_over_three_formats():
@@ -579,92 +491,58 @@ def test_tempcompass_is_pooled_over_three_formats():
     ]
     summary = benchmark_scores(rows)["tempcompass"]
     assert (summary["score"], summary["n"], summary["unscored"]) == (75, 4, ["5"]) and "captioning" in summary["note"]
-    assert {t: p["score"] for t, p in summary["by_task"].items()} == {
-        "caption_matching": 100,
-        "multi-choice": 100,
-        "yes_no": 50,
-    }
-    assert {d: p["score"] for d, p in summary["by_dim"].items()} == {"order": 100, "speed": 50}
+    assert [part["score"] for part in summary["by_task"].values()] == [100, 100, 50]
+    assert [part["score"] for part in summary["by_dim"].values()] == [100, 50]
     assert summary["by_task"]["yes_no"]["by_dim"]["speed"]["score"] == 0
 
 
 def test_videommmu_tracks_and_knowledge_gain():
-    """Guards: question-only answers in the score; a gain in points instead of a share of what was left."""
+    """Guards: question-only answers in the score; a gain in points instead of a share of what was left; a gain of 33 %
+    without its error of 45.
+    """
     plan = {"Perception": [1, 1], "Comprehension": [1, 0, 0, 0], "Adaptation": [1, 1, 0, 0]}
-    summary = benchmark_scores(rows_of("videommmu", plan))["videommmu"]
-    assert (
-        summary["score"] == pytest.approx((100 + 25 + 50) / 3)
-        and summary["n"] == 10
-        and "delta_knowledge" not in summary
-    )
-    for before, gain in (([1, 0, 0, 0, 0], 100 * (50 - 20) / 80), ([1, 1, 1, 0], -100.0), ([1], None)):
+    assert "delta_knowledge" not in benchmark_scores(rows_of("videommmu", plan))["videommmu"]
+    for before, gain in (([1, 0, 0, 0], 100 * 25 / 75), ([1, 1, 1, 0], -100), ([1], None)):
         summary = benchmark_scores(rows_of("videommmu", plan | {"question_only": before}))["videommmu"]
-        assert summary["delta_knowledge"] == (gain if gain is None else pytest.approx(gain))
-        assert summary["score"] == pytest.approx(175 / 3) and summary["n"] == 10
-
-
-def test_knowledge_gain_has_a_standard_error():
-    """Guards: a gain of 20 % without its error of 60."""
-    # after 50 ± 28.87, before 25 ± 25
-    rows = rows_of("videommmu", {"Adaptation": [1, 1, 0, 0], "question_only": [1, 0, 0, 0]})
-    part = benchmark_scores(rows)["videommmu"]
-    assert part["delta_knowledge"] == pytest.approx(100 * 25 / 75)
-    assert part["se_delta_knowledge"] == pytest.approx(100 / 75 * math.hypot(28.8675, 25 * 50 / 75), abs=1e-3)
-
-
-def test_mmvu_lists_open_questions_as_unscored():
-    """Guards: open answers in the denominator or scored by ROUGE."""
-    rows = rows_of("mmvu", {"Physics": [1, 0]}) + [row("mmvu", "friction", "friction", "free-form", "Physics", "open")]
-    summary = benchmark_scores(rows)["mmvu"]
-    assert (summary["score"], summary["n"], summary["unscored"]) == (
-        50,
-        2,
-        ["open"],
-    ) and "multiple choice only" in summary["note"]
+        assert (summary["score"], summary["n"]) == (pytest.approx((100 + 25 + 50) / 3), 10)
+        assert summary["delta_knowledge"] == pytest.approx(gain)
+        if gain and gain > 0:
+            # after 50 ± 28.87, before 25 ± 25
+            expected = 100 / 75 * math.hypot(28.8675, 25 * 50 / 75)
+            assert summary["se_delta_knowledge"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_videomme_breakdowns():
     """Guards: a breakdown by the wrong key."""
-    rows = [
-        {**r, "duration": d, "domain": "Sports", "sub_category": s}
-        for r, d, s in zip(rows_of("videomme", {"Counting": [1, 0], "OCR": [1]}), ("short", "long", "long"), "xxy")
-    ]
+    rows = rows_of("videomme", {"Counting": [1, 0], "OCR": [1]})
+    for answer, duration, kind in zip(rows, ("short", "long", "long"), "xxy"):
+        answer |= {"duration": duration, "domain": "Sports", "sub_category": kind}
     summary = benchmark_scores(rows)["videomme"]
-
-    def scores(key):
-        return {k: p["score"] for k, p in summary[key].items()}
-
-    assert summary["score"] == pytest.approx(200 / 3) and scores("by_task") == {"Counting": 50, "OCR": 100}
-    assert scores("by_duration") == {"short": 100, "long": 50} and scores("by_sub_category") == {"x": 50, "y": 100}
-    assert summary["by_domain"]["Sports"]["n"] == 3
-
-
-def test_empty_answers_stay_in_the_denominator():
-    """Guards: empty or unreadable answers that are dropped (Video-MME, VideoMMMU, lmms-eval's MVBench)."""
-    rows = [
-        row("videomme", text, "B", row_id=str(i)) for i, text in enumerate(["B", "", None, "<think>B", "hard to say"])
-    ]
-    summary = benchmark_scores(rows)["videomme"]
-    assert (summary["score"], summary["n"], summary["answered"], summary["unparsed"]) == (20, 5, 2, 0.8)
+    expected = {
+        "by_task": {"Counting": 50, "OCR": 100},
+        "by_duration": {"short": 100, "long": 50},
+        "by_domain": {"Sports": pytest.approx(200 / 3)},
+        "by_sub_category": {"x": 50, "y": 100},
+    }
+    for key, scores in expected.items():
+        assert {name: part["score"] for name, part in summary[key].items()} == scores
 
 
 def test_answers_are_counted_as_cut_off_and_as_read_leniently(capsys):
-    """Guards: a score that hides that half of the answers were cut off, or that other harnesses could not read them; an
-    unanswered question that counts as wrong or is not counted.
+    """Guards: a score that hides that half of the answers were cut off, or that other harnesses could not read them;
+    empty or unreadable answers that are dropped (Video-MME, VideoMMMU, lmms-eval's MVBench); an unanswered question
+    that counts as wrong or is not counted.
     """
-    texts = {
-        "strict": "<think>x</think><answer>B</answer>",
-        "bracket": "<answer>(B)</answer>",
-        "bare": "B",
-        "unread": "<answer>A or B</answer>",
-    }
-    rows = [row("mvbench", text, "B", row_id=name, truncated=name == "bare") for name, text in texts.items()]
+    # written as asked, read leniently (two), and unread (five)
+    texts = ["<think>x</think><answer>B</answer>", "<answer>(B)</answer>", "B"]
+    texts += ["<answer>A or B</answer>", "hard to say", "", None, "<think>B"]
+    rows = [row("mvbench", text, "B", row_id=i, truncated=text == "<think>B") for i, text in enumerate(texts)]
     summary = benchmark_scores([*rows, {"benchmark": "mvbench", "id": 9, "error": "cannot be read"}])
     part = summary["mvbench"]
-    assert (part["score"], part["n"], part["unusable"]) == (75, 4, ["9"])
-    assert (part["lenient"], part["unparsed"], part["truncated"]) == (0.5, 0.25, 0.25)
+    assert (part["score"], part["n"], part["answered"], part["unusable"]) == (37.5, 8, 5, ["9"])
+    assert (part["lenient"], part["unparsed"], part["truncated"]) == (0.25, 0.625, 0.125)
     print_table(summary)
-    assert re.search(r"\| mvbench +\| +4 \| +25.0% +\| +50.0% \| +25.0% \| +1 \|", capsys.readouterr().out)
+    assert re.search(r"\| mvbench +\| +8 \| +62.5% +\| +25.0% \| +12.5% \| +1 \|", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -680,52 +558,30 @@ def test_a_number_is_written_as_asked_between_tags_and_alone(text, strict):
 
 def test_join_fills_bare_rows():
     """Guards: bare rows scored with another question's solution; unknown ids that are ignored."""
-    bare = [
-        # what a row has wins
-        {"benchmark": "vsibench", "id": 0, "prediction": "3", "data_source": "mine"},
-        {"benchmark": "tempcompass", "id": "yes_no/11/action/1", "prediction": "no"},
-        {"benchmark": "videommmu", "id": "question_only/validation_Math_15", "prediction": "3.5"},
-        {"benchmark": "videommmu", "id": "validation_Math_15", "task": "Adaptation", "prediction": "1"},
-        {"benchmark": "mmvu", "id": "validation_1", "prediction": "friction"},
-        row("mine", "B", "B"),
-    ]
-    joined = join_annotations(bare, ANNOTATIONS)
-    assert joined[-1] == bare[-1]
-    assert fields(joined[0], "prediction data_source task") == ["3", "mine", "object_counting"]
-    summary = benchmark_scores(joined)
-    assert {name: part["score"] for name, part in summary.items()} == {
-        "vsibench": 60,
-        "tempcompass": 100,
-        "videommmu": 0,
-        "mmvu": None,
-        "mine": 100,
-    }
-    assert summary["videommmu"]["delta_knowledge"] is None and summary["mmvu"]["unscored"] == ["validation_1"]
+    # what a row has wins
+    bare = {"benchmark": "vsibench", "id": 0, "prediction": "3", "data_source": "mine"}
+    by_track = {"benchmark": "videommmu", "id": "validation_Math_15", "task": "Adaptation", "prediction": "1"}
+    whole = row("mine", "B", "B")
+    first, second, third = join_annotations([bare, by_track, whole], ANNOTATIONS)
+    assert fields(first, "prediction data_source task") == ["3", "mine", "object_counting"]
+    assert fields(second, "id solution") == ["validation_Math_15", "<answer>3.5</answer>"] and third == whole
     with pytest.raises(UserError, match="2 predictions are of no question in .*: vsibench 77, vsibench 'x'"):
-        join_annotations([bare[0], {**bare[0], "id": 77}, {**bare[0], "id": "x"}], ANNOTATIONS)
-
-
-def test_caption_answers_that_name_the_other_line_are_read():
-    """Guards: a wrong answer counted as unreadable."""
-    rows = [
-        {"benchmark": "tempcompass", "id": "caption_matching/11/order/0", "prediction": text}
-        for text in ("1", "neither")
-    ]
-    assert [benchmark_scores(join_annotations([r], ANNOTATIONS))["tempcompass"]["unparsed"] for r in rows] == [0, 1]
+        join_annotations([bare, {**bare, "id": 77}, {**bare, "id": "x"}], ANNOTATIONS)
+    with pytest.raises(UserError, match="no benchmark 'None': vsibench"):
+        join_annotations([{**bare, "benchmark": "mine"}, {"id": 2}], ANNOTATIONS)
 
 
 def test_table_marks_published_scores(capsys):
     """Guards: published numbers without a label; a table that fails for an empty or unknown benchmark."""
     rows = rows_of("vsibench", {"route_planning": [1, 0]}) + rows_of("mine", {"t": [1]})
     rows.append(row("mmvu", "x", "y", "free-form", "Physics"))
-    print_table(benchmark_scores(rows) | {"settings": {"seed": 0}})
+    print_table(benchmark_scores(rows))
     out = capsys.readouterr().out
     assert "published" in out.splitlines()[0]
     for text in ("34.6/35.8/37.1", "1 of 8 tasks", "1 unscored"):
         assert text in out
     line = next(line for line in out.splitlines() if line.startswith("| vsibench"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["2", "50.0 ± 50.0"]
-    assert benchmarks.PUBLISHED["GPT-4o"]["videomme"] == (71.9,)
 
 
 # --------------------------------------------------------------------------------------------------- orders of frames
@@ -839,38 +695,23 @@ def test_bare_answers_are_joined_with_the_official_files(tmp_path, capsys):
     assert len(summaries["full"]) == len(N_QUESTIONS) and capsys.readouterr().out.count("published scores:") == 3
 
 
-def test_bare_rows_of_an_unknown_benchmark_are_an_error():
-    """Guards: a traceback, or a search in the files of another benchmark."""
-    with pytest.raises(UserError, match="no benchmark None, mine: vsibench"):
-        join_annotations([{"benchmark": "mine", "id": 1, "prediction": "B"}, {"id": 2}], ANNOTATIONS)
-
-
 GOOD = row("mvbench", "B", "B", row_id="x")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
+        (None, "predictions.jsonl: cannot read"),
         ("", "no records in this file"),
         (b"\xe9\xff\n", "not UTF-8"),
-        ('{"a": 1}\n{nope\n', "line 2: not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ([GOOD, GOOD], "row 2: mvbench 'x' is used twice, first in row 1"),
-        ([GOOD | {"id": 1}, GOOD | {"id": "1"}], "row 2: mvbench '1' is used twice"),
-        (
-            [GOOD, 3, GOOD | {"task": 3}],
-            "2 of 3 predictions are bad:\n  row 2: expected a prediction, got 3\n  row 3: ",
-        ),
+        ([GOOD | {"id": 1}, GOOD | {"id": "1"}], "row 2: mvbench '1' is used twice, first in row 1"),
+        ([GOOD, 3, GOOD | {"task": 3}], "row 2: expected a prediction, got 3\n  row 3: task: expected text, got 3"),
         ([GOOD | {"benchmark": ["a"]}], "benchmark: expected text"),
-        ([GOOD | {"task": 3}], "task: expected text, got 3"),
         ([GOOD | {"prediction": {"a": 1}}], "prediction: expected text"),
         ([GOOD | {"options": 5}], "options: expected a list"),
         ([GOOD | {"frames": "sideways"}], "frames: expected one of ordered, shuffled, reversed, single, blind"),
         ([GOOD | {"problem_type": "maths"}], "problem_type: expected one of"),
-        ([GOOD | {"solution": 4}], "solution: expected text"),
-        ([GOOD | {"solution": ""}], "solution: missing"),
         ([GOOD | {"solution": "<answer>B"}], "no answer in"),
-        ([GOOD | {"path": 7}], "path: expected text"),
         ([{"benchmark": "mvbench", "id": 1, "prediction": "B"}], "join the official files with --annotations"),
         ([{k: v for k, v in GOOD.items() if k != "id"}], "id: missing"),
         ([GOOD | {"frames": order} for order in ("ordered", "blind", "blind")], "row 3: mvbench 'x' is used twice"),
@@ -883,14 +724,8 @@ def test_bad_prediction_files_are_one_clear_error(tmp_path, content, message):
         file.write_bytes(content)
     elif isinstance(content, str):
         file.write_text(content)
-    else:
+    elif content:
         write(file, content)
     with pytest.raises(UserError) as error:
         main([str(file)])
     assert message in str(error.value) and not (tmp_path / "summary.json").exists()
-
-
-def test_a_file_of_answers_that_is_not_there_is_one_clear_error():
-    """Guards: a traceback."""
-    with pytest.raises(UserError, match="nowhere.jsonl: cannot read"):
-        main(["nowhere.jsonl"])

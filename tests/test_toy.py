@@ -151,8 +151,7 @@ def test_tokenizer_is_lossless_and_tags_are_single_tokens(world):
     for text in ("<think>the disc moves left.</think>\n<answer>B</answer>", "é 漢 unseen!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     for tag in tiny_model.TAGS:
-        assert len(tokenizer(tag)["input_ids"]) == 1
-    assert len(tokenizer("<answer>B")["input_ids"]) == 2
+        assert len(tokenizer(f"{tag}B")["input_ids"]) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- the command
