@@ -6,12 +6,20 @@ has, because a kill may cut off the last ones) and `settings` (all that the answ
 """
 
 import json
+import re
+from pathlib import Path
 
 from accelerate.utils import gather_object
 
 from support import settings, storage
 
 MERGED = "predictions.jsonl"
+
+
+def files(folder):
+    """The files of this evaluation: predictions.jsonl and predictions.<process>.jsonl, no others."""
+    found = sorted(Path(folder).glob("predictions*.jsonl"))
+    return [file for file in found if re.fullmatch(r"predictions(\.\d+)?\.jsonl", file.name)]
 
 
 def start(accelerator, folder, records, made_with):
@@ -46,7 +54,7 @@ def finish(accelerator, folder, records, made_with, written):
 def read_answers(folder, records, made_with):
     """{index: rows} of the questions with all rows, from the files of all processes. UserError for other files."""
     found = {}
-    for file in sorted(folder.glob("predictions*.jsonl")):
+    for file in files(folder):
         try:
             for row in storage.read_jsonl(file):
                 check_same_evaluation(folder, row, records[row["index"]], made_with)
@@ -66,8 +74,7 @@ def check_same_evaluation(folder, row, record, made_with):
     changed = [f"{name} {value!r}" for name, value in row["settings"].items() if made_with.get(name) != value]
     if changed:
         raise settings.UserError(f"{folder}: has answers made with {', '.join(changed)}; choose another --output_dir")
-    question_fields = ("benchmark", "id", "problem", "options", "solution", "path")
-    if any(row.get(name) != record.get(name) for name in question_fields):
+    if any(row.get(name) != value for name, value in record.items() if name != "process"):
         raise settings.UserError(f"{folder}: has answers to other questions; choose another --output_dir")
 
 
@@ -77,7 +84,7 @@ def merge_files(folder, name, answered):
     for index in sorted(answered):
         rows += answered[index]
     storage.write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-    for file in folder.glob("predictions*.jsonl"):
+    for file in files(folder):
         if file.name != name:
             file.unlink()
     return rows

@@ -61,6 +61,8 @@ def lock_folder(folder):
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise settings.UserError(f"{folder}: another run is using this folder: {file.read().strip()}") from None
+    except OSError as error:
+        print(f"{folder}: this file system has no locks ({error.strerror}): start no second run in this folder")
     held_locks[str(folder)] = file
     with room_on_disk(path):
         file.truncate(0)
@@ -165,7 +167,7 @@ def changes(before, now, cfg):
     if before["records"] != now["records"]:
         found.append(f"the content of {cfg.records} has changed")
     if before["weights"] != now["weights"]:
-        found.append(f"the weights in {cfg.model} have changed")
+        found.append(f"the model in {cfg.model} has changed")
     return found
 
 
@@ -214,7 +216,10 @@ def save_checkpoint(accelerator, cfg, step, state):
             storage.replace_folder(temporary, folder)
     if accelerator.is_main_process:
         for old in finished_checkpoints(cfg.output_dir)[: -cfg.keep_checkpoints]:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                print(f"{old} cannot be deleted: {error}; {folder} is complete")
     accelerator.wait_for_everyone()
 
 
@@ -227,9 +232,13 @@ def contents(folder):
 def damage(checkpoint):
     """A description of what is wrong with a checkpoint's files; None if nothing is."""
     try:
-        expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError) as error:
-        return f"state.json cannot be read ({error})"
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        step = state["step"]
+        expected = dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"state.json cannot be read ({error!r})"
+    if step != step_of(checkpoint):
+        return f"state.json is of step {step!r}"
     found = contents(checkpoint)
     wrong = [name for name, value in expected.items() if found.get(name) != value]
     return f"{wrong[0]} is missing or not what was written" if wrong else None

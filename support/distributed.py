@@ -23,6 +23,9 @@ from support import settings
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+# Whether accelerate's or torch's launcher started this process: they set these variables.
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
 # FSDP shards each of these layers on its own.
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 # What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
@@ -43,6 +46,8 @@ def make_accelerator(cfg, shard=True):
         del os.environ[name]
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and "LOCAL_RANK" not in os.environ:
+        raise settings.UserError(f"WORLD_SIZE is {processes}, but no launcher started this process: unset it")
     sharded = shard and processes > 1 and (cfg.fsdp == "full_shard" or config_shards)
     if sharded and cfg.lora_rank:
         raise settings.UserError("lora_rank: the accelerate config requests FSDP, but LoRA needs whole weights per GPU")

@@ -398,6 +398,8 @@ def read_picture(path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("not a file")
     with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"{image.n_frames} pictures in one file")
         image = on_white(in_8_bits(ImageOps.exif_transpose(image)))
     check_sides(*image.size)
     return image

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from support import checkpoints, distributed, lora, settings, storage
@@ -34,6 +35,14 @@ def load_processor(cfg):
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
         raise settings.UserError(f"{cfg.model}: no chat template in chat_template.* or tokenizer_config.json")
+    question = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+    try:
+        prompt = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    # a template is a program and may raise anything
+    except Exception as error:
+        raise settings.UserError(f"{cfg.model}: its chat template fails: {error}") from error
+    if "<think>" in prompt:
+        raise settings.UserError(f"{cfg.model}: its chat template opens <think>, which a completion has to do here")
     return processor
 
 
@@ -50,14 +59,20 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
         model.tie_weights()
         model.generation_config = generation_config(base, model.config)
     else:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            base,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=device,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        try:
+            model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                base,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                device_map=device,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            hint = "half a download, or a clone without git-lfs?"
+            raise settings.UserError(f"{base}: its weights cannot be read: {reason:.200}; {hint}") from error
+        refuse_bad_values(base, model)
         refuse_other_tensors(base, report)
         if lora.adapted_layers(model):
             raise settings.UserError(f"{base} is an adapter on the hub; download it, and set model to its folder")
@@ -68,6 +83,19 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
         # these hooks are only for reentrant checkpointing; here they would push gradients through a frozen vision tower
         model.disable_input_require_grads()
     return model
+
+
+def refuse_bad_values(folder, model):
+    """Raise UserError for weights that are not finite, and for a head that the tied embedding would replace."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise settings.UserError(f"{folder}: {name} has values that are not finite")
+    head = model.lm_head.weight
+    embedding = model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and head is not embedding and not torch.equal(head, embedding):
+        raise settings.UserError(
+            f"{folder}: lm_head.weight differs from the embedding, but tie_word_embeddings is true; saving loses it"
+        )
 
 
 def generation_config(model, config):
@@ -102,7 +130,10 @@ def merge_adapter(model, folder):
     # how names of tensors begin in adapters that were made with transformers before 4.52, and how they do now
     older_names = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
     try:
-        wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
+        config = PeftConfig.from_pretrained(folder)
+        if str(getattr(config, "init_lora_weights", "")).startswith(("pissa_niter", "loftq", "corda")):
+            raise ValueError(f"made with init_lora_weights {config.init_lora_weights}; convert it to plain LoRA first")
+        wrapped = PeftModel(model, config)
         report = wrapped.load_adapter(folder, "default", key_mapping=older_names)._asdict()
         refuse_other_tensors(folder, report)
         names = " ".join(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
@@ -191,15 +222,21 @@ def check_model(cfg, stage, made_by=None):
     config = Path(cfg.model) / "config.json"
     if not config.is_file():
         hint = ""
+        if (config.parent / "state.json").is_file():
+            hint = f", but of training; make a model of it with: python -m tools.export {cfg.model} FOLDER"
+            made_by = None
         if made_by:
             hint = f"; make one with: accelerate launch {made_by} --config {settings.given('config', 'CONFIG')}"
         raise settings.UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        described = json.loads(config.read_text(encoding="utf-8"))
+        model_type = described.get("model_type")
     except (ValueError, AttributeError) as error:
         raise settings.UserError(f"{config}: not a model's config: {error}") from None
     if model_type != "qwen2_5_vl":
         raise settings.UserError(f"{stage}.model: {cfg.model} holds a model of type {model_type}, not qwen2_5_vl")
+    if "quantization_config" in described:
+        raise settings.UserError(f"{stage}.model: {cfg.model} is quantized, and such weights cannot be trained")
 
 
 def check_hub(model):

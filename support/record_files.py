@@ -167,6 +167,15 @@ def plain_problem(record):
     return PLACEHOLDER.sub("", record["problem"]).strip()
 
 
+def unique_keys(pairs):
+    """A JSON object as a dict. Raises ValueError if a key occurs twice: Python would keep the last one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} occurs twice in one object")
+    return found
+
+
 def read_rows(path):
     """The list in a JSON file, or the lines of a JSONL file. Raises UserError for any other or an empty file."""
     try:
@@ -180,12 +189,12 @@ def read_rows(path):
     where = path
     try:
         if text.lstrip().startswith("["):
-            rows = json.loads(text)
+            rows = json.loads(text, object_pairs_hook=unique_keys)
         else:
             for number, line in enumerate(text.split("\n"), 1):
                 where = f"{path}, line {number}"
                 if line.strip():
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line, object_pairs_hook=unique_keys))
     except (ValueError, RecursionError) as error:
         raise settings.UserError(f"{where}: not JSON: {error}; expected a list, or one record per line") from None
     if not rows:

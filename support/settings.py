@@ -88,7 +88,7 @@ class TrainConfig(SharedConfig):
     adam_beta1: float = option(0.9, "AdamW beta 1", low=0, high=0.999999)
     adam_beta2: float = option(0.999, "AdamW beta 2", low=0, high=0.999999)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
-    max_grad_norm: float = option(5.0, "gradients are clipped to this norm", low=0)
+    max_grad_norm: float = option(5.0, "gradients are clipped to this norm; 0: never", low=0)
     freeze_vision: bool = option(False, "train the language model only (LoRA always does)")
     lora_rank: int = option(0, "train a LoRA adapter of this rank; 0: train all weights", low=0, high=4096)
     lora_alpha: int = option(32, "the adapter is scaled by alpha / rank", low=1)

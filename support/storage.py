@@ -59,7 +59,7 @@ def sampled_hash(path):
     return digest.hexdigest()[:16]
 
 
-def adapter_chain(model):
+def adapter_chain(model, above=()):
     """[plain checkpoint, adapter, ..., model] if the folder `model` is a LoRA adapter in peft's format, else [model].
 
     Raises UserError for an adapter without a base, and for a model beside an adapter: transformers would load both.
@@ -75,23 +75,33 @@ def adapter_chain(model):
         raise settings.UserError(f"{config}: not the config of an adapter: {error!r}") from None
     if not isinstance(base, str):
         raise settings.UserError(f"{config}: base_model_name_or_path: expected the model below it, got {base!r}")
-    return [*adapter_chain(base), model]
+    if base in (model, *above):
+        raise settings.UserError(f"{config}: base_model_name_or_path: {base} is an adapter on itself")
+    return [*adapter_chain(base, (model, *above)), model]
 
 
 @functools.cache
 def fingerprint(model):
-    """A hash of a model's weights and of those below an adapter, as a path may later hold others; "" for a hub name."""
+    """A hash of a model's files (weights, config, tokenizer, template) and of those below an adapter.
+
+    By it, another model at the same path is noticed. "" for a hub name.
+    """
+    kinds = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
     files = []
     for folder in adapter_chain(model):
-        for pattern in ("*.safetensors", "adapter_config.json", "adapter_model.bin"):
-            files += sorted(Path(folder).glob(pattern))
+        files += sorted(file for file in Path(folder).glob("*") if file.suffix in kinds and file.is_file())
     digest = hashlib.sha256("".join(f"{path.name} {sampled_hash(path)} " for path in files).encode())
     return digest.hexdigest()[:16] if files else ""
 
 
 def read_jsonl(path):
-    """Rows of a JSONL file. An incomplete last line, left by a crash, is ignored (its work is repeated)."""
+    """Rows of a JSONL file that a run wrote. A damaged line is left out, and so is an incomplete last one."""
     if not Path(path).exists():
         return []
-    lines = Path(path).read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"{path}, line {number}: not JSON, left out")
+    return rows

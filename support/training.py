@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import signal
 import time
 from dataclasses import asdict
@@ -124,7 +123,8 @@ class Run:
 
     def clip_gradient(self, model):
         """Clip the gradient to `max_grad_norm`. Returns its norm over all ranks, before clipping."""
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.cfg.max_grad_norm)
+        limit = self.cfg.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def is_finite(self, grad_norm, step):
@@ -195,23 +195,28 @@ def check_batch_size(cfg, ranks):
         raise settings.UserError(f"micro_batch_size {cfg.micro_batch_size} does not divide {share} records per process")
 
 
-def launcher():
-    """The id of the process that launched this one if it is accelerate's or torch's launcher, else None."""
+def is_launcher(process):
+    """Whether a process is accelerate's or torch's launcher, by its first words: a folder may have these names, too."""
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
+        command = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    return os.getppid() if re.search(r"accelerate|torchrun|torch\.distributed", command) else None
+        return False
+    words = command.split("\0")[:3]
+    modules = {"accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch"}
+    return bool(modules & set(words) or {"accelerate", "torchrun"} & {Path(word).name for word in words})
 
 
 class StopSignal:
     """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to save and exit."""
 
     def __init__(self):
-        self.received = False
-        self.launcher = launcher()
-        signal.signal(signal.SIGTERM, self.ask)
-        signal.signal(signal.SIGINT, self.ask)
+        parent = os.getppid()
+        self.launcher = parent if is_launcher(parent) else None
+        # the launcher ended while this process was still importing and loading
+        self.received = distributed.LAUNCHED and parent == 1 and self.launcher is None
+        # HUP: the terminal is gone; USR1: what Slurm's --signal usually sends
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         if self.received and number == signal.SIGINT:

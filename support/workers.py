@@ -55,5 +55,7 @@ def leave_with(parent):
 
 
 def kill_workers():
+    # torch's handler would end this process with an error of its own, after the error that matters
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,0 +1,240 @@
+"""Files and machines of strangers: what was read wrongly, mixed or lost silently is refused or kept, in one line."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from processes import QUIET, ROOT
+from safetensors.torch import load_file, save_file
+
+import policy
+from support import answer_files, checkpoints, distributed, frames, model_files, record_files, storage, training
+from support.settings import SharedConfig, TrainConfig, UserError
+
+
+@pytest.fixture
+def model(world, tmp_path):
+    """A checkpoint that a test may damage."""
+    return shutil.copytree(world / "base", tmp_path / "model")
+
+
+def config_of(model, **values):
+    """Change values of a checkpoint's config.json."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# -------------------------------------------------------------------------------------------------------- model folders
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_is_trained(model):
+    """Guards: an evaluation of NaN weights that prints 0.0 %; a trained model of NaN."""
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    weights[name][0] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name.split('.')[-2]}.* has values that are not finite"):
+        policy.load_policy(SharedConfig(model=str(model)))
+
+
+def test_a_head_of_its_own_under_a_tied_config_is_refused(model):
+    """Guards: a trained head that `final` silently replaces by the embedding."""
+    weights = load_file(model / "model.safetensors")
+    embedding = next(tensor for name, tensor in weights.items() if "embed_tokens" in name)
+    save_file(weights | {"lm_head.weight": embedding + 1}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
+        policy.load_policy(SharedConfig(model=str(model)))
+
+
+@pytest.mark.parametrize("kind", ["pointer", "half"])
+def test_weights_that_are_not_there_are_one_line(model, kind):
+    """Guards: a library's traceback, without a file name, for a clone without git-lfs or half a download."""
+    path = model / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" if kind == "pointer" else whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="model: its weights cannot be read: .*git-lfs"):
+        policy.load_policy(SharedConfig(model=str(model)))
+
+
+def test_quantized_models_and_training_checkpoints_are_named(model, tmp_path):
+    """Guards: a traceback about a missing package; the advice to train again for somebody who only has to export."""
+    config_of(model, quantization_config={"quant_method": "awq"})
+    with pytest.raises(UserError, match="is quantized"):
+        model_files.check_model(SharedConfig(model=str(model)), "sft")
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="python -m tools.export .*checkpoint-3 FOLDER"):
+        model_files.check_model(SharedConfig(model=str(checkpoint)), "evaluate", made_by="tgrpo.py")
+
+
+def test_an_adapter_on_itself_is_one_line(tmp_path):
+    """Guards: a RecursionError."""
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        described = {"base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="is an adapter on itself"):
+        storage.adapter_chain(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    "template, line", [("{{ bos }}<think>", "opens <think>"), ("{% if %}", "its chat template fails")]
+)
+def test_templates_that_no_completion_can_follow_are_refused(model, template, line):
+    """Guards: a format reward that stays 0, because the prompt opens the think block; a template's traceback."""
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=line):
+        model_files.load_processor(SharedConfig(model=str(model)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja", "model.safetensors"])
+def test_each_file_of_a_model_is_part_of_its_identity(model, name):
+    """Guards: answers of two models mixed, or a run resumed with another tokenizer, template or rope base."""
+    before = storage.fingerprint(str(model))
+    path = model / name
+    path.write_bytes(path.read_bytes() + b" ")
+    storage.fingerprint.cache_clear()
+    assert storage.fingerprint(str(model)) != before
+
+
+# ----------------------------------------------------------------------------------------------------- answers and runs
+
+
+def test_only_the_evaluations_own_files_are_read_and_removed(tmp_path):
+    """Guards: a user's predictions_mine.jsonl that is taken for answers and then deleted."""
+    for name in ("predictions.jsonl", "predictions.0.jsonl", "predictions.12.jsonl", "predictions_mine.jsonl"):
+        (tmp_path / name).write_text("")
+    names = [file.name for file in answer_files.files(tmp_path)]
+    assert names == ["predictions.0.jsonl", "predictions.12.jsonl", "predictions.jsonl"]
+
+
+def test_a_question_is_its_whole_record(tmp_path):
+    """Guards: answers about another part of a clip, whose id and text are the same."""
+    record = {"id": 1, "problem": "Which?", "path": "a.mp4", "start": 0, "end": 2, "process": "x"}
+    row = record | {"settings": {}, "end": 3}
+    answer_files.check_same_evaluation(tmp_path, row | {"end": 2, "process": "y"}, record, {})
+    with pytest.raises(UserError, match="answers to other questions"):
+        answer_files.check_same_evaluation(tmp_path, row, record, {})
+
+
+def test_a_damaged_line_costs_that_line(tmp_path, capsys):
+    """Guards: a crash that left NUL bytes in a log, after which the run cannot continue."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n\0\0\0\0\n{"step": 2}\n{"st')
+    assert storage.read_jsonl(path) == [{"step": 0}, {"step": 2}]
+    assert "metrics.jsonl, line 2: not JSON, left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ['{"step": 5, "files": {}}', "{}", "[]", "null", '{"step": 4, "files": 7}'])
+def test_a_checkpoint_whose_state_is_of_another_step_is_damaged(tmp_path, state):
+    """Guards: a resume that skips a step, or that ends at once with a `final`."""
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / "state.json").write_text(state)
+    assert "state.json" in checkpoints.damage(folder)
+    (folder / "state.json").write_text('{"step": 4, "files": {}}')
+    assert checkpoints.damage(folder) is None
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+    """Guards: NFS, Lustre or FUSE on which nothing can be started."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    checkpoints.lock_folder(tmp_path / "out")
+    assert "this file system has no locks (No locks available)" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------- launching
+
+
+def test_world_size_without_a_launcher_is_one_line(monkeypatch):
+    """Guards: a process in a pod that waits silently for hours for a second one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but no launcher started this process"):
+        distributed.make_accelerator(TrainConfig())
+
+
+def test_a_launcher_is_known_by_its_program_and_not_by_a_word(tmp_path):
+    """Guards: a run in a folder named accelerate-runs that stops when the script that started it ends."""
+    sleep = "import time; time.sleep(60)"
+    (tmp_path / "accelerate").write_text(sleep)
+    (tmp_path / "accelerate-runs.py").write_text(sleep)
+    for name, expected in (("accelerate", True), ("accelerate-runs.py", False)):
+        process = subprocess.Popen([sys.executable, tmp_path / name, "launch"])
+        try:
+            assert training.is_launcher(process.pid) is expected, name
+        finally:
+            process.kill()
+            process.wait()
+    assert not training.is_launcher(2**22 + 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_the_end_of_a_terminal_and_slurms_signal_save_like_sigterm(number):
+    """Guards: steps since the last checkpoint that are lost when an ssh session ends."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        stop = training.StopSignal()
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+    finally:
+        for n, handler in kept.items():
+            signal.signal(n, handler)
+
+
+def test_an_error_is_the_last_line_also_with_data_workers():
+    """Guards: a traceback that ends with "DataLoader worker is killed" instead of the error that matters."""
+    code = """
+from types import SimpleNamespace
+from support import workers
+loader = workers.with_workers(list(range(99)), SimpleNamespace(num_workers=2), batch_size=1)
+next(iter(loader))
+raise ValueError("what matters")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=QUIET, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "ValueError: what matters"
+
+
+def test_max_grad_norm_0_does_not_clip():
+    """Guards: gradients scaled to 0, so that nothing is learned, without a word."""
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.grad.clone()
+    clip = torch.nn.utils.clip_grad_norm_
+    run = training.Run.__new__(training.Run)
+    run.cfg = TrainConfig(max_grad_norm=0.0)
+    run.accelerator = type("", (), {"clip_grad_norm_": staticmethod(clip)})
+    assert run.clip_gradient(model) > 1 and torch.equal(model.weight.grad, before)
+
+
+# ---------------------------------------------------------------------------------------------------- records and media
+
+
+@pytest.mark.parametrize("text", ['[{"solution": "A", "solution": "B"}]', '{"solution": "A", "solution": "B"}\n'])
+def test_a_key_twice_in_a_record_is_refused(tmp_path, text):
+    """Guards: a record whose first solution is silently replaced by its second."""
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(UserError, match="the key 'solution' occurs twice"):
+        record_files.read_rows(tmp_path / "r.json")
+
+
+def test_a_file_with_several_pictures_is_no_picture(tmp_path):
+    """Guards: the first picture of an animation shown as if it were all."""
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    with pytest.raises(ValueError, match="2 pictures in one file"):
+        frames.read_picture(tmp_path / "a.gif")
