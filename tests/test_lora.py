@@ -325,6 +325,7 @@ def test_lora_settings_that_cannot_work_are_one_clear_line(tmp_path, monkeypatch
     assert "lora_rank: 8: LoRA needs the whole model on each GPU; set fsdp: none" in str(error.value)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="the accelerate config requests FSDP, but LoRA needs whole weights"):
         distributed.make_accelerator(TrainConfig(lora_rank=8))
 

@@ -84,9 +84,9 @@ def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
 @pytest.mark.parametrize(
     "text, line",
     [
-        (None, "metrics.jsonl: no such file, or nothing is in it"),
-        ("", "metrics.jsonl: no such file, or nothing is in it"),
-        ("{\n{\n", "metrics.jsonl: not JSON lines"),
+        (None, "metrics.jsonl: no such file, or no row in it"),
+        ("", "metrics.jsonl: no such file, or no row in it"),
+        ("{\n{\n", "metrics.jsonl: no such file, or no row in it"),
         ('{"loss": 1}\n', "line 1: this row lacks step"),
         ('{"step": 1, "lr": 1}\n', "none of loss, reward/total"),
     ],

@@ -13,12 +13,9 @@ def parser(doc):
 
 def read_log(path, needed):
     """Rows of a JSONL file of a run. Raises UserError if it has none, or one without all fields in `needed`."""
-    try:
-        rows = storage.read_jsonl(path)
-    except ValueError as error:
-        raise settings.UserError(f"{path}: not JSON lines: {error}") from None
+    rows = storage.read_jsonl(path)
     if not rows:
-        raise settings.UserError(f"{path}: no such file, or nothing is in it")
+        raise settings.UserError(f"{path}: no such file, or no row in it")
     for number, row in enumerate(rows, 1):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
