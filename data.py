@@ -26,7 +26,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch.utils.data import Dataset
 from transformers.video_utils import VideoMetadata
 
@@ -137,15 +136,10 @@ def load_clip(record, path, cfg):
         clip = frames.read_folder(path, choose, record.get("fps"))
     else:
         clip = frames.read_clip(path, choose, cfg.video_reader)
-    frames_FHWC, indices, total, fps = clip
     if picture is not None:
-        height, width = frames_FHWC.shape[1:3]
-        picture_HWC = np.asarray(ImageOps.pad(picture, (width, height)))
-        # one more frame, at the same distance as the others
-        total = total * (1 + 1 / len(indices))
-        indices = [*indices, indices[-1] + 1]
-        frames_FHWC = np.concatenate([frames_FHWC, picture_HWC[None]])
-    return frames_FHWC, VideoMetadata(total_num_frames=total, fps=fps, frames_indices=indices)
+        clip = frames.with_picture(clip, picture)
+    metadata = VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=clip.indices)
+    return clip.frames_FHWC, metadata
 
 
 # ------------------------------------------------------------------------------------------------- orders of the frames

@@ -386,6 +386,15 @@ def read_folder(path, choose, fps=None):
     return Shown(np.stack([np.asarray(still) for still in stills]), indices, total, fps)
 
 
+def with_picture(clip, picture):
+    """A clip with one more frame at the end, the picture, at the same distance as the other frames."""
+    height, width = clip.frames_FHWC.shape[1:3]
+    picture_HWC = np.asarray(ImageOps.pad(picture, (width, height)))
+    frames_FHWC = np.concatenate([clip.frames_FHWC, picture_HWC[None]])
+    total = clip.total * (1 + 1 / len(clip.indices))
+    return Shown(frames_FHWC, [*clip.indices, clip.indices[-1] + 1], total, clip.fps)
+
+
 def natural_order(path):
     """A key that sorts numbers in names by their value: frame_9_t3s.png is before frame_10_t4s.png."""
     pieces = re.split(r"(\d+)", path.stem)
