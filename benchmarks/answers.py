@@ -6,14 +6,13 @@ unreadable answer is wrong (some harnesses drop it, MVBench's counts it as corre
 independent; they are too small if several questions share a video.
 """
 
-import math
 import re
 from itertools import chain
 
 from benchmarks import MODULES, NAMES
 from benchmarks.shared import ORDERS, answer_of, choice_field, mean_score, mean_score_by, text_field
 from rewards import PROBLEM_TYPES, parse_solution
-from support.parsing import extract_answer, number_or_nan, parse_letter
+from support.parsing import extract_answer
 from support.settings import UserError
 
 # fields of the records by which scores are listed beside the tasks
@@ -50,13 +49,14 @@ def is_strict(row):
 
 
 def score_by_type(row, answer, truth):
-    """The rule of most benchmarks: the accuracy reward of the problem type."""
-    problem_type = row["problem_type"]
-    if problem_type == "multiple choice":
-        letter = parse_letter(answer)
-        return float(letter == truth), letter is not None
-    is_readable = problem_type not in ("numerical", "regression") or math.isfinite(number_or_nan(answer))
-    return float(PROBLEM_TYPES[problem_type].accuracy(answer, truth)), is_readable
+    """The rule of most benchmarks: the accuracy reward of the problem type. What could be a truth can be read."""
+    problem_type = PROBLEM_TYPES[row["problem_type"]]
+    try:
+        problem_type.read_truth(answer)
+        is_readable = True
+    except ValueError:
+        is_readable = False
+    return float(problem_type.accuracy(answer, truth)), is_readable
 
 
 def scored_rows(rows):

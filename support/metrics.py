@@ -1,5 +1,6 @@
 """What a step logs: metrics of its groups and micro-batches, and the completions themselves. See docs/metrics.md."""
 
+import re
 from itertools import chain
 
 from accelerate.utils import gather_object
@@ -55,7 +56,7 @@ def of_group(group, cfg, eos):
     rewards_G = sum(group.rewards.values())
     total_G = rewards_G + group.temporal_G if cfg.temporal_target == "reward" else rewards_G
     lengths = [len(completion) for completion in group.completions]
-    problem_type = group.sample.record["problem_type"].replace(" ", "_")
+    problem_type = re.sub(r"[^\w-]", "_", group.sample.record["problem_type"])
     values = {f"reward/{name}": mean(values_G) for name, values_G in group.rewards.items()}
     if group.shuffled_texts:
         values["reward/temporal"] = mean(group.temporal_G)

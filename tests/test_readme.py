@@ -79,13 +79,13 @@ def test_everything_a_page_names_exists(page):
 
 
 def test_the_readme_is_short_and_its_line_counts_are_those_of_the_files():
-    """Guards: a README that grows back into a manual; a reading time computed for an earlier version (5 % at most)."""
+    """Guards: a README that grows back into a manual; line counts of an earlier version (an idea may add 20 %)."""
     assert len(README.encode()) < 10_500
     counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
     assert len(counts) == 5
     for name, lines in counts:
         actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(actual - int(lines)) <= 0.05 * actual, (name, actual)
+        assert abs(actual - int(lines)) <= 0.2 * actual, (name, actual)
 
 
 def test_published_scores_are_equal_in_the_docs_and_in_the_code():
