@@ -62,6 +62,9 @@ class EvalConfig(settings.SharedConfig):
         if not self.orders:
             raise settings.UserError(f"evaluate.orders: empty; choose from {', '.join(ORDERS)}")
         self.orders = [order for order in ORDERS if order in self.orders]
+        if not self.benchmarks and Path(self.records).stem in NAMES:
+            name = Path(self.records).stem
+            raise settings.UserError(f"evaluate.records: {self.records}: {name} is a benchmark's name; rename the file")
         # paths of benchmark records are relative to the benchmarks' folder
         if self.benchmarks:
             self.data_root = self.root
@@ -99,13 +102,13 @@ def load_questions(cfg):
 def load_own_questions(cfg):
     """(questions, bad rows) of the record file cfg.records, whose name becomes that of the benchmark."""
     records, bad_rows = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
-    times = Counter(record["problem_id"] for record in records)
+    times = Counter(str(record["problem_id"]) for record in records)
     questions = []
     for number, record in enumerate(records, 1):
         row_id = record["problem_id"]
-        if times[row_id] > 1:
+        if times[str(row_id)] > 1:
             row_id = f"{row_id} (row {number})"
-        task = record.get("task") or record.get("data_source") or record["problem_type"]
+        task = str(record.get("task") or record.get("data_source") or record["problem_type"])
         questions.append({**record, "benchmark": Path(cfg.records).stem, "task": task, "id": row_id})
     return questions, bad_rows
 

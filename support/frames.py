@@ -107,6 +107,9 @@ def read_clip(path, choose, reader="exact"):
         raise ValueError("a playlist, not a clip")
     frames_FHWC, chosen = read_with_decord(path, choose) if reader == "decord" else read_exactly(path, choose)
     check_sides(*frames_FHWC.shape[1:3])
+    indices, total, _ = chosen
+    if len(set(indices)) == 1 < len(indices) < total:
+        raise ValueError(f"its clock jumps: one of {total} frames is on display at all {len(indices)} moments")
     return Shown(frames_FHWC, *chosen)
 
 
@@ -138,11 +141,13 @@ def open_clip(path):
 def video_stream(container):
     """The first video stream that is not a cover picture. One decoding thread: a DataLoader has enough workers."""
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
-    for stream in container.streams.video:
-        if not stream.disposition & pictures:
-            stream.codec_context.thread_count = 1
-            return stream
-    raise ValueError("no video in this file")
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise ValueError("no video in this file")
+    # what a player shows: the default stream, which need not be the first
+    stream = next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
+    stream.codec_context.thread_count = 1
+    return stream
 
 
 def format_names(container):

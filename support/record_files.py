@@ -22,11 +22,18 @@ REQUIRED_FIELDS = {
 }
 # "frame" is a folder of numbered stills.
 DATA_TYPES = ("video", "image", "frame")
+# What benchmarks and evaluation write into records and answers. In a user's records these fields mean something else.
+RESERVED = set(
+    "benchmark id error image_path last_frame prediction frames frame_order index settings question_rows accuracy "
+    "format answered n_tokens truncated status result duration domain sub_category dim".split()
+)
 # Tokens that mean pixels or turns to the model, not words.
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+# The label of an option: "A. text", "(A) text"
+LABEL = re.compile(r"([A-Z])[.):]|\(([A-Z])\)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # How other formats mark the position of the pixels in a question.
-PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image)>")
+PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image) ?\d*>", re.IGNORECASE)
 
 
 def load_records(parse_solution, path, data_root, max_unreadable=0.0, need_process=False):
@@ -55,10 +62,15 @@ def split_rows(parse_solution, rows, data_root, need_process=False):
     for number, row in enumerate(rows, 1):
         try:
             check_record(parse_solution, row, data_root, need_process)
-            usable[number] = row | {"solution": parsing.tagged_solution(row["solution"])}
+            usable[number] = own_fields(row) | {"solution": parsing.tagged_solution(row["solution"])}
         except ValueError as error:
             reasons[number] = str(error)
     return usable, reasons
+
+
+def own_fields(row):
+    """The row of a user's file. Fields that have a meaning inside this program are kept under another name."""
+    return {f"their_{name}" if name in RESERVED else name: value for name, value in row.items()}
 
 
 def refuse_conversations(path, rows):
@@ -81,6 +93,9 @@ def check_record(parse_solution, row, data_root, need_process):
     parse_solution(row["solution"], row["problem_type"], options)
     if need_process:
         check_process(row.get("process"))
+        solution = parsing.tagged_solution(row["solution"]).strip()
+        if not (solution.startswith("<answer>") and solution.endswith("</answer>")):
+            raise ValueError(f"solution: text outside of the answer block, which SFT would teach: {solution!r:.80}")
     check_times(row)
     media_path(row["path"], data_root)
     picture_path = row.get("image_path")
@@ -106,6 +121,18 @@ def check_question(row):
         raise ValueError(f"options: expected a list of texts, got {options!r:.80}")
     if row["problem_type"] == "multiple choice" and not options:
         raise ValueError("options: a multiple choice question without options")
+    check_labels(options)
+
+
+def check_labels(options):
+    """Raises ValueError for letters of options that the prompt would contradict, and for more than 26 options."""
+    letters = [chr(ord("A") + i) for i in range(len(options))]
+    if len(options) > 26:
+        raise ValueError(f"options: {len(options)} of them, but only 26 letters")
+    labels = [match[1] or match[2] for match in map(LABEL.match, options) if match]
+    misplaced = labels and set(labels) <= set(letters) and labels != letters
+    if misplaced and (len(labels) == len(options) or len(labels) > 1):
+        raise ValueError(f"options: their letters are {', '.join(labels)}, expected {', '.join(letters)} or none")
 
 
 def check_text(name, text):
@@ -124,8 +151,9 @@ def check_process(process):
     if not isinstance(process, str) or not process.strip():
         raise ValueError("process: missing; the SFT stage needs a chain of thought")
     tags = [tag for tag, _, _ in parsing.tags_in(process)]
-    if tags != ["<think>", "</think>"]:
-        raise ValueError(f"process: expected one think block, <think>…</think>, got {process!r:.80}")
+    text = process.strip()
+    if tags != ["<think>", "</think>"] or not (text.startswith("<think>") and text.endswith("</think>")):
+        raise ValueError(f"process: expected one think block and nothing else, <think>…</think>, got {process!r:.80}")
 
 
 def check_times(row):

@@ -2,20 +2,30 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 from processes import QUIET, ROOT
 from safetensors.torch import load_file, save_file
+from test_media import write_clip
 
+import data
+import evaluate
 import policy
+import rewards
 from support import answer_files, checkpoints, distributed, frames, model_files, record_files, storage, training
 from support.settings import SharedConfig, TrainConfig, UserError
 
@@ -174,6 +184,9 @@ def test_a_launcher_is_known_by_its_program_and_not_by_a_word(tmp_path):
     (tmp_path / "accelerate-runs.py").write_text(sleep)
     for name, expected in (("accelerate", True), ("accelerate-runs.py", False)):
         process = subprocess.Popen([sys.executable, tmp_path / name, "launch"])
+        # until the new program has its arguments
+        while "launch" not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            time.sleep(0.01)
         try:
             assert training.is_launcher(process.pid) is expected, name
         finally:
@@ -230,6 +243,105 @@ def test_a_key_twice_in_a_record_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match="the key 'solution' occurs twice"):
         record_files.read_rows(tmp_path / "r.json")
+
+
+GOOD = {
+    "problem_id": 1,
+    "problem": "Which way?",
+    "data_type": "video",
+    "problem_type": "multiple choice",
+    "options": ["left", "right"],
+    "solution": "B",
+    "path": "clip.mp4",
+    "process": "<think>It moves.</think>",
+}
+
+
+def test_fields_of_others_never_change_what_happens(run, world, tmp_path):
+    """Guards: an "error": null of an annotation tool, for which no question is asked; a thumbnail shown as a frame."""
+    rows = json.loads((world / "world/test.json").read_text())[:4]
+    foreign = {"error": None, "image_path": "gone.png", "last_frame": 7, "duration": 12.5, "id": 3, "benchmark": "x"}
+    for name, extra in (("plain", {}), ("foreign", foreign)):
+        records = [row | extra | {"task": 3} for row in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    answers = {}
+    for name in ("plain", "foreign"):
+        out = run("evaluate", name, records=tmp_path / f"{name}.json", orders="ordered", max_new_tokens=4)
+        answers[name] = [(row["id"], row["prediction"]) for row in storage.read_jsonl(out / "predictions.jsonl")]
+    assert len(answers["plain"]) == 4 and answers["plain"] == answers["foreign"]
+    usable, _ = record_files.split_rows(rewards.parse_solution, [GOOD | foreign], tmp_path)
+    assert usable[1]["their_duration"] == 12.5 and "error" not in usable[1]
+
+
+def test_the_name_of_a_record_file_never_chooses_a_benchmarks_rules(tmp_path):
+    """Guards: own questions in timeblind.json that are scored by TimeBlind's rule, beside its published scores."""
+    with pytest.raises(UserError, match="timeblind is a benchmark's name; rename the file"):
+        evaluate.EvalConfig(records=str(tmp_path / "timeblind.json"))
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"options": ["B. left", "A. right"]}, "their letters are B, A, expected A, B or none"),
+        ({"options": ["A. left", "A. right"]}, "their letters are A, A, expected A, B or none"),
+        ({"options": ["A. yes", "no", "C. maybe"]}, "their letters are A, C, expected A, B, C or none"),
+        ({"options": [f"option {i}" for i in range(28)]}, "28 of them, but only 26 letters"),
+        ({"process": "Let me look. <think>x</think>"}, "process: expected one think block and nothing else"),
+        ({"process": "<think>x</think> So it is B."}, "process: expected one think block and nothing else"),
+        ({"solution": "The answer is <answer>B</answer>"}, "solution: text outside of the answer block"),
+    ],
+)
+def test_records_that_would_teach_something_else_are_refused(tmp_path, change, line):
+    """Guards: a prompt with two letters per option; SFT on a text whose format reward is 0."""
+    with pytest.raises(ValueError, match=line):
+        record_files.check_record(rewards.parse_solution, GOOD | change, tmp_path, need_process=True)
+
+
+@pytest.mark.parametrize(
+    "options", [["E. coli", "S. aureus"], ["C) x", "D) y"], ["A. x", "B. y"], ["J. S. Bach", "Mozart"]]
+)
+def test_options_whose_letters_say_nothing_wrong_are_kept(tmp_path, options):
+    """Guards: names with initials taken for labels in the wrong order."""
+    truth = "C" if options[0].startswith("C)") else "A"
+    row = GOOD | {"options": options, "solution": truth}
+    record_files.check_record(rewards.parse_solution, row, tmp_path, need_process=True)
+
+
+@pytest.mark.parametrize("mark", ["<Image>", "<VIDEO>", "<image 1>", "<image2>"])
+def test_placeholders_in_other_spellings_are_no_words(mark):
+    """Guards: a prompt that shows the placeholder of another format to the model as text."""
+    assert record_files.plain_problem({"problem": f"{mark}\nWhich way?"}) == "Which way?"
+
+
+@pytest.mark.parametrize("jump", [0, 1])
+def test_a_clip_whose_clock_jumps_is_named(tmp_path, jump):
+    """Guards: eight copies of one frame, because the times of a recorder or of two joined streams jump by hours."""
+    ticks = [i * 100 for i in range(30)] if not jump else [0, *(3_600_000 * 100 + i * 100 for i in range(30))]
+    write_clip(tmp_path / "clip.mkv", ticks)
+    choose = functools.partial(data.even_frames, n=8)
+    if jump:
+        with pytest.raises(ValueError, match="its clock jumps: one of 31 frames"):
+            frames.read_clip(tmp_path / "clip.mkv", choose)
+    else:
+        assert len(set(frames.read_clip(tmp_path / "clip.mkv", choose).indices)) == 8
+
+
+def test_the_default_stream_of_several_is_the_clip(tmp_path):
+    """Guards: a small preview shown instead of the clip, because it comes first in the file."""
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=5) for _ in range(2)]
+        for stream, size in zip(streams, (32, 64)):
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+        streams[0].disposition = Disposition(0)
+        streams[1].disposition = Disposition.default
+        for stream, size in zip(streams, (32, 64)):
+            for _ in range(4):
+                frame = av.VideoFrame.from_ndarray(np.zeros((size, size, 3), np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    shown = frames.read_clip(tmp_path / "two.mkv", functools.partial(data.even_frames, n=2))
+    assert shown.frames_FHWC.shape[1:3] == (64, 64)
 
 
 def test_a_file_with_several_pictures_is_no_picture(tmp_path):
