@@ -205,13 +205,6 @@ def test_missing_media_are_listed_counted_and_asked_in_a_later_run(media, tmp_pa
             again()
 
 
-def test_records_that_cannot_be_scored_are_an_error_before_answering(run, world, tmp_path):
-    """Guards: hours of answers to a file named vsibench.json that cannot be scored."""
-    (tmp_path / "vsibench.json").write_bytes((world / "world/test.json").read_bytes())
-    with pytest.raises(UserError, match="row 1: task: expected one of"):
-        run("evaluate", records=tmp_path / "vsibench.json")
-
-
 def test_clipped_videos_frame_folders_and_question_images_are_shown_correctly(media, world):
     """Guards: the whole video instead of its part; stills without their 3 fps; a missing question image."""
 
