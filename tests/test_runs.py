@@ -82,7 +82,7 @@ def test_changed_records_and_weights_are_noticed_by_their_content(run, started, 
     changed = {name: tensor + 1e-3 for name, tensor in load_file(tmp_path / "base/model.safetensors").items()}
     save_file(changed, tmp_path / "base/model.safetensors", {"format": "pt"})
     storage.fingerprint.cache_clear()
-    with pytest.raises(UserError, match="the weights in .*base have changed"):
+    with pytest.raises(UserError, match="the model in .*base has changed"):
         run("tgrpo", **settings)
 
 
