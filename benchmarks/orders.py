@@ -50,15 +50,16 @@ def summarise(rows):
 def paired_difference(rows, other_rows):
     """Mean score of `rows` minus that of `other_rows`, in percent, with a 95 % interval; by task below.
 
-    Over the questions that both have. Unscored questions and stills (VideoMMMU's question_only) are left out. Rows are
-    scored rows of one benchmark, one per question. None without pairs.
+    Over the questions that both have, with equal texts, clips and solutions. Unscored questions and stills (VideoMMMU's
+    question_only) are left out. Rows are scored rows of one benchmark, one per question. None without pairs.
     """
     others = questions(other_rows)
     # {task: [(difference, clip)]}
     pairs = {}
     for row_id, row in questions(rows).items():
-        if row_id in others:
-            difference = 100 * (row["result"][0] - others[row_id]["result"][0])
+        other = others.get(row_id, {})
+        if all(row.get(name) == other.get(name) for name in ("id", "problem", "path", "solution")):
+            difference = 100 * (row["result"][0] - other["result"][0])
             pairs.setdefault(str(row.get("task")), []).append((difference, str(row.get("path") or row_id)))
     if not pairs:
         return None

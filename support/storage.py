@@ -33,6 +33,13 @@ def write_atomic(path, text):
         raise settings.UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def refuse_input(output, *inputs):
+    """Raise UserError if a file that will be written is one of the files that are read."""
+    for path in inputs:
+        if Path(output).resolve() == Path(path).resolve():
+            raise settings.UserError(f"{output} is the input; choose another output")
+
+
 def append_rows(path, rows):
     """Append `rows` (dicts) to a JSONL file. Raises UserError if they cannot be written; earlier rows stay."""
     try:

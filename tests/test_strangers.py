@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ import data
 import evaluate
 import policy
 import rewards
+from benchmarks import orders
 from support import answer_files, checkpoints, distributed, frames, model_files, record_files, storage, training
 from support.settings import SharedConfig, TrainConfig, UserError
 
@@ -350,3 +352,31 @@ def test_a_file_with_several_pictures_is_no_picture(tmp_path):
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     with pytest.raises(ValueError, match="2 pictures in one file"):
         frames.read_picture(tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize("tool", ["split", "distill"])
+def test_no_tool_overwrites_its_input(tmp_path, tool):
+    """Guards: a split of my/train.json into my/ that loses a tenth of the rows."""
+    path = tmp_path / "train.json"
+    path.write_text("[]")
+    words = {"split": [path, "--share", "0.5", "--out", tmp_path], "distill": [path, "--out", path]}[tool]
+    with pytest.raises(UserError, match="train.json is the input; choose another output"):
+        importlib.import_module(f"tools.{tool}").main(list(map(str, words)))
+    assert path.read_text() == "[]"
+
+
+def test_only_equal_questions_are_compared():
+    """Guards: two test sets whose questions have the same ids, compared with an interval of 0."""
+
+    def row(problem):
+        return {
+            "id": 1,
+            "problem": problem,
+            "path": "a.mp4",
+            "solution": "A",
+            "status": "scored",
+            "result": (1.0, True),
+        }
+
+    assert orders.paired_difference([row("Which?")], [row("Who?")]) is None
+    assert orders.paired_difference([row("Which?")], [row("Which?")])["n"] == 1

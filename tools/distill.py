@@ -36,7 +36,7 @@ def distill(rows, data_root):
         completion = row.get("prediction") or ""
         thought = completion.partition("<think>")[2].partition("</think>")[0].strip()
         accuracy = accuracy_reward(completion, row["solution"], row["problem_type"])
-        question = (row.get("benchmark"), row.get("id"))
+        question = (row.get("benchmark"), row.get("id"), row["problem"], row["path"], row["solution"])
         if row.get("frames", "ordered") != "ordered":
             dropped["frames were not in order"] += 1
         elif not format_reward(completion):
@@ -60,6 +60,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="JSON file of records to write")
     parser.add_argument("--data_root", default=".", help="folder that the paths of the predictions are relative to")
     args = parser.parse_args(argv)
+    storage.refuse_input(args.out, args.predictions)
     rows = record_files.read_rows(args.predictions)
     records, dropped = distill(rows, args.data_root)
     storage.write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))

@@ -45,11 +45,13 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="folder for train.json and test.json")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    outputs = [Path(args.out) / f"{name}.json" for name in ("train", "test")]
+    for path in outputs:
+        storage.refuse_input(path, args.records)
     rows = record_files.read_rows(args.records)
     sides = split(rows, args.share, args.seed)
     n_clips = len({clip_of(row) for row in rows})
-    for name, side in zip(("train", "test"), sides):
-        path = Path(args.out) / f"{name}.json"
+    for path, side in zip(outputs, sides):
         storage.write_atomic(path, json.dumps(side, indent=1, ensure_ascii=False))
         n_side = len({clip_of(row) for row in side})
         print(f"{path}: {len(side)} of {len(rows)} rows, on {n_side} of {n_clips} clips")
