@@ -201,9 +201,8 @@ def is_launcher(process):
         command = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    words = command.split("\0")[:3]
-    modules = {"accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch"}
-    return bool(modules & set(words) or {"accelerate", "torchrun"} & {Path(word).name for word in words})
+    launchers = "accelerate accelerate-launch torchrun accelerate.commands.launch torch.distributed.run".split()
+    return any(Path(word).name in launchers for word in command.split("\0")[:4])
 
 
 class StopSignal:
