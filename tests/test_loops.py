@@ -153,6 +153,16 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
     assert first == [[0.0, 0.0]] * 2 and all(real > 0 and dummy > 0 for real, dummy in second)
 
 
+def test_the_rollout_copy_is_refreshed_before_every_rollout(run, monkeypatch):
+    """Guards: completions sampled from the weights of the first step."""
+    calls = []
+    real = tgrpo.rollout
+    monkeypatch.setattr(policy, "refresh", lambda *_: calls.append("refresh"))
+    monkeypatch.setattr(tgrpo, "rollout", lambda *args: calls.append("rollout") or real(*args))
+    run("tgrpo", steps=3)
+    assert calls == ["refresh", "rollout"] * 3
+
+
 def test_temporal_rule_none_is_grpo(run, trained):
     """Guards: shuffled rollouts that nobody uses, or a remaining temporal term."""
     (row,) = read_jsonl(run("tgrpo", temporal_rule="none", steps=1) / "metrics.jsonl")
