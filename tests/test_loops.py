@@ -5,6 +5,7 @@ skip.
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,16 @@ def test_the_old_log_probs_are_those_of_the_step(run, monkeypatch):
     first = [ratios[i : i + 2] for i in range(0, 8, 4)]
     second = [ratios[i : i + 2] for i in range(2, 8, 4)]
     assert first == [[0.0, 0.0]] * 2 and all(real > 0 and dummy > 0 for real, dummy in second)
+
+
+def test_a_rank_that_lacks_samples_runs_the_dummy_with_weight_0():
+    """Guards: a dummy that is trained on; a rank with fewer forward passes than the others, which then wait forever."""
+    training_run = training.Run.__new__(training.Run)
+    training_run.cfg = SimpleNamespace(batch_size=8, micro_batch_size=2)
+    training_run.accelerator = SimpleNamespace(num_processes=2)
+    assert list(training_run.micro_batches([1, 2, 3], "dummy")) == [([1, 2], 1.0), ([3], 1.0)]
+    assert list(training_run.micro_batches([1, 2], "dummy")) == [([1, 2], 1.0), (["dummy"], 0.0)]
+    assert list(training_run.micro_batches([], "dummy")) == [(["dummy"], 0.0)] * 2
 
 
 def test_the_rollout_copy_is_refreshed_before_every_rollout(run, monkeypatch):
