@@ -32,7 +32,7 @@ from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditiona
 from transformers.initialization import no_init_weights
 
 import data
-from support import decoding, distributed, lora, model_files
+from support import decoding, distributed, lora, model_files, vision
 
 # The head computes the logits of this many tokens at a time: 512 of them over a vocabulary of 152,000 take 311 MB.
 LOGITS_CHUNK = 512
@@ -98,7 +98,7 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
     @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, source=None, targets=None, temperature=1.0, banned=(), **inputs):
         # only for speed: the windows' lengths on the CPU, so that no vision block waits for the GPU
-        inputs |= decoding.vision_lengths(inputs, self.config.vision_config)
+        inputs |= vision.window_lengths(inputs, self.config.vision_config)
         if targets is None:
             return super().forward(*args, **inputs)
         if inputs.get("position_ids") is None:
@@ -153,6 +153,7 @@ def rollout_copy(accelerator, policy, cfg):
         copy.tie_weights()
         copy.generation_config = policy.generation_config
         copy.eval().requires_grad_(False)
+        vision.set_attention(copy, cfg.vision_attention)
     copy.compiled_rows = decoding.compiled_rows(cfg, accelerator.num_processes)
     return copy
 
@@ -237,6 +238,7 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
         position_ids=positions_3BP[:, prompt_of_row],
         cache=cache,
         generation_config=sampling_config(model, tokenizer, temperature, max_new_tokens, top_p),
+        **decoding.how_to_decode(model),
     )
     model.train(was_training)
     completions_NT = output[: sum(counts), prompt_BP.shape[1] :]
@@ -274,7 +276,7 @@ def sampling_config(model, tokenizer, temperature, max_new_tokens, top_p):
         suppress_tokens=placeholder_ids(model),
         eos_token_id=eos_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        **decoding.compile_settings(model),
+        disable_compile=True,
     )
     if temperature > 0:
         # the default of top_k is 50, so it must be given

@@ -19,7 +19,8 @@ from support import distributed, settings, storage
 # records and the starting weights are compared by their content.
 RESUMABLE_SETTINGS = (
     "model records data_root output_dir num_workers fsdp micro_batch_size gradient_checkpointing max_unreadable steps "
-    "save_every keep_checkpoints resume resume_changed print_every save_rollouts rollout_compile log_with"
+    "save_every keep_checkpoints resume resume_changed print_every save_rollouts vision_attention rollout_compile "
+    "log_with"
 ).split()
 START_ANEW = "start from scratch with --resume false (the earlier run is moved aside)"
 held_locks = {}

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from support import checkpoints, distributed, lora, settings, storage
+from support import checkpoints, distributed, lora, settings, storage, vision
 
 
 def load_processor(cfg):
@@ -78,6 +78,7 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
             raise settings.UserError(f"{base} is an adapter on the hub; download it, and set model to its folder")
         for adapter in adapters:
             model = merge_adapter(model, adapter)
+    vision.set_attention(model, cfg.vision_attention)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # these hooks are only for reentrant checkpointing; here they would push gradients through a frozen vision tower

@@ -57,6 +57,9 @@ class SharedConfig:
         "none", "full_shard: shard weights, gradients and optimizer over the GPUs", choices=("none", "full_shard")
     )
     bf16: bool = option(False, "compute in bfloat16; trained weights stay float32, frozen ones of LoRA do not")
+    vision_attention: str = option(
+        "loop", "loop: one call per window; fused: one per vision block, for a GPU", choices=("loop", "fused")
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, about a quarter slower")
 
     def __post_init__(self):

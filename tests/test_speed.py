@@ -3,17 +3,24 @@
 import json
 import subprocess
 import sys
+import types
+from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import naive
 import pytest
 import torch
-from transformers import CompileConfig
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 import policy
 from bench import speed
-from support import decoding, distributed
+from support import decoding, distributed, vision
+from tools import plan_memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,7 +74,7 @@ def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
             assert torch.equal(kwargs[name], value)
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
-    decoding.vision_lengths({"video_grid_thw": grid}, config)
+    vision.window_lengths({"video_grid_thw": grid}, config)
     assert len(moved) == 1 and moved[0] is grid
 
 
@@ -89,23 +96,15 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
 
         return call
 
-    real = model.generate
-
-    def on_a_cpu_too(**inputs):
-        config = inputs["generation_config"].compile_config
-        inputs["generation_config"].compile_config = CompileConfig(backend=backend, mode=None, dynamic=config.dynamic)
-        inputs["generation_config"].compile_config._compile_all_devices = True
-        return real(**inputs)
-
+    compiled_step = torch.compile(decoding.decode_step, backend=backend, dynamic=False)
+    monkeypatch.setattr(decoding, "compiled_step", lambda device: compiled_step)
     for n_text in (3, 600, 9, 700):
         x = naive.prompt("video", (2, 2, 4), n_text, n_text)
-        monkeypatch.setattr(model, "generate", on_a_cpu_too)
         torch.manual_seed(n_text)
         model.compiled_rows = 4
         compiled = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)
         assert len(policy.rollout(model, [x], [3], naive.tokenizer, 1.0, 6)) == 3
         model.compiled_rows = 0
-        monkeypatch.setattr(model, "generate", real)
         torch.manual_seed(n_text)
         plain = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
@@ -114,6 +113,147 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
     found = {room: len(caches) for room, caches in addresses.items()}
     assert found == dict.fromkeys((512, 1024), layers * keys_and_values)
     assert len(graphs) == 2
+
+
+def kinds_of_prompts():
+    """A clip, a picture, and a batch of both whose windows have many lengths."""
+    clip = naive.prompt("video", (4, 6, 10), 5, 3)
+    picture = naive.prompt("image", (1, 14, 6), 9, 2)
+    return [[clip], [picture], [clip, picture, naive.prompt("video", (2, 2, 4), 3, 1)]]
+
+
+@pytest.mark.parametrize("prompts", kinds_of_prompts(), ids=["clip", "picture", "both"])
+def test_fused_vision_attention_equals_the_loop(prompts):
+    """Guards: a patch that attends to another window or to padding, in the outputs or in the gradients."""
+    model = naive.tiny_policy()
+    completions = [[torch.tensor([7, 8, 9])]] * len(prompts)
+    found = {}
+    for name in ("loop", "fused"):
+        vision.set_attention(model, name)
+        logps, _ = policy.completion_logps(model, policy.pack(model, prompts, completions, naive.PAD))
+        model.zero_grad()
+        logps.sum().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.model.visual.parameters()])
+        found[name] = (logps.detach(), gradient)
+    assert (found["loop"][0] - found["fused"][0]).abs().max() < 1e-5
+    assert found["loop"][1].norm() > 0
+    assert (found["loop"][1] - found["fused"][1]).norm() < 1e-5 * found["loop"][1].norm()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_vision_block_makes_one_attention_call(monkeypatch):
+    """Guards: one call per window, which is 2,720 per pass over a clip of 16 frames at the shape of 7B."""
+    with torch.device("meta"):
+        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(plan_memory.model_shape("7B").vision_config)
+    calls = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    grid = torch.tensor([[8, 18, 26]])
+    inputs = vision.window_lengths({"video_grid_thw": grid}, tower.config)
+    inputs = {name.removeprefix("video_"): tensor for name, tensor in inputs.items()}
+    inputs |= {"position_ids": torch.empty(8 * 18 * 26, 2, dtype=torch.long, device="meta")}
+    found = {}
+    for name, implementation in {"loop": "sdpa", "fused": vision.FUSED}.items():
+        calls.clear()
+        tower.config._attn_implementation = implementation
+        tower(torch.empty(8 * 18 * 26, 1176, device="meta"), grid_thw=grid, **inputs)
+        found[name] = len(calls)
+    assert found == {"loop": 2720, "fused": 32}
+
+
+def test_fused_vision_attention_fits_torchs_packed_attention():
+    """Guards: arguments that torch's attention for packed sequences does not take, which only a GPU would show."""
+    bounds = types.SimpleNamespace(tolist=lambda: [0, 64, 80, 208])
+    with FakeTensorMode():
+        states = [torch.empty(1, 16, 208, 80, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+        with patch.object(
+            vision, "layout", lambda bounds, device: vision.Layout(torch.empty(4), 128, None, None, None)
+        ):
+            output, _ = vision.fused_attention(None, *states, None, 0.1, bounds)
+    assert output.shape == (1, 208, 16, 80) and output.device.type == "cuda"
+
+
+def with_decode():
+    """A model whose rollouts run through decode(), which compiles nothing on a CPU."""
+    model = naive.tiny_policy()
+    model.compiled_rows = 9
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_decode_samples_the_tokens_that_generate_samples(temperature):
+    """Guards: padding of unequal prompts that is attended to, wrong positions, tokens after the end of a turn, a banned
+    token, another distribution.
+    """
+    model = with_decode()
+    prompts = naive.mixed_prompts()
+    found = {}
+    for rows in (9, 0):
+        model.compiled_rows = rows
+        torch.manual_seed(5)
+        found[rows] = policy.rollout(model, prompts, [3, 4, 2], naive.tokenizer, temperature, 40)
+    assert [c.tolist() for c in found[9]] == [c.tolist() for c in found[0]]
+    # some rows end early, and one does not
+    assert len({len(completion) for completion in found[9]}) > 1 or not temperature
+
+
+def test_decode_samples_the_models_distribution():
+    """Guards: noise that is used twice or has another distribution, which equal seeds may not show."""
+    model = with_decode()
+    x = naive.prompt("video", (2, 2, 4), 3, 1)
+    model.compiled_rows = n = 4000
+    torch.manual_seed(0)
+    first = torch.stack([c[0] for c in policy.rollout(model, [x], [n], naive.tokenizer, 1.3, 1)])
+    counts = torch.bincount(first, minlength=64)
+    banned = [naive.IMAGE, naive.VIDEO]
+    allowed = [token for token in range(64) if token not in banned]
+    assert counts[banned].sum() == 0
+    counts = counts[allowed]
+    expected = torch.stack([naive.completion_logps(model, x, torch.tensor([token]), 1.3)[0] for token in allowed])
+    expected = expected.exp() * n
+    # chi-square over the tokens that are expected at least five times; 99.9 % of samples are below this bound
+    squares = ((counts - expected) ** 2 / expected)[expected >= 5]
+    assert len(squares) > 20 and squares.sum() < len(squares) + 3.1 * (2 * len(squares)) ** 0.5 + 7
+
+
+def test_decoding_waits_for_the_device_every_16_tokens_and_does_not_repeat_keys(monkeypatch):
+    """Guards: .item() or a boolean index in the loop, for which the GPU waits at every token; repeated keys."""
+    model = with_decode()
+    x = naive.prompt("video", (2, 2, 4), 3, 1)
+    real = decoding.decode
+    calls = Calls()
+    key_heads = set()
+    attention = F.scaled_dot_product_attention
+
+    def counted(*args, **inputs):
+        with calls:
+            return real(*args, **inputs)
+
+    def attend(query, key, value, **settings):
+        # the cache of the rollout, not of the prompt
+        if key.shape[2] == 512:
+            key_heads.add(key.shape[1])
+        return attention(query, key, value, **settings)
+
+    monkeypatch.setattr(decoding, "decode", counted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    # no row ends
+    monkeypatch.setattr(policy, "eos_ids", lambda *_: [9999])
+    policy.rollout(model, [x], [9], naive.tokenizer, 1.0, 40)
+    waits = sum(calls.counts[name] for name in ("_local_scalar_dense", "nonzero", "masked_select", "item"))
+    assert waits == 2
+    assert key_heads == {model.config.text_config.num_key_value_heads}
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
