@@ -11,7 +11,7 @@ Which object plays which part in tgrpo.py:
     training           policy (trained in float32)   rollout_model                       reference
     one or more GPUs   whole                         the policy; with bf16 a bf16 copy   a frozen copy
     sharded (FSDP)     a shard per GPU               a whole copy per GPU, refreshed     a frozen copy, a shard per GPU
-    LoRA               frozen weights + an adapter   the policy                          the policy with its adapter off
+    LoRA               frozen weights + an adapter   the policy, see lora_rollout        the policy with its adapter off
 
 `prompts` are model inputs from data.encode. There a picture becomes a clip of one moment, so all media are videos.
 
@@ -143,10 +143,11 @@ def rollout_copy(accelerator, policy, cfg):
 
     generate() on sharded weights would gather all of them for every token. With a whole copy, ranks also sample without
     waiting for one another. In bfloat16, a copy saves casting the float32 weights for every token. Call refresh()
-    before each rollout. With LoRA the policy's weights are whole and frozen.
+    before each rollout. With LoRA a copy has the adapter merged into its weights, which decodes faster.
     """
     copy = policy
-    if not cfg.lora_rank and (distributed.is_sharded(accelerator) or cfg.bf16):
+    needs_copy = cfg.lora_rollout == "merged_copy" if cfg.lora_rank else distributed.is_sharded(accelerator) or cfg.bf16
+    if needs_copy:
         with torch.device(accelerator.device), no_init_weights():
             copy = Policy.of(model_files.empty_model(policy.config, distributed.compute_dtype(cfg)))
         # no_init_weights has skipped this
@@ -167,7 +168,7 @@ def refresh(copy, policy):
     if copy is policy:
         return
     target = dict(copy.named_parameters())
-    for name, parameter in policy.named_parameters():
+    for name, parameter in lora.merged_parameters(policy):
         parameter = parameter.detach().to(target[name].dtype)
         target[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 

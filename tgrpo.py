@@ -72,6 +72,11 @@ class TGRPOConfig(settings.TrainConfig):
     length_max: int = option(512, "... and at most this many ...", low=0)
     length_omega: float = option(0.2, "... earns this", low=0)
     rollout_compile: bool = option(False, "compile the decoding step (CUDA only); pays off for long completions")
+    lora_rollout: str = option(
+        "adapter",
+        "what samples with LoRA; with merged weights decoding is faster, and log-probs differ by rounding",
+        choices=("adapter", "merged_copy", "merged_in_place"),
+    )
     print_every: int = option(10, "steps between two printed rollouts; 0: never", low=0)
     save_rollouts: bool = option(False, "write every completion with its rewards and advantage to rollouts.jsonl")
 
@@ -273,7 +278,8 @@ def main():
         # 2. rollout
         policy.refresh(rollout_model, unwrapped)
         distributed.seed_everything(cfg.seed, step, rank)
-        groups = sample_groups(rollout_model, batch, processor, cfg)
+        with lora.merged(rollout_model, cfg.lora_rollout):
+            groups = sample_groups(rollout_model, batch, processor, cfg)
 
         # 3. rewards, 4. advantages
         for group in groups:

@@ -2,7 +2,8 @@
 
     python bench/gpu.py                      # the 7B shape: a GPU of 80 GB, 40 GB of host memory, a few minutes
     python bench/gpu.py --shape 3b
-    python bench/gpu.py --lora_rank 16       # an adapter on this GPU alone
+    python bench/gpu.py --lora_rank 16 --lora_rollout merged_copy       # an adapter on this GPU alone
+    python bench/gpu.py --vision_attention fused
     python bench/gpu.py --shape tiny         # seconds, also on a CPU: does the script run?
 
     1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
@@ -35,7 +36,7 @@ from transformers.initialization import no_init_weights
 import data
 import policy
 import tgrpo
-from support import distributed, lora, model_files
+from support import distributed, lora, model_files, vision
 from tools import plan_memory
 
 
@@ -77,6 +78,7 @@ def random_model(config, cfg, dtype):
         model = model_files.empty_model(config, dtype)
     model.tie_weights()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    vision.set_attention(model, cfg.vision_attention)
     return policy.Policy.of(model)
 
 
@@ -108,7 +110,8 @@ def measure_rollout(rollout_model, prompt, cfg, tokenizer, compiled, repeats):
     completions = []
 
     def sample():
-        completions[:] = policy.rollout(rollout_model, [prompt, prompt], counts, tokenizer, 1.0, cfg.max_new_tokens)
+        with lora.merged(rollout_model, cfg.lora_rollout):
+            completions[:] = policy.rollout(rollout_model, [prompt] * 2, counts, tokenizer, 1.0, cfg.max_new_tokens)
 
     numbers = timed(sample, repeats)
     numbers["tokens_per_s"] = sum(map(len, completions)) / numbers["seconds"]
@@ -160,12 +163,16 @@ def main():
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, of which this is one; default: 8")
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
     parser.add_argument("--lora_rank", type=int, default=0, help="train an adapter; then each GPU is on its own")
+    parser.add_argument("--lora_rollout", default="adapter", help="as in tgrpo.py")
+    parser.add_argument("--vision_attention", default="loop", help="as in tgrpo.py")
     args = parser.parse_args()
     gpus = 1 if args.lora_rank else args.gpus
     is_tiny = args.shape == "tiny"
     cfg = tgrpo.TGRPOConfig(
         fsdp="none" if args.lora_rank else "full_shard",
         lora_rank=args.lora_rank,
+        lora_rollout=args.lora_rollout,
+        vision_attention=args.vision_attention,
         bf16=True,
         gradient_checkpointing=True,
         batch_size=gpus,
@@ -181,12 +188,9 @@ def main():
     if gpus > 1:
         fake_ranks(gpus)
     accelerator = distributed.make_accelerator(cfg)
-    on_gpu = accelerator.device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(f"{name}, torch {torch.__version__}; {args.shape}, one of {gpus} ranks")
-    print(
-        f"{prompt['input_ids'].shape[1]} prompt tokens, {cfg.num_generations} + {cfg.shuffled_generations} completions"
-    )
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}; one of {gpus} ranks; {vars(args)}")
+    print(f"{prompt['input_ids'].shape[1]} prompt tokens, {cfg.num_generations} + {cfg.shuffled_generations} rows")
     allocator = os.environ.get("PYTORCH_ALLOC_CONF")
     print(f"allocator: {allocator}, cuDNN attention: {torch.backends.cuda.cudnn_sdp_enabled()}")
 
@@ -195,8 +199,6 @@ def main():
     with torch.no_grad():
         for parameter in rollout_model.parameters():
             parameter.normal_(0, 0.02)
-    if on_gpu:
-        print(f"weights, without gradients: {torch.cuda.memory_allocated() / 1e9:.1f} GB")
 
     result = {"shape": args.shape, "gpus": gpus}
     for compiled, switch in ((False, "off"), (True, "on")):

@@ -53,6 +53,41 @@ def adapter_off(model):
             layer.enable_adapters(True)
 
 
+def merged_parameters(model):
+    """Yields (name, tensor) as a plain model has them: W + (alpha / rank) B A of each adapted layer, in float32."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".base_layer.weight"):
+            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            parameter = parameter + layer.get_delta_weight("default")
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter
+
+
+@contextmanager
+def merged(model, lora_rollout):
+    """Within it, with "merged_in_place", the adapter is added to the weights of `model`; otherwise it does nothing.
+
+    Afterwards the weights are restored bit for bit from host memory. Subtracting the adapter would change them a little
+    each time in bfloat16.
+    """
+    if lora_rollout != "merged_in_place":
+        yield
+        return
+    layers = adapted_layers(model)
+    for layer in layers:
+        weight = layer.get_base_layer().weight.data
+        if not hasattr(layer, "frozen_on_host"):
+            on_host = weight.to("cpu", copy=True)
+            layer.frozen_on_host = on_host.pin_memory() if weight.is_cuda else on_host
+        weight.add_(layer.get_delta_weight("default").detach())
+    try:
+        with adapter_off(model):
+            yield
+    finally:
+        for layer in layers:
+            layer.get_base_layer().weight.data.copy_(layer.frozen_on_host, non_blocking=True)
+
+
 def merged_state(state, model):
     """`state`, the state dict of `model`, as that of a plain model. Changes the model: its weights include the adapter.
 

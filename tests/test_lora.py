@@ -58,7 +58,7 @@ def clip_logps(model, folder, world, gradients=torch.no_grad()):
 @pytest.mark.parametrize("layout, bf16", [("untied", False), ("tied", True)])
 def test_a_new_adapter_leaves_the_model_as_it_was(hub, world, layout, bf16):
     """Guards: an adapter that begins at random, or on the vision tower; frozen weights in the wrong dtype."""
-    cfg = TrainConfig(model=str(hub / layout), bf16=bf16, lora_rank=4)
+    cfg = tgrpo.TGRPOConfig(model=str(hub / layout), bf16=bf16, lora_rank=4)
     dtype = torch.bfloat16 if bf16 else torch.float32
     base = policy.load_policy(cfg, dtype)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -143,6 +143,39 @@ def test_adapter_off_is_the_starting_model_and_ends():
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 7 * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["merged_copy", "merged_in_place"])
+def test_merged_rollouts_come_from_the_trained_model_and_leave_it_as_it_was(how, dtype):
+    """Guards: an adapter that is left out, counted twice or outdated in the rollout; frozen weights that drift."""
+    model = random_adapter(adapted_policy())
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    bf16 = dtype == torch.bfloat16
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cfg = tgrpo.TGRPOConfig(model="tiny", lora_rank=4, lora_rollout=how, bf16=bf16)
+    rollout_model = policy.rollout_copy(distributed.make_accelerator(cfg), model, cfg)
+    packed = policy.pack(model, mixed_prompts(), [[torch.arange(3, 40)]] * 3, naive.PAD)
+
+    @torch.no_grad()
+    def logps(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return policy.completion_logps(model, packed)[0]
+
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if "lora_" not in name}
+    for seed in (5, 6, 7):
+        random_adapter(model, seed)
+        trained = logps(model)
+        policy.refresh(rollout_model, model)
+        with lora.merged(rollout_model, how):
+            error = (logps(rollout_model) - trained).abs().mean()
+        assert error < (0.05 if bf16 else 1e-5)
+        with lora.adapter_off(model):
+            assert (logps(model) - trained).abs().mean() > 0.2
+        assert torch.equal(logps(model), trained)
+    assert all(torch.equal(frozen[name], dict(model.named_parameters())[name]) for name in frozen)
+
+
 @pytest.mark.parametrize("layout, bf16", [("untied", "false"), ("tied", "true")])
 def test_every_stage_trains_only_the_adapter_and_writes_a_merged_model(hub, world, run, monkeypatch, layout, bf16):
     """Guards: frozen weights that move; a KL that is not 0 at first, or stays 0; a `final` without the adapter, or one
@@ -154,7 +187,10 @@ def test_every_stage_trains_only_the_adapter_and_writes_a_merged_model(hub, worl
     )
     settings |= dict(lora_dropout=0.1, min_pixels=784, max_pixels=3136)
     start = hub / layout
+    merging = {"lora_rollout": "merged_copy" if bf16 == "true" else "merged_in_place"}
     for stage in ("sft", "tgrpo"):
+        if stage == "tgrpo":
+            settings |= merging
         out = run(stage, stage, model=start, **settings)
         # resumed after the first step, a run ends the same
         shutil.copytree(out, out.with_name(f"{stage} again"))

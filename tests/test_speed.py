@@ -256,10 +256,10 @@ def test_decoding_waits_for_the_device_every_16_tokens_and_does_not_repeat_keys(
     assert key_heads == {model.config.text_config.num_key_value_heads}
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_the_gpu_benchmark_runs_on_a_cpu(lora_rank):
+@pytest.mark.parametrize("options", ["", "--lora_rank 4 --lora_rollout merged_in_place --vision_attention fused"])
+def test_the_gpu_benchmark_runs_on_a_cpu(options):
     """Guards: a GPU script that has never run before someone has a GPU, and fails there."""
-    command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1", "--lora_rank", str(lora_rank)]
+    command = [sys.executable, "bench/gpu.py", "--shape", "tiny", "--repeats", "1", *options.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     # memory fragments as shapes change at every step; cuDNN attention would plan each new shape anew

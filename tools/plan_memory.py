@@ -102,8 +102,9 @@ def resident_bytes(cfg, model, weights, trained, shards):
         "rollout copy": number * weights if cfg.fsdp == "full_shard" or cfg.bf16 else 0,
     }
     if cfg.lora_rank:
-        # the frozen weights are the policy's, the reference's and the rollout's
-        resident |= {"weights": number * weights + FLOAT32 * trained, "reference": 0, "rollout copy": 0}
+        # the frozen weights are the policy's, the reference's and, unless merged in a copy, the rollout's
+        copy = number * weights if cfg.lora_rollout == "merged_copy" else 0
+        resident |= {"weights": number * weights + FLOAT32 * trained, "reference": 0, "rollout copy": copy}
     elif shards > 1:
         # FSDP gathers a layer and, ahead of time, the next one. The embedding and the head of the policy stay gathered,
         # and so does the head of the reference.
