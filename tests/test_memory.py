@@ -8,10 +8,14 @@ import torch
 from accelerate.state import AcceleratorState
 from test_data import write_video
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import Qwen2_5_VLConfig
 
 import data
 import policy
 import tgrpo
+from bench import gpu
+from evaluate import EvalConfig
+from sft import SFTConfig
 from support import distributed, model_files, settings
 from support.settings import load_config
 from tools import plan_memory
@@ -127,3 +131,34 @@ def test_the_published_shapes_have_the_published_number_of_parameters():
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
     with pytest.raises(settings.UserError, match="neither 3B nor 7B"):
         plan_memory.model_shape("some/other-13b")
+
+
+def test_the_plan_of_evaluation_is_within_15_percent_of_a_measured_prefill():
+    """Guards: a batch of long prompts that does not fit, in the stage that runs last."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+    shape = dict(zip(plan_memory.TEXT, (512, 2048, 3, 8, 2, 640))) | {"rope_parameters": rope}
+    vision = plan_memory.VISION | dict(
+        hidden_size=320, intermediate_size=860, num_heads=4, depth=2, out_hidden_size=512
+    )
+    ids = {"vision_start_token_id": 617, "vision_end_token_id": 618, "image_token_id": 620, "video_token_id": 621}
+    config = Qwen2_5_VLConfig(text_config=shape, vision_config=vision, **ids)
+    model = policy.Policy.of(model_files.empty_model(config, torch.float32)).eval()
+    prompts = [gpu.clip_prompt(config, (8, 12, 12), 400)] * 4
+    tracker = Tracker()
+    tracker.track_external(model)
+    with tracker, torch.no_grad():
+        policy.read_prompts(model, prompts, 601)
+    (measured,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+    cfg = EvalConfig(batch_size=4, max_new_tokens=1)
+    parts, planned = plan_memory.evaluation_plan(cfg, config, prompt_tokens=400, patches=8 * 12 * 12)
+    # half of the caches belong to decoding
+    assert planned - parts["KV cache (rollout)"] / 2 == pytest.approx(measured, rel=0.15)
+
+
+def test_the_plan_of_sft_has_neither_reference_nor_rollout():
+    """Guards: a plan of SFT that is that of T-GRPO."""
+    cfg = load_config(SFTConfig, "sft", ["--config", "configs/7b.yaml"])
+    parts, peak = plan_memory.sft_plan(cfg, plan_memory.model_shape("7B"), 8)
+    assert not parts["reference"] and not parts["rollout copy"] and not parts["KV cache (rollout)"]
+    resident = sum(parts[name] for name in ("weights", "gradients", "optimizer (AdamW)", "gathered layers"))
+    assert peak == pytest.approx(resident + max(parts["optimizer step"], parts["activations"] + parts["logits"]))

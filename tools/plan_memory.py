@@ -1,6 +1,7 @@
-"""Estimates the memory of one GPU in a T-GRPO step, without a GPU and without the weights.
+"""Estimates the memory of one GPU in a step of a stage, without a GPU and without the weights.
 
     python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24   # by default 8 and 80
+    python -m tools.plan_memory --config configs/7b.yaml --stage evaluate                # or sft; by default tgrpo
 
 Weights and caches are exact. Activations are estimated from the tensors that a layer saves for its backward pass, which
 were counted with saved-tensor hooks; tests/test_memory.py compares the estimate with a measured step.
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig
 
+from evaluate import EvalConfig
 from policy import LOGITS_CHUNK
+from sft import SFTConfig
 from support import distributed, settings, storage, tables
 from support.decoding import compiled_length
 from support.lora import add_adapter
@@ -38,8 +41,13 @@ OUTER_WIDTHS = 6
 LOGITS_COPIES = 4
 # one patch is 14 x 14 pixels of two frames; four patches become one token
 PATCH_PIXELS = 14 * 14
-# prompt tokens that are not video
+# prompt tokens that are not video, and tokens of an SFT target
 TEXT_PROMPT_TOKENS = 200
+TARGET_TOKENS = 1024
+# what a layer holds per token or patch without a backward pass, in tensors as wide as its feed-forward part and as the
+# hidden state
+FORWARD_FEED_FORWARD_WIDTHS = 3
+FORWARD_WIDTHS = 6
 
 # The published shapes, for a checkpoint that is not downloaded yet.
 TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
@@ -168,16 +176,63 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     }
 
 
+def sft_plan(cfg, config, gpus, **prompt):
+    """Like memory_plan, for a step of SFT: one target of TARGET_TOKENS per prompt, no reference and no rollout."""
+    like = TGRPOConfig(**vars(cfg), beta=0.0, num_generations=1, max_new_tokens=TARGET_TOKENS)
+    parts, peak = memory_plan(like, config, gpus, **prompt)
+    training = parts["activations"] + parts["logits"]
+    later = max(parts["KV cache (rollout)"], training, parts["optimizer step"])
+    peak += max(training, parts["optimizer step"]) - later - parts["rollout copy"]
+    return parts | {"rollout copy": 0, "KV cache (rollout)": 0}, peak
+
+
+def evaluation_plan(cfg, config, prompt_tokens=None, patches=None):
+    """Like memory_plan, for evaluation: whole weights, and a batch of the longest prompts and answers."""
+    text = config.get_text_config()
+    vision = config.vision_config
+    number = distributed.compute_dtype(cfg).itemsize
+    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // PATCH_PIXELS
+    prompt_tokens = prompt_tokens or patches // 4 + TEXT_PROMPT_TOKENS
+    with torch.device("meta"):
+        weights = number * empty_model(config, torch.float32).num_parameters()
+    like = TGRPOConfig(
+        bf16=cfg.bf16, num_generations=1, shuffled_generations=0, max_new_tokens=cfg.max_new_tokens, batch_size=1
+    )
+    _, caches = cache_bytes(like, text, cfg.batch_size, prompt_tokens)
+
+    def layer(width, feed_forward):
+        return FORWARD_FEED_FORWARD_WIDTHS * feed_forward + FORWARD_WIDTHS * width
+
+    prefill = (
+        number
+        * cfg.batch_size
+        * max(
+            patches * layer(vision.hidden_size, vision.intermediate_size),
+            prompt_tokens * layer(text.hidden_size, text.intermediate_size),
+        )
+    )
+    parts = {"weights": weights, **caches, "activations of the prompts": prefill}
+    return parts, sum(parts.values())
+
+
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", type=partial(settings.convert, kind=int, low=1), default=8)
     parser.add_argument("--card_gb", type=partial(settings.convert, kind=float, low=1), default=80)
+    parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     args, rest = parser.parse_known_args()
-    cfg = settings.load_config(TGRPOConfig, "tgrpo", rest, doc=__doc__, required=("model",))
-    parts, peak = memory_plan(cfg, model_shape(cfg.model), args.gpus)
+    cls = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}[args.stage]
+    cfg = settings.load_config(cls, args.stage, rest, doc=__doc__, required=("model",))
+    config = model_shape(cfg.model)
+    if args.stage == "evaluate":
+        parts, peak = evaluation_plan(cfg, config)
+    else:
+        plan = sft_plan if args.stage == "sft" else memory_plan
+        parts, peak = plan(cfg, config, args.gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in [*parts.items(), ("peak", peak)]]
-    print(tables.table([f"GPUs: {args.gpus}, fsdp {cfg.fsdp}, lora_rank {cfg.lora_rank}", "GB per GPU"], rows))
-    print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
+    print(tables.table([f"{args.stage}, {args.gpus} GPUs, fsdp {cfg.fsdp}", "GB per GPU"], rows))
+    if args.stage != "evaluate":
+        print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
     # a tenth is left to CUDA and fragmentation
     verdict = "fits" if peak / 1e9 < 0.9 * args.card_gb else "does not fit"
     print(f"It {verdict} in {args.card_gb:g} GB with a tenth to spare.")
