@@ -76,13 +76,7 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
     ([2, 3, 4], 3, 4.0)
     """
     ticks, display_ends = frames.display_times(ticks, last_duration)
-    clip_start = Fraction(int(ticks[0]))
-    low = clip_start
-    high = Fraction(int(display_ends[-1]))
-    if start is not None:
-        high = min(high, clip_start + frames.in_ticks(end, tick_seconds))
-        # a part beyond the end of the clip is its last frame
-        low = min(clip_start + frames.in_ticks(start, tick_seconds), Fraction(int(ticks[-1])))
+    low, high = frames.part(ticks, display_ends, tick_seconds, start, end)
     first = frames.frame_at(ticks, low)
     # the last frame that appears before `high`
     last = max(first, frames.frame_at(ticks, math.ceil(high) - 1))
@@ -108,15 +102,15 @@ def load_media(record, cfg):
     The processor derives the seconds between two frames from the metadata: total_num_frames / fps / F. SFT, rollout,
     loss and evaluation all use these seconds. Raises Unusable with the file and the reason.
     """
-    path = record_files.media_path(record["path"], cfg.data_root)
     try:
+        path = record_files.existing_path(record["path"], cfg.data_root)
         if record["data_type"] == "image":
             return frames.read_picture(path), None
         return load_clip(record, path, cfg)
     except Exception as error:
         # a damaged file may raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise Unusable(f"{record['path']}: {reason:.200}") from error
+        raise Unusable(f"{record['path']:.200}: {reason:.200}") from error
 
 
 def load_clip(record, path, cfg):
@@ -125,19 +119,16 @@ def load_clip(record, path, cfg):
     If the record has `last_frame`, its question is about the last frame of the file, which is then always shown.
     `image_path` names a separate picture that the question is about: it becomes one more frame at the end.
     """
-    picture = None
-    n_frames = cfg.max_frames
-    if record.get("image_path"):
-        picture = frames.read_picture(record_files.media_path(record["image_path"], cfg.data_root))
-        n_frames = max(1, n_frames - 1)
+    picture_path = record.get("image_path")
+    n_frames = max(1, cfg.max_frames - 1) if picture_path else cfg.max_frames
     part = {name: record.get(name) for name in ("start", "end", "last_frame")}
     choose = functools.partial(even_frames, n=n_frames, **part)
     if record["data_type"] == "frame":
         clip = frames.read_folder(path, choose, record.get("fps"))
     else:
         clip = frames.read_clip(path, choose, cfg.video_reader)
-    if picture is not None:
-        clip = frames.with_picture(clip, picture)
+    if picture_path:
+        clip = frames.with_picture(clip, record_files.existing_path(picture_path, cfg.data_root))
     metadata = VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=clip.indices)
     return clip.frames_FHWC, metadata
 

@@ -47,6 +47,8 @@ TIMED = {"mov", "matroska", "flv", "mpegts"}
 SEEKABLE = {"mov", "matroska"}
 # Containers whose header states how long the clip is. For others (MPEG streams, for example) libav estimates it.
 PROMISING = {"mov", "matroska", "avi", "flv", "asf"}
+# libav's own decoders of these codecs leave transparency out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class Shown(NamedTuple):
@@ -80,6 +82,22 @@ def in_ticks(seconds, tick_seconds):
     return Fraction(seconds).limit_denominator(10**6) / tick_seconds
 
 
+def part(ticks, display_ends, tick_seconds, start, end):
+    """The moments (in ticks) between which a clip, or its part from `start` to `end` (seconds), is shown.
+
+    Benchmarks round times: up to a second after the end, the last frame is shown. Raises ValueError for a later start.
+    """
+    clip_start = Fraction(int(ticks[0]))
+    clip_end = Fraction(int(display_ends[-1]))
+    if start is None:
+        return clip_start, clip_end
+    low = clip_start + in_ticks(start, tick_seconds)
+    if low > clip_end + 1 / tick_seconds:
+        seconds = float((clip_end - clip_start) * tick_seconds)
+        raise ValueError(f"start {start} is after the end of the clip ({seconds:.1f} s)")
+    return min(low, Fraction(int(ticks[-1]))), min(clip_end, clip_start + in_ticks(end, tick_seconds))
+
+
 def frame_at(ticks, moment):
     """The frame on display at a moment (in ticks): the last one that appears no later."""
     return max(0, int(np.searchsorted(ticks, math.floor(moment), side="right")) - 1)
@@ -87,25 +105,24 @@ def frame_at(ticks, moment):
 
 def evenly_spaced(ticks):
     """Whether frames are evenly spaced, as far as the container's clock can tell."""
-    gaps = np.diff(ticks)
-    if not len(gaps):
-        return True
-    rounding = 1 if gaps.min() >= 10 else 0
-    return gaps.max() - gaps.min() <= rounding
+    even_ticks = np.linspace(ticks[0], ticks[-1], len(ticks))
+    rounding = 1 if np.diff(ticks).min(initial=10) >= 10 else 0
+    return np.abs(ticks - even_ticks).max() < rounding + 1e-3
 
 
 def read_clip(path, choose, reader="exact"):
     """The chosen frames of a clip as Shown. reader: "exact" or, as released and often wrong, "decord"."""
     # opening a pipe or a device would block
     if not os.path.isfile(path):
-        raise ValueError("not a file" if os.path.exists(path) else "no such file")
-    if os.path.getsize(path) == 0:
-        raise ValueError("empty file")
+        raise ValueError("not a file")
     with open(path, "rb") as file:
         beginning = file.read(4096)
     if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:
         raise ValueError("a playlist, not a clip")
-    frames_FHWC, chosen = read_with_decord(path, choose) if reader == "decord" else read_exactly(path, choose)
+    try:
+        frames_FHWC, chosen = read_with_decord(path, choose) if reader == "decord" else read_exactly(path, choose)
+    except av.error.InvalidDataError:
+        raise ValueError(f"not a video, or only a part of one: it begins with {beginning[:15]}") from None
     check_sides(*frames_FHWC.shape[1:3])
     indices, total, _ = chosen
     if len(set(indices)) == 1 < len(indices) <= total / 4:
@@ -144,6 +161,8 @@ def video_stream(container):
     streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
     if not streams:
         raise ValueError("no video in this file")
+    # libav reads the pixel format from a stream's packets, so streams without one have none
+    streams = [stream for stream in streams if stream.codec_context.pix_fmt] or streams
     # what a player shows: the default stream, which need not be the first
     stream = next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
     stream.codec_context.thread_count = 1
@@ -210,7 +229,7 @@ def check_complete(container, stream, ticks, stream_ends):
     The promise is the duration of the video stream, or else that of the file, which any stream may reach.
     """
     names = format_names(container)
-    if not PROMISING & names:
+    if not PROMISING & names or stream.index not in stream_ends:
         return
     # libav derives an avi's duration from the file size; its frame count (a tick each) is the header's
     promised_ticks = stream.frames if "avi" in names else stream.duration
@@ -238,9 +257,12 @@ def until(deadline, items):
 
 def decode(container, stream, deadline):
     """Yields the frames from here on, in display order. A damaged packet gives none: the frame before it stays."""
+    decoder = stream.codec_context
+    if decoder.name in ALPHA_DECODERS and {"alpha_mode", "ALPHA_MODE"} & stream.metadata.keys():
+        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
     for packet in until(deadline, container.demux(stream)):
         try:
-            frames = packet.decode()
+            frames = decoder.decode(packet)
         except av.error.InvalidDataError:
             continue
         yield from frames
@@ -278,13 +300,14 @@ def decoded_times(path, packets, deadline):
         ticks = [frame.pts for frame in decode(container, video_stream(container), deadline)]
     if not ticks:
         raise ValueError("no frame can be decoded")
-    are_distinct = None not in ticks and len(set(ticks)) == len(ticks)
     # a damaged file may leave the decoder out of order, but guessed times must at least increase
-    if not (are_distinct and (packets.is_timed or ticks == sorted(ticks))):
+    if None in ticks or len(set(ticks)) < 2 or not (packets.is_timed or ticks == sorted(set(ticks))):
         # without times, the frames are taken for evenly spaced
         ticks = [i * (packets.interval or 1) for i in range(len(ticks))]
-    order = sorted(range(len(ticks)), key=ticks.__getitem__)
-    ticks = [ticks[i] for i in order]
+    # of frames that share a moment (where clips were joined without re-encoding) only the last one stays on display
+    shown = {tick: i for i, tick in enumerate(ticks)}
+    ticks = sorted(shown)
+    order = [shown[tick] for tick in ticks]
     if packets.ticks:
         decoded = float((ticks[-1] - ticks[0]) * packets.tick_seconds)
         promised = float((packets.ticks[-1] - packets.ticks[0]) * packets.tick_seconds)
@@ -382,34 +405,48 @@ def read_folder(path, choose, fps=None):
     files = [file for file in visible if file.suffix.lower() in suffixes and file.is_file()]
     if not files:
         raise ValueError("no stills (.jpg, .png, .webp, .bmp) in this folder")
-    files.sort(key=natural_order)
     tick_seconds = 1 / Fraction(fps or 3.0).limit_denominator(10**6)
     indices, total, fps = choose(range(len(files)), tick_seconds)
+    files = in_order(files)
     stills = [read_picture(files[i]) for i in indices]
     size = stills[0].size
     stills = [still if still.size == size else still.resize(size, Image.Resampling.BICUBIC) for still in stills]
     return Shown(np.stack([np.asarray(still) for still in stills]), indices, total, fps)
 
 
-def with_picture(clip, picture):
-    """A clip with one more frame at the end, the picture, at the same distance as the other frames."""
+def with_picture(clip, path):
+    """A clip with one more frame at the end, the picture at `path`, at the same distance as the other frames."""
     height, width = clip.frames_FHWC.shape[1:3]
-    picture_HWC = np.asarray(ImageOps.pad(picture, (width, height)))
+    picture_HWC = np.asarray(ImageOps.pad(read_picture(path), (width, height)))
     frames_FHWC = np.concatenate([clip.frames_FHWC, picture_HWC[None]])
     total = clip.total * (1 + 1 / len(clip.indices))
     return Shown(frames_FHWC, [*clip.indices, clip.indices[-1] + 1], total, clip.fps)
 
 
-def natural_order(path):
-    """A key that sorts numbers in names by their value: frame_9_t3s.png is before frame_10_t4s.png."""
-    pieces = re.split(r"(\d+)", path.stem)
-    return [int(piece) if piece.isdecimal() else piece for piece in pieces], path.name
+def in_order(stills):
+    """The files sorted by the numbers in their names: frame_9_t3s.png is before frame_10_t4s.png.
+
+    Raises ValueError if their order would be a guess: the names must differ in unsigned whole numbers only.
+    """
+    by_numbers = {}
+    shapes = set()
+    for still in stills:
+        by_numbers[tuple(map(int, re.findall(r"\d+", still.stem)))] = still
+        # of decimal places the count matters, too: 0.25 is before 0.5
+        shape = re.sub(r"(?<!\d)(?<!\d[.,_])\d+", "#", still.stem)
+        shapes.add(re.sub(r"\d", "0", shape) + still.suffix.lower())
+    # -3 has a sign, a-3 a dash
+    is_signed = re.search(r"(^|_|[^\w#])-#", shape)
+    if len(shapes) > 1 or len(by_numbers) < len(stills) or is_signed:
+        names = " and ".join(sorted(shapes)[:2])
+        raise ValueError(f"stills without a certain order ({names}): their names must differ in whole numbers only")
+    return [by_numbers[numbers] for numbers in sorted(by_numbers)]
 
 
 def read_picture(path):
     """One picture as a PIL image: RGB, upright, on white where it was transparent."""
     # opening a pipe or a device would block
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path):
         raise ValueError("not a file")
     with Image.open(path) as image:
         if getattr(image, "n_frames", 1) > 1:

@@ -107,7 +107,7 @@ def write_rollouts(run, step, groups):
 def rollout_rows(group):
     """A group's completions as rows of rollouts.jsonl: text, and for ordered ones every reward and the advantage."""
     sample = group.sample
-    common_fields = {"problem_id": sample.record["problem_id"], "path": sample.record["path"]}
+    common_fields = {name: sample.record[name] for name in ("problem_id", "path", "problem")}
     numbers = dict(group.rewards)
     if group.shuffled_texts:
         numbers["temporal"] = group.temporal_G

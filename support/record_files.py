@@ -7,6 +7,7 @@ A file that is not a list of records stops the run at once. A bad row is skipped
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from support import parsing, settings
@@ -31,6 +32,8 @@ RESERVED = set(
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 # The label of an option: "A. text", "(A) text"
 LABEL = re.compile(r"([A-Z])[.):]|\(([A-Z])\)")
+# What a solution that cannot be read should be.
+WANTED = {"multiple choice": "one option's letter", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 # How other formats mark the position of the pixels in a question.
 PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image) ?\d*>", re.IGNORECASE)
@@ -90,7 +93,10 @@ def check_record(parse_solution, row, data_root, need_process):
     options = row.get("options") or []
     for text in options:
         check_text("options", text)
-    parse_solution(row["solution"], row["problem_type"], options)
+    try:
+        parse_solution(row["solution"], row["problem_type"], options)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected {WANTED.get(row['problem_type'], 'an answer')}") from None
     if need_process:
         check_process(row.get("process"))
         solution = parsing.tagged_solution(row["solution"]).strip()
@@ -98,11 +104,6 @@ def check_record(parse_solution, row, data_root, need_process):
             raise ValueError(f"solution: text outside of the answer block, which SFT would teach: {solution!r:.80}")
     check_times(row)
     media_path(row["path"], data_root)
-    picture_path = row.get("image_path")
-    if not isinstance(picture_path, str | None):
-        raise ValueError(f"image_path: expected text, got {picture_path!r:.80}")
-    if picture_path:
-        media_path(picture_path, data_root)
 
 
 def check_question(row):
@@ -182,8 +183,24 @@ def media_path(path, data_root):
     absolute = os.path.abspath(os.path.join(root, path))
     # compared by folders: as text, /data/media2 starts with /data/media
     if "\0" in path or os.path.commonpath([root, absolute]) != root:
-        raise ValueError(f"path: leaves the data root {data_root}: {path!r:.80}")
+        higher = "set data_root to a folder above all media"
+        raise ValueError(f"path: leaves the data root {data_root}: {path!r:.80}; {higher}")
     return absolute
+
+
+def existing_path(path, data_root):
+    """The absolute path of media that exist. Raises ValueError, if possible with the name that is meant."""
+    absolute = media_path(path, data_root)
+    if os.path.lexists(absolute):
+        return absolute
+    name = path.replace("\\", "/").strip()
+    stem, suffix = os.path.splitext(name)
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    for similar in (name, *forms, name.lower(), stem + suffix.swapcase()):
+        if os.path.exists(os.path.join(data_root, similar)):
+            # ascii: a name in another Unicode form looks equal
+            raise ValueError(f"no such file; did you mean {similar!a}?")
+    raise ValueError("no such file")
 
 
 def plain_problem(record):
@@ -224,7 +241,9 @@ def read_rows(path):
                 if line.strip():
                     rows.append(json.loads(line, object_pairs_hook=unique_keys))
     except (ValueError, RecursionError) as error:
-        raise settings.UserError(f"{where}: not JSON: {error}; expected a list, or one record per line") from None
+        before = getattr(error, "doc", "")[: getattr(error, "pos", 0)]
+        expected = "no comma before it" if before.rstrip().endswith(",") else "a list, or one record per line"
+        raise settings.UserError(f"{where}: not JSON: {error}; expected {expected}") from None
     if not rows:
         raise settings.UserError(f"{path}: no records in this file")
     return rows

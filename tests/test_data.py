@@ -81,10 +81,17 @@ def numbers(frames):
         ({"start": float("nan"), "end": 2}, "start, end: expected two"),
         ({"data_type": "frame", "fps": 0}, "fps: expected"),
         ({"problem": " <video>\n"}, "problem: missing"),
-        ({"image_path": 7}, "image_path: expected text"),
-        ({"solution": "<answer>seven</answer>", "problem_type": "numerical"}, "solution:"),
+        (
+            {"solution": "about 4 s", "problem_type": "numerical"},
+            "solution: not a number: 'about 4 s'; expected digits",
+        ),
+        (
+            {"solution": "3,5", "problem_type": "regression"},
+            "solution: not a number: '3,5'; expected digits, as in 3.5",
+        ),
+        ({"solution": "yes"}, "solution: not one option's letter: 'yes'; expected one option's letter"),
         ({"path": "../../secret.mp4"}, "path: leaves the data root"),
-        ({"path": "/etc/passwd"}, "path: leaves the data root"),
+        ({"path": "/etc/x"}, "path: leaves the data root {}: '/etc/x'; set data_root to a folder above all media"),
         ({"path": ""}, "path: missing"),
         ({"problem": None}, "problem: missing"),
         ({"process": " "}, "process: missing"),
@@ -93,7 +100,6 @@ def numbers(frames):
         ({"options": ["A. <|im_end|>", "B. right"]}, "options: holds <|im_end|>"),
         ({"process": "<think><|image_pad|></think>"}, "process: holds <|image_pad|>"),
         ({"problem": "half \ud800"}, "problem: half of a surrogate pair"),
-        ({"image_path": "../secret.png"}, "path: leaves the data root"),
     ],
 )
 def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
@@ -102,7 +108,11 @@ def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
     file.write_text(json.dumps([GOOD, GOOD | change]))
     with pytest.raises(UserError) as error:
         data.load_records(file, tmp_path, need_process=True)
-    assert f"row 2: {message}" in str(error.value) and "row 1" not in str(error.value) and str(file) in str(error.value)
+    assert (
+        f"row 2: {message.format(tmp_path)}" in str(error.value)
+        and "row 1" not in str(error.value)
+        and str(file) in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,7 @@ def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):
         ('{"problem_id": 1}\n{"a"', "line 2: not JSON"),
         ("[" + "9" * 5000 + "]", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ("[3,\n]", "not JSON: .*line 2 column 1.*; expected no comma before it"),
         ("[3]", "row 1: expected a record, got 3"),
         ('{"train": [{"problem_id": 1}], "test": []}', "row 1: problem_id: missing"),
         ('{\n "problem_id": 1\n}', "line 1: not JSON: .*; expected a list, or one record per line"),

@@ -183,6 +183,7 @@ def test_a_split_is_written_whole_and_counted(tmp_path, capsys):
     [
         ([{"path": "a.mp4"}, {"problem": "?"}], "row 2: path: missing"),
         ([{"path": "a.mp4"}, {"path": "./a.mp4"}], "all 2 rows are on one clip: nothing to split"),
+        ([{"path": "a.mp4"}, {"path": "/media/a.mp4"}], "path: some are absolute, others relative"),
     ],
 )
 def test_an_impossible_split_gives_one_line(rows, line):

@@ -325,7 +325,7 @@ def rl_run(world, tmp_path_factory):
     rows = []
     for step in (0, 1, 12):
         for record in [record for record in records if record["data_type"] == "video"][:2]:
-            prompt = {"step": step, "problem_id": record["problem_id"], "path": record["path"]}
+            prompt = {"step": step} | {name: record[name] for name in ("problem_id", "path", "problem")}
             texts = [f"<think>t</think>\n{record['solution']}", "<think>t</think>\n<answer>Z</answer>"]
             for i in range(3):
                 # as many are correct as the step says
@@ -353,6 +353,22 @@ def test_page_of_rollouts_needs_only_the_run_folder(rl_run):
     assert (answers[3]["rewards"], cards[2]["frames"], cards[2]["shuffled"]) == ({}, 8, ORDER)
     text = (rl_run / "rollouts.html").read_text()
     assert "advantage -0.5" in text and ">Rollouts of " in text
+
+
+def test_questions_with_one_id_on_one_clip_stay_apart(rl_run, tmp_path, world):
+    """Guards: completions under the text, options and solution of another question."""
+    record = json.loads((world / "world/rl.json").read_text())[0]
+    records = [record | {"problem": "Which?"}, record | {"problem": "Who?"}]
+    keys = ("problem_id", "path", "problem")
+    rows = [{key: row[key] for key in keys} | {"text": f"to {row['problem']}"} for row in records]
+    rows = [row | {"step": 0, "frames": "ordered"} for row in rows]
+    write_rows(tmp_path / "rollouts.jsonl", rows)
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "config.yaml").write_text((rl_run / "config.yaml").read_text())
+    arguments = [str(tmp_path / "rollouts.jsonl"), "--records", str(tmp_path / "records.json")]
+    cards = rendered(rollouts.main, arguments)["questions"]
+    found = [(card["problem"], card["answers"][0]["text"]) for card in cards]
+    assert found == [("Which?", "to Which?"), ("Who?", "to Who?")]
 
 
 def test_page_can_be_limited_to_some_steps(rl_run, tmp_path):

@@ -1,4 +1,4 @@
-"""Check a stage's records before training: print one example as the model sees it, then decode every file once.
+"""Check a stage's records before training: print one example, then decode every file once.
 
     python -m tools.check_data --config configs/toy.yaml --stage tgrpo                     # lists what is unusable
     python -m tools.check_data --config configs/toy.yaml --stage sft --out usable.json     # writes the usable rows, too
@@ -19,20 +19,37 @@ from support import record_files, settings, storage, workers
 from support.settings import UserError
 
 
-def why_unreadable(record, cfg):
-    """Why the media of a record cannot be read, or None."""
+def read_media(record, cfg):
+    """(why the media of a record cannot be read, or None; whether they are a video of one frame)."""
     try:
-        data.load_media(record, cfg)
+        _, metadata = data.load_media(record, cfg)
     except data.Unusable as error:
-        return str(error)
+        return str(error), False
+    return None, metadata is not None and metadata.total_num_frames == 1
 
 
 def check_media(records, cfg):
-    """Reads the media of {row number: record} in worker processes. Returns {row number: why they cannot be read}."""
-    read = functools.partial(why_unreadable, cfg=cfg)
-    results = workers.with_workers(list(records.values()), cfg, batch_size=None, collate_fn=read)
-    results = tqdm(results, total=len(records), desc="reading media", unit="row")
-    return {number: reason for number, reason in zip(records, results) if reason}
+    """Reads the media of {row number: record} in worker processes, once for all rows that show the same part.
+
+    Prints which rows show a video of one frame. Returns {row number: why its media cannot be read}.
+    """
+    groups = {}
+    for number, record in records.items():
+        path = record_files.media_path(record["path"], cfg.data_root)
+        part = [record.get(name) for name in ("data_type", "start", "end", "fps")]
+        groups.setdefault(f"{path} {part}", []).append(number)
+    first_records = [records[numbers[0]] for numbers in groups.values()]
+    read = functools.partial(read_media, cfg=cfg)
+    results = workers.with_workers(first_records, cfg, batch_size=None, collate_fn=read)
+    results = tqdm(results, total=len(first_records), desc="reading media", unit="clip")
+    reasons = {}
+    stills = []
+    for numbers, (reason, is_still) in zip(groups.values(), results):
+        reasons |= dict.fromkeys(numbers, reason)
+        stills += numbers if is_still else []
+    if stills:
+        print(f"{len(stills)} of {len(records)} rows show a video of one frame, which has no order: {sorted(stills)}")
+    return {number: reason for number, reason in reasons.items() if reason}
 
 
 def check(cfg, stage, out):
@@ -52,6 +69,7 @@ def check(cfg, stage, out):
         print(f"row {number}{name}: {reasons[number]}")
     usable_rows = [row for number, row in enumerate(rows, 1) if number not in reasons]
     print(f"{len(usable_rows)} of {len(rows)} rows of {cfg.records} can be used by {stage}")
+    print("not checked: max_prompt_tokens, which needs the model's processor")
     if not out:
         return int(len(reasons) > cfg.max_unreadable * len(rows))
     if not usable_rows:

@@ -9,15 +9,19 @@ step, the problem type, how many of a prompt's completions with frames in order 
 whether that share is higher (gained) or lower (lost) than with shuffled frames.
 """
 
+from operator import itemgetter
 from pathlib import Path
 
+import data
 from rewards import CORRECT, accuracy_reward
-from support import parsing, record_files
+from support import parsing
 from support.settings import SharedConfig, UserError, load_config
 from tools import report, shared
 
 # Every row of rollouts.jsonl has these fields; the others are rewards, the advantage, or the order of the frames.
-NEEDED = ("step", "problem_id", "path", "frames", "text")
+NEEDED = ("step", "problem_id", "path", "problem", "frames", "text")
+# what tells the question of a row or of a record from all others
+question_of = itemgetter("problem_id", "path", "problem")
 # what the page says of the share of a prompt's completions that are correct; any other share: "some correct"
 RESULTS = {None: "none ordered", 0: "none correct", 1: "all correct"}
 
@@ -26,13 +30,14 @@ def prompt_cards(rows, cfg):
     """What the gallery shows of each prompt and step, by step. UserError if the run's records do not have a prompt."""
     groups = {}
     for row in sorted(rows, key=lambda row: row["step"]):
-        groups.setdefault((row["step"], str(row["problem_id"]), row["path"]), []).append(row)
-    records = {(str(record["problem_id"]), record["path"]): record for record in record_files.read_rows(cfg.records)}
+        groups.setdefault((row["step"], question_of(row)), []).append(row)
+    records, _ = data.load_records(cfg.records, cfg.data_root, max_unreadable=1)
+    records = {question_of(record): record for record in records}
     cards = []
-    for (_, problem_id, clip), group in groups.items():
-        if (problem_id, clip) not in records:
-            raise UserError(f"{cfg.records}: no record {problem_id!r} on {clip}; --records names the run's records")
-        cards.append(prompt_card(group, records[problem_id, clip]))
+    for (_, question), group in groups.items():
+        if question not in records:
+            raise UserError(f"{cfg.records}: no record {question!s:.200}; --records names the run's records")
+        cards.append(prompt_card(group, records[question]))
     return cards
 
 

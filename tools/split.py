@@ -27,6 +27,8 @@ def split(rows, share, seed):
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
             raise settings.UserError(f"row {number}: path: missing")
     clips = sorted({clip_of(row) for row in rows})
+    if len({os.path.isabs(clip) for clip in clips}) > 1:
+        raise settings.UserError("path: some are absolute, others relative: one clip could be on both sides")
     if len(clips) < 2:
         raise settings.UserError(f"all {len(rows)} rows are on one clip: nothing to split")
     random.Random(seed).shuffle(clips)

@@ -1,0 +1,176 @@
+"""Media and records as strangers have them (issue 27): shown as they are, or named in one line."""
+
+import functools
+import unicodedata
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from test_media import config, edit_list_hides, number_of, painted, record, write_clip
+
+import data
+from support import frames
+from tools import check_data
+
+DOUBTFUL = """
+t_0.0.png t_0.25.png t_0.5.png | 0_25s.png 0_5s.png | -1.png 0.png | -2.png -1.png | t_-2.png t_-1.png | 09.png 0a.png
+| 1.png thumb.jpg | 00000.jpg 00000.png | 0.color.jpg 0.depth.png | 1.png 01.png | 0.png 0(1).png | a.png b.png
+"""
+CERTAIN = """
+01.png 02.png 10.png | 1.png 2.png 10.png | frame_9_t3s.png frame_10_t4s.png frame_100_t33s.png
+| t_0.9.png t_1.0.png t_10.1.png | 00-59-59.png 01-00-00.png | a-001.PNG a-002.png | _9.png _10.png | only.png
+"""
+
+
+def write_stills(folder, names):
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        Image.fromarray(painted(i)).save(folder / name)
+
+
+@pytest.mark.parametrize("names", DOUBTFUL.split("|"))
+def test_stills_whose_order_would_be_a_guess_are_named(tmp_path, names):
+    """Guards: frames "in order" that are out of order, to a method about order; masks among the colours."""
+    write_stills(tmp_path / "stills", names.split())
+    with pytest.raises(data.Unusable, match="stills: stills without a certain order (.*): their names must"):
+        data.load_media(record("stills", "frame"), config(tmp_path))
+
+
+@pytest.mark.parametrize("names", CERTAIN.split("|"))
+def test_stills_with_a_certain_order_are_shown_in_it(tmp_path, names):
+    """Guards: a rule against doubtful names that refuses sound ones."""
+    write_stills(tmp_path / "stills", names.split())
+    shown, _ = data.load_media(record("stills", "frame"), config(tmp_path))
+    assert [number_of(frame) for frame in shown] == list(range(len(names.split())))
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libvpx"])
+def test_transparency_in_webm_is_pasted_on_white(tmp_path, codec):
+    """Guards: a black drawing on a transparent background, of which nothing is visible."""
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        stream = container.add_stream(codec, rate=5, options={"auto-alt-ref": "0"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuva420p"
+        stream.metadata["alpha_mode"] = "1"
+        for i in range(8):
+            drawing = np.zeros((64, 64, 4), np.uint8)
+            drawing[8 * i : 8 * i + 8, :, 3] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(drawing, format="rgba")))
+        container.mux(stream.encode())
+    shown = frames.read_clip(tmp_path / "a.webm", functools.partial(data.even_frames, n=4)).frames_FHWC
+    assert [frame.mean((1, 2)).argmin() // 8 for frame in shown] == [1, 3, 5, 7] and shown.max() > 250
+
+
+def test_a_stream_without_packets_is_not_the_clip(tmp_path):
+    """Guards: a whole file called incomplete, because its first video stream is empty."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in range(2)]
+        for stream in streams:
+            stream.width = 128
+            stream.height = 96
+            stream.pix_fmt = "yuv420p"
+        for i in range(4):
+            container.mux(streams[1].encode(av.VideoFrame.from_ndarray(painted(i), format="rgb24")))
+        container.mux(streams[1].encode())
+    assert len(data.load_media(record("a.mkv"), config(tmp_path))[0]) == 4
+
+
+@pytest.mark.parametrize("name, step", [("a.mkv", 0), ("a.flv", 0), ("a.mp4", 1)])
+@pytest.mark.parametrize("bframes", ["0", "2"])
+def test_joined_clips_are_shown_by_time(tmp_path, name, step, bframes):
+    """Guards: hidden frames of a cut that all share one moment after a join without re-encoding, but are counted as if
+    each was shown for as long as the others.
+    """
+    write_clip(tmp_path / "part.mp4", range(100), options={"g": "24", "bf": bframes, "crf": "10", "sc_threshold": "0"})
+    edit_list_hides(tmp_path / "part.mp4", 17)
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile part.mp4\nfile part.mp4\n")
+    with av.open(str(tmp_path / "list.txt"), format="concat") as parts, av.open(str(tmp_path / name), "w") as joined:
+        source = parts.streams.video[0]
+        target = joined.add_stream_from_template(source)
+        last = -(2**60)
+        for packet in parts.demux(source):
+            if packet.dts is None:
+                continue
+            # as `ffmpeg -f concat -c copy` makes decoding times increase
+            if packet.dts < last + step:
+                packet.pts = max(packet.pts, last + step)
+                packet.dts = last + step
+            last = packet.dts
+            packet.stream = target
+            joined.mux(packet)
+    shown, _ = data.load_media(record(name), config(tmp_path, max_frames=8))
+    # only mp4 stores the edit list of the first part
+    seen = [*range(17 if name == "a.mp4" else 0, 100), *range(17, 100)]
+    expected = [seen[int((i + 0.5) * len(seen) / 8)] for i in range(8)]
+    assert all(abs(number_of(frame) - number) <= 1 for frame, number in zip(shown, expected))
+
+
+def test_a_rate_that_changes_by_a_millisecond_is_not_even(tmp_path):
+    """Guards: frames chosen by number, seconds off, because no two distances differ by more than the clock's tick."""
+    ticks = [*range(0, 10_000, 10), *range(10_000, 21_000, 11)]
+    assert not frames.evenly_spaced(ticks) and frames.evenly_spaced([round(i * 1000 / 60) for i in range(600)])
+    assert ticks[data.even_frames(ticks, Fraction(1, 1000), 1)[0][0]] == 10_495
+
+
+@pytest.mark.parametrize("data_type", ["video", "frame"])
+def test_a_part_behind_the_end_is_named(tmp_path, data_type):
+    """Guards: times in milliseconds or frame numbers, for which the last frame is shown."""
+    path = "a.mp4" if data_type == "video" else "stills"
+    write_clip(tmp_path / "a.mp4", range(50))
+    write_stills(tmp_path / "stills", [f"{i}.png" for i in range(6)])
+    for start in (100, 3.1):
+        with pytest.raises(data.Unusable, match=rf"start {start} is after the end of the clip \(2.0 s\)"):
+            data.load_media(record(path, data_type, start=start, end=200), config(tmp_path))
+    # benchmarks round times
+    shown, _ = data.load_media(record(path, data_type, start=2.9, end=4), config(tmp_path))
+    assert [number_of(frame) for frame in shown] == [49 if data_type == "video" else 5]
+
+
+# ------------------------------------------------------------------------------------------------- messages, the check
+
+
+@pytest.mark.parametrize(
+    "meant, path",
+    [
+        ("stills/0.png", "stills\\0.png"),
+        ("stills/0.png", "stills/0.png "),
+        ("stills/0.png", "Stills/0.PNG"),
+        ("stills/0.png", "stills/0.PNG"),
+        ("caf\xe9/0.png", unicodedata.normalize("NFD", "caf\xe9/0.png")),
+    ],
+)
+def test_a_missing_file_names_the_one_that_is_meant(tmp_path, meant, path):
+    """Guards: "no such file", for a name that looks like the existing one's."""
+    write_stills(tmp_path / meant.split("/")[0], ["0.png"])
+    with pytest.raises(data.Unusable) as error:
+        data.load_media(record(path, "image"), config(tmp_path))
+    assert str(error.value) == f"{path}: no such file; did you mean {meant!a}?"
+
+
+@pytest.mark.parametrize(
+    "path, line",
+    [("page.mp4", "it begins with b'<!DOCTYPE html>'"), ("data:image/png;base64," + "A" * 66_000, "no such file")],
+)
+def test_no_message_is_a_librarys_or_endless(tmp_path, path, line):
+    """Guards: "[Errno 1094995529] Invalid data"; 66 kB per line for a picture inside the record."""
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><title>Sign in</title>")
+    with pytest.raises(data.Unusable, match=line) as error:
+        data.load_media(record(path), config(tmp_path))
+    assert len(str(error.value)) < 450
+
+
+def test_the_check_reads_each_clip_once(tmp_path, monkeypatch, capsys):
+    """Guards: a clip decoded for each of its questions; a picture as a video, which has no order, without a word."""
+    write_clip(tmp_path / "a.mp4", range(8))
+    Image.fromarray(painted(0)).save(tmp_path / "b.jpg")
+    rows = [record("a.mp4"), record("./a.mp4", problem="!"), record("a.mp4", start=0, end=0.1)]
+    rows += [record("b.jpg"), record("gone.mp4"), record("gone.mp4")]
+    read = []
+    load_media = data.load_media
+    monkeypatch.setattr(data, "load_media", lambda row, cfg: read.append(row["path"]) or load_media(row, cfg))
+    reasons = check_data.check_media(dict(enumerate(rows, 1)), config(tmp_path, num_workers=0))
+    assert read == ["a.mp4", "a.mp4", "b.jpg", "gone.mp4"]
+    assert reasons == dict.fromkeys((5, 6), "gone.mp4: no such file")
+    assert "1 of 6 rows show a video of one frame, which has no order: [4]\n" in capsys.readouterr().out
