@@ -115,6 +115,8 @@ def read_clip(path, choose, reader="exact"):
     # opening a pipe or a device would block
     if not os.path.isfile(path):
         raise ValueError("not a file")
+    if os.path.getsize(path) == 0:
+        raise ValueError("empty file")
     with open(path, "rb") as file:
         beginning = file.read(4096)
     if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:
@@ -300,11 +302,10 @@ def decoded_times(path, packets, deadline):
         ticks = [frame.pts for frame in decode(container, video_stream(container), deadline)]
     if not ticks:
         raise ValueError("no frame can be decoded")
-    # a damaged file may leave the decoder out of order, but guessed times must at least increase
-    if None in ticks or len(set(ticks)) < 2 or not (packets.is_timed or ticks == sorted(set(ticks))):
+    if not are_times(ticks, packets):
         # without times, the frames are taken for evenly spaced
         ticks = [i * (packets.interval or 1) for i in range(len(ticks))]
-    # of frames that share a moment (where clips were joined without re-encoding) only the last one stays on display
+    # of frames that share a moment only the last one stays on display
     shown = {tick: i for i, tick in enumerate(ticks)}
     ticks = sorted(shown)
     order = [shown[tick] for tick in ticks]
@@ -314,6 +315,18 @@ def decoded_times(path, packets, deadline):
         if decoded < LEAST_SHARE * promised:
             raise ValueError(f"damaged: {decoded:.1f} s of {promised:.1f} s can be decoded")
     return ticks, order
+
+
+def are_times(ticks, packets):
+    """Whether the ticks of the decoded frames, in decoding order, say when they are shown."""
+    if None in ticks:
+        return False
+    # a damaged file may leave the decoder out of order, but guessed times must at least increase
+    if len(set(ticks)) == len(ticks) or not packets.is_timed:
+        return packets.is_timed or ticks == sorted(set(ticks))
+    # frames share moments where clips were joined without re-encoding, or the clock starts again from 0
+    setback = (np.maximum.accumulate(ticks) - ticks).max() * packets.tick_seconds
+    return len(set(ticks)) > 1 and setback < 1
 
 
 def fetch_by_count(path, numbers, deadline):

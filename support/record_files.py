@@ -32,8 +32,8 @@ RESERVED = set(
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 # The label of an option: "A. text", "(A) text"
 LABEL = re.compile(r"([A-Z])[.):]|\(([A-Z])\)")
-# What a solution that cannot be read should be.
-WANTED = {"multiple choice": "one option's letter", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
+# What to write instead of a solution that cannot be read.
+WANTED = {"multiple choice": "one letter, as in B", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 # How other formats mark the position of the pixels in a question.
 PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image) ?\d*>", re.IGNORECASE)
@@ -96,7 +96,8 @@ def check_record(parse_solution, row, data_root, need_process):
     try:
         parse_solution(row["solution"], row["problem_type"], options)
     except ValueError as error:
-        raise ValueError(f"{error}; expected {WANTED.get(row['problem_type'], 'an answer')}") from None
+        wanted = WANTED.get(row["problem_type"])
+        raise ValueError(f"{error}; write {wanted}" if wanted else str(error)) from None
     if need_process:
         check_process(row.get("process"))
         solution = parsing.tagged_solution(row["solution"]).strip()
@@ -241,8 +242,8 @@ def read_rows(path):
                 if line.strip():
                     rows.append(json.loads(line, object_pairs_hook=unique_keys))
     except (ValueError, RecursionError) as error:
-        before = getattr(error, "doc", "")[: getattr(error, "pos", 0)]
-        expected = "no comma before it" if before.rstrip().endswith(",") else "a list, or one record per line"
+        has_comma = re.search(r",\s*[\]}]$", getattr(error, "doc", "")[: getattr(error, "pos", 0) + 1])
+        expected = "no comma before it" if has_comma else "a list, or one record per line"
         raise settings.UserError(f"{where}: not JSON: {error}; expected {expected}") from None
     if not rows:
         raise settings.UserError(f"{path}: no records in this file")

@@ -12,7 +12,6 @@ from test_media import config, edit_list_hides, number_of, painted, record, writ
 
 import data
 from support import frames
-from tools import check_data
 
 DOUBTFUL = """
 t_0.0.png t_0.25.png t_0.5.png | 0_25s.png 0_5s.png | -1.png 0.png | -2.png -1.png | t_-2.png t_-1.png | 09.png 0a.png
@@ -107,6 +106,14 @@ def test_joined_clips_are_shown_by_time(tmp_path, name, step, bframes):
     assert all(abs(number_of(frame) - number) <= 1 for frame, number in zip(shown, expected))
 
 
+def test_a_clock_that_starts_again_loses_no_frames(tmp_path):
+    """Guards: the first of two segments that disappears, because its frames share their moments with the second's."""
+    write_clip(tmp_path / "part.ts", range(50))
+    (tmp_path / "a.ts").write_bytes((tmp_path / "part.ts").read_bytes() * 2)
+    shown, _ = data.load_media(record("a.ts"), config(tmp_path, max_frames=4))
+    assert [number_of(frame) for frame in shown] == [12, 37, 12, 37]
+
+
 def test_a_rate_that_changes_by_a_millisecond_is_not_even(tmp_path):
     """Guards: frames chosen by number, seconds off, because no two distances differ by more than the clock's tick."""
     ticks = [*range(0, 10_000, 10), *range(10_000, 21_000, 11)]
@@ -128,7 +135,7 @@ def test_a_part_behind_the_end_is_named(tmp_path, data_type):
     assert [number_of(frame) for frame in shown] == [49 if data_type == "video" else 5]
 
 
-# ------------------------------------------------------------------------------------------------- messages, the check
+# ------------------------------------------------------------------------------------------------------------- messages
 
 
 @pytest.mark.parametrize(
@@ -159,18 +166,3 @@ def test_no_message_is_a_librarys_or_endless(tmp_path, path, line):
     with pytest.raises(data.Unusable, match=line) as error:
         data.load_media(record(path), config(tmp_path))
     assert len(str(error.value)) < 450
-
-
-def test_the_check_reads_each_clip_once(tmp_path, monkeypatch, capsys):
-    """Guards: a clip decoded for each of its questions; a picture as a video, which has no order, without a word."""
-    write_clip(tmp_path / "a.mp4", range(8))
-    Image.fromarray(painted(0)).save(tmp_path / "b.jpg")
-    rows = [record("a.mp4"), record("./a.mp4", problem="!"), record("a.mp4", start=0, end=0.1)]
-    rows += [record("b.jpg"), record("gone.mp4"), record("gone.mp4")]
-    read = []
-    load_media = data.load_media
-    monkeypatch.setattr(data, "load_media", lambda row, cfg: read.append(row["path"]) or load_media(row, cfg))
-    reasons = check_data.check_media(dict(enumerate(rows, 1)), config(tmp_path, num_workers=0))
-    assert read == ["a.mp4", "a.mp4", "b.jpg", "gone.mp4"]
-    assert reasons == dict.fromkeys((5, 6), "gone.mp4: no such file")
-    assert "1 of 6 rows show a video of one frame, which has no order: [4]\n" in capsys.readouterr().out
