@@ -54,7 +54,7 @@ def test_the_examples_train_in_both_stages_and_are_answered(run, world, monkeypa
         rows = read_jsonl(folder / "metrics.jsonl")
         assert [row["step"] for row in rows] == [0, 1] and rows[-1]["data/skipped"] == 0
     # a batch holds all five, so the two steps have sampled for each of them
-    assert {row["problem_id"] for row in read_jsonl(tgrpo / "rollouts.jsonl")} == {r["problem_id"] for r in EXAMPLES}
+    assert {row["problem"] for row in read_jsonl(tgrpo / "rollouts.jsonl")} == {r["problem"] for r in EXAMPLES}
     answers = read_jsonl(evaluation / "predictions.jsonl")
     # the four clips in three orders, the picture in order and blind
     assert len(answers) == 14 and not any("error" in row for row in answers)
