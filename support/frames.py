@@ -77,11 +77,6 @@ def display_times(ticks, last_duration):
     return ticks, np.append(ticks[1:], ticks[-1] + (last_duration or 1))
 
 
-def in_ticks(seconds, tick_seconds):
-    """Seconds of a record in ticks. 0.3 means 3/10, not the binary number slightly below it."""
-    return Fraction(seconds).limit_denominator(10**6) / tick_seconds
-
-
 def part(ticks, display_ends, tick_seconds, start, end):
     """The moments (in ticks) between which a clip, or its part from `start` to `end` (seconds), is shown.
 
@@ -91,11 +86,12 @@ def part(ticks, display_ends, tick_seconds, start, end):
     clip_end = Fraction(int(display_ends[-1]))
     if start is None:
         return clip_start, clip_end
-    low = clip_start + in_ticks(start, tick_seconds)
+    # 0.3 means 3/10, not the binary number slightly below it
+    low, high = (clip_start + Fraction(t).limit_denominator(10**6) / tick_seconds for t in (start, end))
     if low > clip_end + 1 / tick_seconds:
         seconds = float((clip_end - clip_start) * tick_seconds)
         raise ValueError(f"start {start} is after the end of the clip ({seconds:.1f} s)")
-    return min(low, Fraction(int(ticks[-1]))), min(clip_end, clip_start + in_ticks(end, tick_seconds))
+    return min(low, Fraction(int(ticks[-1]))), min(high, clip_end)
 
 
 def frame_at(ticks, moment):

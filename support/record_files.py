@@ -184,8 +184,7 @@ def media_path(path, data_root):
     absolute = os.path.abspath(os.path.join(root, path))
     # compared by folders: as text, /data/media2 starts with /data/media
     if "\0" in path or os.path.commonpath([root, absolute]) != root:
-        higher = "set data_root to a folder above all media"
-        raise ValueError(f"path: leaves the data root {data_root}: {path!r:.80}; {higher}")
+        raise ValueError(f"path: leaves the data root {data_root}: {path!r:.80}; data_root must be above all media")
     return absolute
 
 

@@ -91,7 +91,7 @@ def numbers(frames):
         ),
         ({"solution": "yes"}, "solution: not one option's letter: 'yes'; write one letter, as in B"),
         ({"path": "../../secret.mp4"}, "path: leaves the data root"),
-        ({"path": "/etc/x"}, "path: leaves the data root {}: '/etc/x'; set data_root to a folder above all media"),
+        ({"path": "/etc/x"}, "path: leaves the data root {}: '/etc/x'; data_root must be above all media"),
         ({"path": ""}, "path: missing"),
         ({"problem": None}, "problem: missing"),
         ({"process": " "}, "process: missing"),
