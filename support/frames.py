@@ -301,10 +301,11 @@ def decoded_times(path, packets, deadline):
     if not are_times(ticks, packets):
         # without times, the frames are taken for evenly spaced
         ticks = [i * (packets.interval or 1) for i in range(len(ticks))]
-    # of frames that share a moment only the last one stays on display
-    shown = {tick: i for i, tick in enumerate(ticks)}
-    ticks = sorted(shown)
-    order = [shown[tick] for tick in ticks]
+    order = sorted(range(len(ticks)), key=ticks.__getitem__)
+    if len(set(ticks)) < len(ticks):
+        # where clips were joined without re-encoding, frames that come late are hidden frames of the next cut
+        order = [0, *(np.flatnonzero(np.diff(np.maximum.accumulate(ticks))) + 1)]
+    ticks = [ticks[i] for i in order]
     if packets.ticks:
         decoded = float((ticks[-1] - ticks[0]) * packets.tick_seconds)
         promised = float((packets.ticks[-1] - packets.ticks[0]) * packets.tick_seconds)
