@@ -72,8 +72,9 @@ def normalized(form, text):
 
 WRAPPER = re.compile(r"\\(?:[fm]?box|boxed|text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|operatorname)\s?\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}|\\[dt]?frac (\d) ?(\d)|\\[dt]?frac(\d)(\d)")
-# "3½" and "3\frac{1}{2}" are three and a half: keep the parts apart
-MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞↉]|\\[dt]?frac)")
+# "3½" and "3\frac{1}{2}" are three and a half, "①②" no twelve: keep the parts apart
+CIRCLED = "①-⓿㉈-㉟㊱-㊿"
+MIXED = re.compile(rf"(?<=[\d{CIRCLED}])(?=[¼½¾⅐-⅞↉{CIRCLED}]|\\[dt]?frac)|(?<=[{CIRCLED}])(?=\d)")
 DOLLARS = re.compile(r"\$\$?([^$]*)\$\$?|\\\(|\\\)|\\\[|\\\]")
 LATEX = {r"\%": "%", r"\$": "$", "{,}": ",", r"\,": " ", r"\;": " ", r"^{\circ}": "°", r"^\circ": "°", r"\degree": "°"}
 
@@ -170,30 +171,36 @@ NUMBER_LEAD = re.compile(
     r"(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
     re.IGNORECASE,
 )
-# units: "meters", "%", "km/h", "m^2", "m2", "个"; not the "x3" of "2x3"
-LETTERS = r"a-z\u00c0-\u024fμω一-鿿ぁ-ヿ가-힣"
-WORD = rf"[{LETTERS}%°][{LETTERS}°/·]*(?:\^[23]|(?<=m)[23])?"
-UNIT = re.compile(rf"(?:(?:square|cubic|degrees) )?{WORD}(?: per {WORD})?", re.IGNORECASE)
-# words that change the number ("4 million") or turn it into something else ("12 AM")
-SCALES = set(
-    "k b bn bln tn trn mn mln mio mil mrd dozen score gross hundred thousand million billion trillion lakh lac crore "
-    "millionen milliarden millones milliard quarter half halve third fourth fifth sixth seventh eighth ninth tenth "
-    "hundredth thousandth millionth squared cubed am pm noon midnight oclock bc bce x e or and to plus minus".split()
-)
-# ten … trillion, a half, more than, o'clock
-CJK_SCALE = re.compile("(?!百分|千[克米瓦])[十百千万亿萬億兆几多半余点點时時만억천시]")
+# What may follow a number. Any other word is refused, because it may change the number: "4 million", "2 pi", "12 AM".
+MONEY = "cent cents dollar dollars euro euros yuan rmb usd eur gbp cny jpy 元 美元 欧元 歐元 日元 人民币 块 塊 円 원"
+UNITS = f"""
+m meter meters metre metres nm μm um mm cm dm km in inch inches ft foot feet yd yard yards mi mile miles Å 米 毫米 厘米
+公分 分米 千米 公里 英里 英尺 英寸 センチ メートル キロ 미터 acre acres ha hectare hectares 公顷 亩 L l ml cl dl liter
+liters litre litres gallon gallons cup cups tsp tbsp 升 毫升 g kg mg gram grams kilogram kilograms t ton tons tonne
+tonnes lb lbs pound pounds oz ounce ounces 克 千克 公斤 斤 吨 噸 s ms us μs ns h sec secs second seconds min mins minute
+minutes hr hrs hour hours day days week weeks month months yr yrs year years 秒 秒钟 秒鐘 分 分钟 分鐘 小时 小時 時間 天
+日 周 週 星期 个月 個月 年 岁 歲 歳 초 분 시간 일 년 살 % percent pct ° deg degree degrees rad radian radians °C °F C F
+celsius fahrenheit kelvin kelvins 度 摄氏度 攝氏度 mph kmh kph knot knots rpm fps Hz kHz MHz GHz N kN J kJ cal kcal kWh
+eV W kW MW V mV kV A mA Ω Pa kPa MPa bar atm psi mol dB newton newtons joule joules volt volts watt watts ohm ohms bit
+bits byte bytes KB MB GB TB px pixel pixels 个 個 人 次 只 隻 名 位 件 张 張 条 條 辆 輛 本 头 頭 匹 枚 台 回 种 種 棵
+颗 顆 根 朵 座 把 层 層 步 页 頁 つ 개 명 번 마리 {MONEY}"""
+# a single letter counts as it is written: 5 m, but not 5 M
+LONG_UNITS = "|".join(re.escape(unit) for unit in UNITS.split() if len(unit) > 1)
+SHORT_UNITS = "".join(unit for unit in UNITS.split() if len(unit) == 1)
+WORD = rf"(?:(?i:{LONG_UNITS})|[{SHORT_UNITS}])(?:\^[23]|(?<=m)[23])?"
+UNIT = re.compile(rf"(?:(?i:square|sq|cubic|degrees?) |平方|立方)?{WORD}(?:(?:[/·每]| per ){WORD})*")
 SCRIPTS = str.maketrans({character: f"^{digit}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}) | str.maketrans(
     {character: f"_{digit}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 )
 
 
 def parse_number(text):
-    """The one number that `text` is, as a finite float; a currency sign before it and one unit after it are dropped.
+    """The one number that `text` is, as a finite float; a currency sign before it and a unit after it are dropped.
 
-    Thousands commas in threes ("1,00", "3,5", "0,500" are errors). "50%" is 50. A unit is one word, "square meters", or
-    "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises ValueError for
-    anything else: several numbers, other words before the number, scales ("4 million", "$1.2M", "3 lakh"), times ("12
-    AM"), nan, inf, and numbers too large for a float.
+    Thousands commas in threes ("1,00", "3,5", "0,500" are errors). "50%" is 50. A unit is one of UNITS, "square
+    meters", "km/h", or "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises
+    ValueError for anything else: several numbers, other words ("4 million", "$1.2M", "12 AM", "4 chairs"), nan, inf,
+    and numbers too large for a float.
 
     >>> [parse_number(t) for t in ("4.0", "1,000", "1e3", "-3", "50%", "$5", "3.5 square meters.")]
     [4.0, 1000.0, 1000.0, -3.0, 50.0, 5.0, 3.5]
@@ -212,7 +219,8 @@ def parse_number(text):
     if not match:
         raise ValueError(f"not a number: {text[:40]!r}")
     unit = core[match.end() :].strip()
-    if unit and (is_scale(unit, after_currency=core[0] in "$€£¥₹") or not UNIT.fullmatch(unit)):
+    is_known = unit.lower() in MONEY.split() if core[0] in "$€£¥₹" else UNIT.fullmatch(unit)
+    if unit and not is_known:
         raise ValueError(f"not a number: {text[:40]!r}")
     if ratio:
         sign, whole, above, below = ratio.groups()
@@ -225,16 +233,6 @@ def parse_number(text):
     if not math.isfinite(value):
         raise ValueError(f"not a finite number: {text[:40]!r}")
     return value
-
-
-def is_scale(unit, after_currency):
-    """Whether the word after a number changes which number it is, or makes it a time."""
-    word = unit.lower()
-    if word in SCALES or word.rstrip("s") in SCALES or unit in ("M", "B", "T"):
-        return True
-    if after_currency and word in ("m", "mm", "t"):
-        return True
-    return CJK_SCALE.match(unit) is not None
 
 
 def option_letters(options):
