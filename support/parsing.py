@@ -97,9 +97,9 @@ def without_latex(text):
     return text.strip()
 
 
-DECORATION = " \t\r\n\xa0()[]{}.,:;!*_`'\"$。、【】「」『』"
+DECORATION = " \t\r\n\xa0()[]{}<>.,:;!*_`'\"$。、【】「」『』"
 LEAD = re.compile(
-    r"(?:(?:the|best|correct|final|answer|option|choice|is)\b[\s:]*"
+    r"(?:(?:the|best|correct|final|answer|ans|option|choice|is|it['’]s|it)\b[\s:]*"
     r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選"
     r"|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
     re.IGNORECASE,
@@ -107,28 +107,30 @@ LEAD = re.compile(
 SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 
+# a letter alone or "B) x", or an option's letter and what ends it; "e.g. this", "U.S. Navy", "A cat" have none
+LABEL = re.compile(
+    r"([A-Za-z])($|(?<=[A-Z])[.:)] ?[a-z]$|[)\]}】」、]|[.:](?![A-Za-z]\.)| [-–—]+ |(?i: because )"
+    r"|(?i: is (?:the )?(?:correct|right|best|answer))\b"
+    r"| ?(?:选项|選項|项|項)?是?(?:正确|正確|对|對)(?![A-Za-z])| ?(?:选项|選項|项|項)(?=$|[:,]))"
+)
+
+
 def split_label(text):
     """("B", ")", " the cat") for "(B) the cat", ("B", "", "") for "B", (None, "", "") for a text without a label."""
     core = text.strip(DECORATION)
-    letter = core[:1]
-    mark = core[1:2]
-    description = core[2:]
-    if not (letter.isascii() and letter.isalpha()):
+    label = LABEL.match(core)
+    if not label:
         return None, "", ""
-    # "e.g. this" has no label; scripts without spaces have no space after one
-    is_separate = description[:1].isspace() or not description[:1].isascii()
-    if mark in ("", ")", "、") or (mark in (".", ":") and is_separate):
-        return letter.upper(), mark, description
-    return None, "", ""
+    return label[1].upper(), label[2], core[label.end() :]
 
 
 def parse_letter(text):
     """The option letter that `text` names, "A" to "Z"; None if it names none or several.
 
-    A lone letter in any punctuation or LaTeX, or a letter with ) or : or . before the option's text; "the answer is",
-    "option", "答案：" may precede it. Without punctuation only a lone letter counts ("A cat" has an article). The text
-    after the letter may not begin with a second lone letter, nor contain a second labelled option, unless it begins
-    with an initial.
+    A lone letter in any punctuation or LaTeX, or a letter before the option's text ("B.left", "B - left") or before "is
+    correct", "because", "选项"; "the answer is", "option", "答案：" may precede it. Else only a lone letter counts ("A
+    cat" has an article). The text after the letter may not begin with a second lone letter, nor contain a second
+    labelled option, unless it begins with an initial.
 
     >>> texts = ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")
     >>> [parse_letter(text) for text in texts]
@@ -147,7 +149,7 @@ def parse_letter(text):
     # as in "B. E. coli"
     if mark == "." and second_description:
         return letter
-    if second_letter or any(other_letter and other_text for other_letter, _, other_text in parts[1:]):
+    if second_letter or any(other_letter and other_mark for other_letter, other_mark, _ in parts[1:]):
         return None
     return letter
 
