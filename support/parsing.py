@@ -174,22 +174,20 @@ NUMBER_LEAD = re.compile(
     re.IGNORECASE,
 )
 # What may follow a number. Any other word is refused, because it may change the number: "4 million", "2 pi", "12 AM".
-MONEY = "cent cents dollar dollars euro euros yuan rmb usd eur gbp cny jpy 元 美元 欧元 歐元 日元 人民币 块 塊 円 원"
+MONEY = "cent dollar euro yuan rmb usd eur gbp cny jpy 元 美元 欧元 歐元 日元 人民币 块 塊 円 원"
 UNITS = f"""
-m meter meters metre metres nm μm um mm cm dm km in inch inches ft foot feet yd yard yards mi mile miles Å 米 毫米 厘米
-公分 分米 千米 公里 英里 英尺 英寸 センチ メートル キロ 미터 acre acres ha hectare hectares 公顷 亩 L l ml cl dl liter
-liters litre litres gallon gallons cup cups tsp tbsp 升 毫升 g kg mg gram grams kilogram kilograms t ton tons tonne
-tonnes lb lbs pound pounds oz ounce ounces 克 千克 公斤 斤 吨 噸 s ms us μs ns h sec secs second seconds min mins minute
-minutes hr hrs hour hours day days week weeks month months yr yrs year years 秒 秒钟 秒鐘 分 分钟 分鐘 小时 小時 時間 天
-日 周 週 星期 个月 個月 年 岁 歲 歳 초 분 시간 일 년 살 % percent pct ° deg degree degrees rad radian radians °C °F C F
-celsius fahrenheit kelvin kelvins 度 摄氏度 攝氏度 mph kmh kph knot knots rpm fps Hz kHz MHz GHz N kN J kJ cal kcal kWh
-eV W kW MW V mV kV A mA Ω Pa kPa MPa bar atm psi mol dB newton newtons joule joules volt volts watt watts ohm ohms bit
-bits byte bytes KB MB GB TB px pixel pixels 个 個 人 次 只 隻 名 位 件 张 張 条 條 辆 輛 本 头 頭 匹 枚 台 回 种 種 棵
-颗 顆 根 朵 座 把 层 層 步 页 頁 つ 개 명 번 마리 {MONEY}"""
+m meter metre nm μm um mm cm dm km in inch inches ft foot feet yd yard mi mile Å 米 毫米 厘米 公分 分米 千米 公里 英里
+英尺 英寸 センチ メートル キロ 미터 acre ha hectare 公顷 亩 L l ml cl dl liter litre gallon cup tsp tbsp 升 毫升 g kg mg
+gram kilogram t ton tonne lb pound oz ounce 克 千克 公斤 斤 吨 噸 s ms us μs ns h sec second min minute hr hour day week
+month yr year 秒 秒钟 秒鐘 分 分钟 分鐘 小时 小時 時間 天 日 周 週 星期 个月 個月 年 岁 歲 歳 초 분 시간 일 년 살 %
+percent pct ° deg degree rad radian °C °F C F celsius fahrenheit kelvin 度 摄氏度 攝氏度 mph kmh kph knot rpm fps Hz kHz
+MHz GHz N kN J kJ cal kcal kWh eV W kW MW V mV kV A mA Ω Pa kPa MPa bar atm psi mol dB newton joule volt watt ohm bit
+byte KB MB GB TB px pixel 个 個 人 次 只 隻 名 位 件 张 張 条 條 辆 輛 本 头 頭 匹 枚 台 回 种 種 棵 颗 顆 根 朵 座 把
+层 層 步 页 頁 つ 개 명 번 마리 {MONEY}"""
 # a single letter counts as it is written: 5 m, but not 5 M
 LONG_UNITS = "|".join(re.escape(unit) for unit in UNITS.split() if len(unit) > 1)
 SHORT_UNITS = "".join(unit for unit in UNITS.split() if len(unit) == 1)
-WORD = rf"(?:(?i:{LONG_UNITS})|[{SHORT_UNITS}])(?:\^[23]|(?<=m)[23])?"
+WORD = rf"(?:(?i:(?:{LONG_UNITS})s?)|[{SHORT_UNITS}])(?:\^[23]|(?<=m)[23])?"
 UNIT = re.compile(rf"(?:(?i:square|sq|cubic|degrees?) |平方|立方)?{WORD}(?:(?:[/·每]| per ){WORD})*")
 SCRIPTS = str.maketrans({character: f"^{digit}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}) | str.maketrans(
     {character: f"_{digit}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")}
@@ -221,7 +219,7 @@ def parse_number(text):
     if not match:
         raise ValueError(f"not a number: {text[:40]!r}")
     unit = core[match.end() :].strip()
-    is_known = unit.lower() in MONEY.split() if core[0] in "$€£¥₹" else UNIT.fullmatch(unit)
+    is_known = unit.lower().removesuffix("s") in MONEY.split() if core[0] in "$€£¥₹" else UNIT.fullmatch(unit)
     if unit and not is_known:
         raise ValueError(f"not a number: {text[:40]!r}")
     if ratio:
