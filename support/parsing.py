@@ -224,9 +224,8 @@ def parse_number(text):
         raise ValueError(f"not a number: {text[:40]!r}")
     if ratio:
         sign, whole, above, below = ratio.groups()
-        if not float(below):
-            raise ValueError(f"not a number: {text[:40]!r}")
-        value = float(f"{sign}1") * (float(whole or 0) + float(above) / float(below))
+        fraction = float(above) / float(below) if float(below) else math.inf
+        value = float(f"{sign}1") * (float(whole or 0) + fraction)
     else:
         # float, not int: no limit on digits, and linear
         value = float(match[1].replace(",", ""))
