@@ -105,10 +105,10 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        refuse_bad_values(base, model)
         refuse_other_tensors(base, report)
         for adapter in adapters:
             model = merge_adapter(model, adapter)
+        refuse_bad_values(cfg.model, model)
     vision.set_attention(model, cfg.vision_attention)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -97,7 +97,7 @@ def without_latex(text):
     return text.strip()
 
 
-DECORATION = " \t\r\n\xa0()[]{}<>.,:;!*_`'\"$。、【】「」『』"
+DECORATION = " \t\r\n\xa0()[]{}<>.,:;!*_`'\"“”‘’«»$。、【】「」『』"
 LEAD = re.compile(
     r"(?:(?:the|best|correct|final|answer|ans|option|choice|is|it['’]s|it)\b[\s:]*"
     r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選"
@@ -234,13 +234,16 @@ def parse_number(text):
     return value
 
 
+# the label of an option: "A. text", "(A) text", "A、text"
+OPTION_LABEL = re.compile(r"\s*[(（]?([A-Z])[.):、．：）]")
+
+
 def option_letters(options):
     """Letters of options like "A. text" or "(A) text"; A, B, C … by position unless every option has its own.
 
     Its own letters ascend, and start at A or have no gaps: not those of "E. coli", "S. aureus", "B. subtilis".
     """
-    found = [re.match(r"([A-Z])[.):]|\(([A-Z])\)", option) for option in options]
-    own = [match[1] or match[2] for match in found if match]
+    own = [match[1] for match in map(OPTION_LABEL.match, options) if match]
     if own and len(own) == len(options) and own == sorted(set(own)):
         if own[0] == "A" or ord(own[-1]) - ord(own[0]) == len(own) - 1:
             return own
@@ -254,7 +257,7 @@ def lettered(options):
     (['A. left', 'B. right'], ['(A) left', '(B) right'])
     """
     letters = option_letters(options)
-    if all(re.match(rf"{letter}[.):]|\({letter}\)", option) for letter, option in zip(letters, options)):
+    if letters == [match[1] for match in map(OPTION_LABEL.match, options) if match]:
         return list(options)
     return [f"{letter}. {option}" for letter, option in zip(letters, options)]
 
