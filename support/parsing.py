@@ -216,11 +216,9 @@ def parse_number(text):
         core = core[1:-1].strip()
     ratio = RATIO.match(core)
     match = ratio or NUMBER.match(core)
-    if not match:
-        raise ValueError(f"not a number: {text[:40]!r}")
-    unit = core[match.end() :].strip()
-    is_known = unit.lower().removesuffix("s") in MONEY.split() if core[0] in "$€£¥₹" else UNIT.fullmatch(unit)
-    if unit and not is_known:
+    unit = core[match.end() :].strip() if match else ""
+    is_known = unit.lower().removesuffix("s") in MONEY.split() if core[:1] in "$€£¥₹" else UNIT.fullmatch(unit)
+    if not match or (unit and not is_known):
         raise ValueError(f"not a number: {text[:40]!r}")
     if ratio:
         sign, whole, above, below = ratio.groups()

@@ -38,8 +38,7 @@ def export(checkpoint, folder):
     model_files.check_model(cfg, f"{checkpoint}, whose run started from: export")
     start = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["weights"]
     if start not in (cfg.model, storage.fingerprint(cfg.model)):
-        place = f"{cfg.model}, seen from {Path.cwd()}"
-        raise UserError(f"{checkpoint}: {place}, is not what its run started from; correct model in its config.yaml")
+        raise UserError(f"{checkpoint}: {cfg.model}, seen from {Path.cwd()}, is not what its run started from")
     dtype = distributed.compute_dtype(cfg)
     if (checkpoint / "adapter_config.json").is_file():
         model = model_files.merge_adapter(load_policy(cfg, dtype), checkpoint)
