@@ -6,44 +6,83 @@ A checkpoint may also be a LoRA adapter in peft's format; it is then merged into
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from support import checkpoints, distributed, lora, settings, storage, vision
 
+# The files of a checkpoint besides its weights.
+SMALL_FILES = "*config.json chat_template.* tokenizer* vocab.* merges.txt *_tokens*.json".split()
+# What an error of a library means.
+HINTS = {
+    "deserializing header": "half a download, or a clone without git-lfs?",
+    # of the first revision on the hub; the class was renamed
+    "Unrecognized image": "in preprocessor_config.json, for Qwen2_5_VLImageProcessor write Qwen2VLImageProcessor",
+}
+
+
+@contextmanager
+def usable(what):
+    """Within it, any error of a library becomes a UserError. Only for reading and trying the files of a checkpoint."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = repr(error) if isinstance(error, KeyError) else " ".join(str(error).split())
+        # the first sentence; what follows is advice about the library
+        hints = [hint for words, hint in HINTS.items() if words in text]
+        raise settings.UserError("; ".join([f"{what}: {text.split('. ')[0]:.200}", *hints])) from error
+
 
 def load_processor(cfg):
-    """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be loaded."""
+    """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be used."""
     base = storage.adapter_chain(cfg.model)[0]
     check_hub(base)
-    try:
+    with usable(f"{cfg.model}: its processor cannot be loaded"):
+        config = Qwen2_5_VLConfig.from_pretrained(base)
         processor = AutoProcessor.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if "Unrecognized image processor" in reason:
-            # of the first revision on the hub; the class was renamed
-            reason = "in preprocessor_config.json, for Qwen2_5_VLImageProcessor write Qwen2VLImageProcessor"
-        raise settings.UserError(f"{cfg.model}: its processor cannot be loaded: {reason:.300}") from error
-    # older folders have the template in the tokenizer's config only
-    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    if not processor.chat_template:
-        raise settings.UserError(f"{cfg.model}: no chat template in chat_template.* or tokenizer_config.json")
-    question = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
-    try:
+        # older folders have the template in the tokenizer's config only
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+        end = generation_config(base, config).eos_token_id
+    with usable(f"{cfg.model}: its chat template fails"):
+        content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "?"}]
+        question = [{"role": "user", "content": content}]
         prompt = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    # a template is a program and may raise anything
-    except Exception as error:
-        raise settings.UserError(f"{cfg.model}: its chat template fails: {error}") from error
-    if "<think>" in prompt:
-        raise settings.UserError(f"{cfg.model}: its chat template opens <think>, which a completion has to do here")
+    with usable(f"{cfg.model}: its files do not fit together"):
+        ends = end if isinstance(end, list) else [end]
+        # None: the tokenizer's
+        try_processor(processor, config, prompt, [processor.tokenizer.eos_token_id] if end is None else ends)
     return processor
+
+
+def try_processor(processor, config, prompt, ends):
+    """Raise ValueError if the model cannot read the prompt about a clip and a picture, or never ends its answer."""
+    tokenizer = processor.tokenizer
+    n_tokens = max(tokenizer.get_vocab().values()) + 1
+    n_rows = config.text_config.vocab_size
+    media = (processor.video_token_id, processor.image_token_id)
+    problems = {
+        "its chat template opens <think>, which a completion has to do here": "<think>" in prompt,
+        "its chat template leaves out the question": "?" not in prompt,
+        "its tokenizer has no pad_token": tokenizer.pad_token is None,
+        f"its eos_token is {tokenizer.eos_token}, but generation ends with {ends}": tokenizer.eos_token_id not in ends,
+        f"its tokenizer has {n_tokens} tokens, vocab_size is {n_rows}": n_tokens > n_rows,
+        "video_token_id or image_token_id is wrong": media != (config.video_token_id, config.image_token_id),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise ValueError(problem)
+    clip = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    # raises if the template has not one place for each
+    processor(text=[prompt], images=[clip[0]], videos=[clip], do_sample_frames=False, return_tensors="pt")
 
 
 def load_weights(cfg, dtype, accelerator=None, device=None):
@@ -59,7 +98,7 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
         model.tie_weights()
         model.generation_config = generation_config(base, model.config)
     else:
-        try:
+        with usable(f"{base}: its weights cannot be read"):
             model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 base,
                 dtype=dtype,
@@ -68,16 +107,10 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        except (OSError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            hint = "half a download, or a clone without git-lfs?"
-            raise settings.UserError(f"{base}: its weights cannot be read: {reason:.200}; {hint}") from error
-        refuse_bad_values(base, model)
         refuse_other_tensors(base, report)
-        if lora.adapted_layers(model):
-            raise settings.UserError(f"{base} is an adapter on the hub; download it, and set model to its folder")
         for adapter in adapters:
             model = merge_adapter(model, adapter)
+        refuse_bad_values(cfg.model, model)
     vision.set_attention(model, cfg.vision_attention)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -130,7 +163,7 @@ def merge_adapter(model, folder):
         raise settings.UserError(f"{folder}: adapter_model.safetensors is missing")
     # how names of tensors begin in adapters that were made with transformers before 4.52, and how they do now
     older_names = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
-    try:
+    with usable(f"{folder}: this adapter cannot be merged"):
         config = PeftConfig.from_pretrained(folder)
         if str(getattr(config, "init_lora_weights", "")).startswith(("pissa_niter", "loftq", "corda")):
             raise ValueError(f"made with init_lora_weights {config.init_lora_weights}; convert it to plain LoRA first")
@@ -142,10 +175,6 @@ def merge_adapter(model, folder):
             raise ValueError("it changes the embedding or the head, which are one matrix in this model")
         # peft has frozen the model
         return wrapped.merge_and_unload().requires_grad_(True)
-    # a damaged or unusual adapter may raise anything
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise settings.UserError(f"{folder}: this adapter cannot be merged: {reason:.200}") from error
 
 
 def starting_files(model):
@@ -154,11 +183,9 @@ def starting_files(model):
     `final` gets these files instead of newly written ones, so what loads the starting checkpoint loads `final` too:
     transformers 4.x and older vLLM cannot read what transformers 5 would write.
     """
-    names = "config.json generation_config.json *processor_config.json chat_template.* tokenizer* vocab.* merges.txt "
-    patterns = (names + "added_tokens.json special_tokens_map.json").split()
     model = storage.adapter_chain(model)[0]
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=patterns))
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=SMALL_FILES))
+    found = [path for pattern in SMALL_FILES for path in folder.glob(pattern)]
     return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
@@ -225,15 +252,16 @@ def check_model(cfg, stage, made_by=None):
         hint = ""
         if (config.parent / "state.json").is_file():
             hint = f", but of training; make a model of it with: python -m tools.export {cfg.model} FOLDER"
-            made_by = None
-        if made_by:
+        elif made_by:
             hint = f"; make one with: accelerate launch {made_by} --config {settings.given('config', 'CONFIG')}"
         raise settings.UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
-    try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-        model_type = described.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise settings.UserError(f"{config}: not a model's config: {error}") from None
+    small = [path for pattern in (*SMALL_FILES, "*.index.json") for path in config.parent.glob(pattern)]
+    for path in small:
+        if path.suffix == ".json":
+            with usable(f"{path}: not JSON with names and values"):
+                json.loads(path.read_text(encoding="utf-8")).keys()
+    described = json.loads(config.read_text(encoding="utf-8"))
+    model_type = described.get("model_type")
     if model_type != "qwen2_5_vl":
         raise settings.UserError(f"{stage}.model: {cfg.model} holds a model of type {model_type}, not qwen2_5_vl")
     if "quantization_config" in described:
@@ -241,12 +269,11 @@ def check_model(cfg, stage, made_by=None):
 
 
 def check_hub(model):
-    """UserError if `model` is a hub name and the hub cannot be reached; transformers would retry for minutes."""
-    if Path(model).exists() or is_offline_mode():
+    """UserError if `model` is a hub name of an adapter, or the hub cannot be reached, which is retried for minutes."""
+    if Path(model).exists():
         return
-    try:
-        HfApi().model_info(model, timeout=10)
-    except (OSError, HTTPError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
-        way_on = "with HF_HUB_OFFLINE=1 a copy in the hub's cache is used"
-        raise settings.UserError(f"model: {model} is not a folder, and the hub says: {reason:.200}; {way_on}") from None
+    if not is_offline_mode():
+        with usable(f"model: {model} is not a folder (HF_HUB_OFFLINE=1: use the hub's cache), and the hub says"):
+            HfApi().model_info(model, timeout=10)
+    if find_adapter_config_file(model):
+        raise settings.UserError(f"{model} is an adapter on the hub; download it, and set model to its folder")

@@ -72,8 +72,9 @@ def normalized(form, text):
 
 WRAPPER = re.compile(r"\\(?:[fm]?box|boxed|text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|operatorname)\s?\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}|\\[dt]?frac (\d) ?(\d)|\\[dt]?frac(\d)(\d)")
-# "3½" and "3\frac{1}{2}" are three and a half: keep the parts apart
-MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞↉]|\\[dt]?frac)")
+# "3½" and "3\frac{1}{2}" are three and a half, "①②" no twelve: keep the parts apart
+CIRCLED = "①-⓿㉈-㉟㊱-㊿"
+MIXED = re.compile(rf"(?<=[\d{CIRCLED}])(?=[¼½¾⅐-⅞↉{CIRCLED}]|\\[dt]?frac)|(?<=[{CIRCLED}])(?=\d)")
 DOLLARS = re.compile(r"\$\$?([^$]*)\$\$?|\\\(|\\\)|\\\[|\\\]")
 LATEX = {r"\%": "%", r"\$": "$", "{,}": ",", r"\,": " ", r"\;": " ", r"^{\circ}": "°", r"^\circ": "°", r"\degree": "°"}
 
@@ -96,9 +97,9 @@ def without_latex(text):
     return text.strip()
 
 
-DECORATION = " \t\r\n\xa0()[]{}.,:;!*_`'\"$。、【】「」『』"
+DECORATION = " \t\r\n\xa0()[]{}<>.,:;!*_`'\"“”‘’«»$。、【】「」『』"
 LEAD = re.compile(
-    r"(?:(?:the|best|correct|final|answer|option|choice|is)\b[\s:]*"
+    r"(?:(?:the|best|correct|final|answer|ans|option|choice|is|it['’]s|it)\b[\s:]*"
     r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選"
     r"|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
     re.IGNORECASE,
@@ -106,28 +107,30 @@ LEAD = re.compile(
 SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 
+# a letter alone or "B) x", or an option's letter and what ends it; "e.g. this", "U.S. Navy", "A cat" have none
+LABEL = re.compile(
+    r"([A-Za-z])($|(?<=[A-Z])[.:)] ?[a-z]$|[)\]}】」、]|[.:](?![A-Za-z]\.)| [-–—]+ |(?i: because )"
+    r"|(?i: is (?:the )?(?:correct|right|best|answer))\b"
+    r"| ?(?:选项|選項|项|項)?是?(?:正确|正確|对|對)(?![A-Za-z])| ?(?:选项|選項|项|項)(?=$|[:,]))"
+)
+
+
 def split_label(text):
     """("B", ")", " the cat") for "(B) the cat", ("B", "", "") for "B", (None, "", "") for a text without a label."""
     core = text.strip(DECORATION)
-    letter = core[:1]
-    mark = core[1:2]
-    description = core[2:]
-    if not (letter.isascii() and letter.isalpha()):
+    label = LABEL.match(core)
+    if not label:
         return None, "", ""
-    # "e.g. this" has no label; scripts without spaces have no space after one
-    is_separate = description[:1].isspace() or not description[:1].isascii()
-    if mark in ("", ")", "、") or (mark in (".", ":") and is_separate):
-        return letter.upper(), mark, description
-    return None, "", ""
+    return label[1].upper(), label[2], core[label.end() :]
 
 
 def parse_letter(text):
     """The option letter that `text` names, "A" to "Z"; None if it names none or several.
 
-    A lone letter in any punctuation or LaTeX, or a letter with ) or : or . before the option's text; "the answer is",
-    "option", "答案：" may precede it. Without punctuation only a lone letter counts ("A cat" has an article). The text
-    after the letter may not begin with a second lone letter, nor contain a second labelled option, unless it begins
-    with an initial.
+    A lone letter in any punctuation or LaTeX, or a letter before the option's text ("B.left", "B - left") or before "is
+    correct", "because", "选项"; "the answer is", "option", "答案：" may precede it. Else only a lone letter counts ("A
+    cat" has an article). The text after the letter may not begin with a second lone letter, nor contain a second
+    labelled option, unless it begins with an initial.
 
     >>> texts = ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")
     >>> [parse_letter(text) for text in texts]
@@ -146,7 +149,7 @@ def parse_letter(text):
     # as in "B. E. coli"
     if mark == "." and second_description:
         return letter
-    if second_letter or any(other_letter and other_text for other_letter, _, other_text in parts[1:]):
+    if second_letter or any(other_letter and other_mark for other_letter, other_mark, _ in parts[1:]):
         return None
     return letter
 
@@ -170,30 +173,34 @@ NUMBER_LEAD = re.compile(
     r"(?:\\?[^\W\d]\w{0,15}\s?=|=)?\s?",
     re.IGNORECASE,
 )
-# units: "meters", "%", "km/h", "m^2", "m2", "个"; not the "x3" of "2x3"
-LETTERS = r"a-z\u00c0-\u024fμω一-鿿ぁ-ヿ가-힣"
-WORD = rf"[{LETTERS}%°][{LETTERS}°/·]*(?:\^[23]|(?<=m)[23])?"
-UNIT = re.compile(rf"(?:(?:square|cubic|degrees) )?{WORD}(?: per {WORD})?", re.IGNORECASE)
-# words that change the number ("4 million") or turn it into something else ("12 AM")
-SCALES = set(
-    "k b bn bln tn trn mn mln mio mil mrd dozen score gross hundred thousand million billion trillion lakh lac crore "
-    "millionen milliarden millones milliard quarter half halve third fourth fifth sixth seventh eighth ninth tenth "
-    "hundredth thousandth millionth squared cubed am pm noon midnight oclock bc bce x e or and to plus minus".split()
-)
-# ten … trillion, a half, more than, o'clock
-CJK_SCALE = re.compile("(?!百分|千[克米瓦])[十百千万亿萬億兆几多半余点點时時만억천시]")
+# What may follow a number. Any other word is refused, because it may change the number: "4 million", "2 pi", "12 AM".
+MONEY = "cent dollar euro yuan rmb usd eur gbp cny jpy 元 美元 欧元 歐元 日元 人民币 块 塊 円 원"
+UNITS = f"""
+m meter metre nm μm um mm cm dm km in inch inches ft foot feet yd yard mi mile Å 米 毫米 厘米 公分 分米 千米 公里 英里
+英尺 英寸 センチ メートル キロ 미터 acre ha hectare 公顷 亩 L l ml cl dl liter litre gallon cup tsp tbsp 升 毫升 g kg mg
+gram kilogram t ton tonne lb pound oz ounce 克 千克 公斤 斤 吨 噸 s ms us μs ns h sec second min minute hr hour day week
+month yr year 秒 秒钟 秒鐘 分 分钟 分鐘 小时 小時 時間 天 日 周 週 星期 个月 個月 年 岁 歲 歳 초 분 시간 일 년 살 %
+percent pct ° deg degree rad radian °C °F C F celsius fahrenheit kelvin 度 摄氏度 攝氏度 mph kmh kph knot rpm fps Hz kHz
+MHz GHz N kN J kJ cal kcal kWh eV W kW MW V mV kV A mA Ω Pa kPa MPa bar atm psi mol dB newton joule volt watt ohm bit
+byte KB MB GB TB px pixel 个 個 人 次 只 隻 名 位 件 张 張 条 條 辆 輛 本 头 頭 匹 枚 台 回 种 種 棵 颗 顆 根 朵 座 把
+层 層 步 页 頁 つ 개 명 번 마리 {MONEY}"""
+# a single letter counts as it is written: 5 m, but not 5 M
+LONG_UNITS = "|".join(re.escape(unit) for unit in UNITS.split() if len(unit) > 1)
+SHORT_UNITS = "".join(unit for unit in UNITS.split() if len(unit) == 1)
+WORD = rf"(?:(?i:(?:{LONG_UNITS})s?)|[{SHORT_UNITS}])(?:\^[23]|(?<=m)[23])?"
+UNIT = re.compile(rf"(?:(?i:square|sq|cubic|degrees?) |平方|立方)?{WORD}(?:(?:[/·每]| per ){WORD})*")
 SCRIPTS = str.maketrans({character: f"^{digit}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}) | str.maketrans(
     {character: f"_{digit}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 )
 
 
 def parse_number(text):
-    """The one number that `text` is, as a finite float; a currency sign before it and one unit after it are dropped.
+    """The one number that `text` is, as a finite float; a currency sign before it and a unit after it are dropped.
 
-    Thousands commas in threes ("1,00", "3,5", "0,500" are errors). "50%" is 50. A unit is one word, "square meters", or
-    "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises ValueError for
-    anything else: several numbers, other words before the number, scales ("4 million", "$1.2M", "3 lakh"), times ("12
-    AM"), nan, inf, and numbers too large for a float.
+    Thousands commas in threes ("1,00", "3,5", "0,500" are errors). "50%" is 50. A unit is one of UNITS, "square
+    meters", "km/h", or "miles per hour". Fractions, full-width digits, LaTeX, parentheses and "x =" are read. Raises
+    ValueError for anything else: several numbers, other words ("4 million", "$1.2M", "12 AM", "4 chairs"), nan, inf,
+    and numbers too large for a float.
 
     >>> [parse_number(t) for t in ("4.0", "1,000", "1e3", "-3", "50%", "$5", "3.5 square meters.")]
     [4.0, 1000.0, 1000.0, -3.0, 50.0, 5.0, 3.5]
@@ -209,16 +216,14 @@ def parse_number(text):
         core = core[1:-1].strip()
     ratio = RATIO.match(core)
     match = ratio or NUMBER.match(core)
-    if not match:
-        raise ValueError(f"not a number: {text[:40]!r}")
-    unit = core[match.end() :].strip()
-    if unit and (is_scale(unit, after_currency=core[0] in "$€£¥₹") or not UNIT.fullmatch(unit)):
+    unit = core[match.end() :].strip() if match else ""
+    is_known = unit.lower().removesuffix("s") in MONEY.split() if core[:1] in "$€£¥₹" else UNIT.fullmatch(unit)
+    if not match or (unit and not is_known):
         raise ValueError(f"not a number: {text[:40]!r}")
     if ratio:
         sign, whole, above, below = ratio.groups()
-        if not float(below):
-            raise ValueError(f"not a number: {text[:40]!r}")
-        value = float(f"{sign}1") * (float(whole or 0) + float(above) / float(below))
+        fraction = float(above) / float(below) if float(below) else math.inf
+        value = float(f"{sign}1") * (float(whole or 0) + fraction)
     else:
         # float, not int: no limit on digits, and linear
         value = float(match[1].replace(",", ""))
@@ -227,14 +232,8 @@ def parse_number(text):
     return value
 
 
-def is_scale(unit, after_currency):
-    """Whether the word after a number changes which number it is, or makes it a time."""
-    word = unit.lower()
-    if word in SCALES or word.rstrip("s") in SCALES or unit in ("M", "B", "T"):
-        return True
-    if after_currency and word in ("m", "mm", "t"):
-        return True
-    return CJK_SCALE.match(unit) is not None
+# the label of an option: "A. text", "(A) text", "A、text"
+OPTION_LABEL = re.compile(r"\s*[(（]?([A-Z])[.):、．：）]")
 
 
 def option_letters(options):
@@ -242,8 +241,7 @@ def option_letters(options):
 
     Its own letters ascend, and start at A or have no gaps: not those of "E. coli", "S. aureus", "B. subtilis".
     """
-    found = [re.match(r"([A-Z])[.):]|\(([A-Z])\)", option) for option in options]
-    own = [match[1] or match[2] for match in found if match]
+    own = [match[1] for match in map(OPTION_LABEL.match, options) if match]
     if own and len(own) == len(options) and own == sorted(set(own)):
         if own[0] == "A" or ord(own[-1]) - ord(own[0]) == len(own) - 1:
             return own
@@ -257,7 +255,7 @@ def lettered(options):
     (['A. left', 'B. right'], ['(A) left', '(B) right'])
     """
     letters = option_letters(options)
-    if all(re.match(rf"{letter}[.):]|\({letter}\)", option) for letter, option in zip(letters, options)):
+    if letters == [match[1] for match in map(OPTION_LABEL.match, options) if match]:
         return list(options)
     return [f"{letter}. {option}" for letter, option in zip(letters, options)]
 

@@ -35,8 +35,9 @@ LABEL = re.compile(r"([A-Z])[.):]|\(([A-Z])\)")
 # What to write instead of a solution that cannot be read.
 WANTED = {"multiple choice": "one letter, as in B", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
 SURROGATE = re.compile("[\ud800-\udfff]")
-# How other formats mark the position of the pixels in a question.
-PLACEHOLDER = re.compile(r"[ \t]*<(?:video|image) ?\d*>", re.IGNORECASE)
+# How other formats mark the position of the pixels in a question; in the middle of it "[image]" and "<img>" are words.
+MARK = r"[\[<](?:video|vid|image|img) ?\d*[\]>]\s*"
+PLACEHOLDER = re.compile(rf"[ \t]*<(?:video|image) ?\d*>|\A\s*(?:{MARK})+|(?:{MARK})+\Z", re.IGNORECASE)
 
 
 def load_records(parse_solution, path, data_root, max_unreadable=0.0, need_process=False):

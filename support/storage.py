@@ -78,7 +78,7 @@ def adapter_chain(model, above=()):
         raise settings.UserError(f"{model} holds a model and an adapter; move {config.name} and its weights elsewhere")
     try:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise settings.UserError(f"{config}: not the config of an adapter: {error!r}") from None
     if not isinstance(base, str):
         raise settings.UserError(f"{config}: base_model_name_or_path: expected the model below it, got {base!r}")

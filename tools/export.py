@@ -3,6 +3,7 @@
 python -m tools.export runs/7b/tgrpo/checkpoint-50 FOLDER
 """
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from tools import shared
 def export(checkpoint, folder):
     """Write the policy of `checkpoint`, sharded, whole or an adapter, into `folder`.
 
-    Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone, if the
-    checkpoint is not whole, and if `folder` holds something.
+    Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone or has
+    changed, if the checkpoint is not whole, and if `folder` holds something.
     """
     checkpoint = Path(checkpoint)
     folder = Path(folder)
@@ -35,6 +36,9 @@ def export(checkpoint, folder):
     (run_settings,) = settings.read_yaml(checkpoint.parent / "config.yaml").values()
     cfg = settings.SharedConfig(model=run_settings["model"], bf16=run_settings["bf16"])
     model_files.check_model(cfg, f"{checkpoint}, whose run started from: export")
+    start = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["weights"]
+    if start not in (cfg.model, storage.fingerprint(cfg.model)):
+        raise UserError(f"{checkpoint}: {cfg.model}, seen from {Path.cwd()}, is not what its run started from")
     dtype = distributed.compute_dtype(cfg)
     if (checkpoint / "adapter_config.json").is_file():
         model = model_files.merge_adapter(load_policy(cfg, dtype), checkpoint)
