@@ -43,9 +43,13 @@ def is_launcher(process):
     return any(Path(word).name in launchers for word in command.split("\0")[:4])
 
 
+# the process of the launcher; None without one, or if it has ended already
+LAUNCHER = os.getppid() if is_launcher(os.getppid()) else None
+
+
 def launcher_has_ended():
-    """Whether a launcher started this process, but ended and left it to the first process of the machine."""
-    return LAUNCHED and os.getppid() == 1 and not is_launcher(1)
+    """Whether a launcher started this process and has ended: the machine's first process is then the parent."""
+    return os.getppid() != LAUNCHER if LAUNCHER else LAUNCHED and os.getppid() == 1
 
 
 def make_accelerator(cfg, shard=True):

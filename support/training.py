@@ -231,10 +231,7 @@ class StopSignal:
     """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to save and exit."""
 
     def __init__(self):
-        parent = os.getppid()
-        self.launcher = parent if distributed.is_launcher(parent) else None
-        # while this process was still loading
-        self.received = distributed.launcher_has_ended()
+        self.received = False
         # HUP: the terminal is gone; USR1: what Slurm's --signal usually sends
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self.ask)
@@ -248,4 +245,4 @@ class StopSignal:
 
     @property
     def asked(self):
-        return self.received or (self.launcher is not None and os.getppid() != self.launcher)
+        return self.received or distributed.launcher_has_ended()
