@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from transformers.video_utils import VideoMetadata
 
 import rewards
-from support import frames, parsing, record_files
+from support import frames, parsing, record_files, settings
 
 PROMPT = """{problem}
 {options}
@@ -42,12 +42,14 @@ Look at the frames and think it through step by step between <think> and </think
 VIDEO = 2
 # Consecutive frames that the vision tower merges into one temporal patch.
 TEMPORAL_PATCH = 2
+# For a rank that has no readable record, and for a bad row in an evaluation.
+EMPTY_RECORD = {"path": "empty text", "problem": "", "problem_type": "free-form", "data_type": "video", "solution": ""}
 
 # load_records(path, data_root, max_unreadable, need_process): (records, bad rows) of a file
 load_records = functools.partial(record_files.load_records, rewards.parse_solution)
 
 
-class Unusable(Exception):
+class Unusable(settings.UserError):
     """The media of a record cannot be read, or its prompt is too long. The record is skipped, counted and named."""
 
 
@@ -200,11 +202,11 @@ def messages(record, cfg, with_media=True):
     return [{"role": "user", "content": [*content, {"type": "text", "text": question.strip()}]}]
 
 
-def encode(processor, record, media, metadata, cfg):
+def encode(processor, record, media, metadata, cfg, n_target=0):
     """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels, patch
     grid and seconds per temporal patch of its clip. With `media` None the prompt is the question alone.
 
-    Raises Unusable if the prompt is longer than max_prompt_tokens: truncation would separate pixels from their tokens.
+    Raises Unusable if these and the `n_target` tokens that SFT learns exceed max_prompt_tokens; nothing is truncated.
     """
     conversation = messages(record, cfg, with_media=media is not None)
     text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
@@ -226,9 +228,9 @@ def encode(processor, record, media, metadata, cfg):
         }
         inputs = processor(text=[text], videos=[media], videos_kwargs=video_settings, return_tensors="pt")
     inputs = dict(inputs)
-    length = inputs["input_ids"].shape[1]
+    length = inputs["input_ids"].shape[1] + n_target
     if length > cfg.max_prompt_tokens:
-        raise Unusable(f"{record['path']}: prompt of {length} tokens, max_prompt_tokens is {cfg.max_prompt_tokens}")
+        raise Unusable(f"{record['path']}: {length} tokens, max_prompt_tokens is {cfg.max_prompt_tokens}")
     if media is not None:
         inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
     return inputs
@@ -278,7 +280,7 @@ class Sample:
     # the frame numbers of inputs["shuffled"]
     frame_order: list | None = None
     # the token ids that SFT learns
-    target: torch.Tensor | None = None
+    target: torch.Tensor | tuple = ()
     error: str | None = None
 
 
@@ -312,14 +314,13 @@ class Samples(Dataset):
     def encoded(self, record, draw):
         """The Sample of a record. Raises Unusable."""
         media, metadata = load_media(record, self.cfg)
-        sample = Sample(record, draw)
-        if self.targets:
-            sample.target = target_ids(self.processor, record)
+        target = target_ids(self.processor, record) if self.targets else ()
+        sample = Sample(record, draw, target=target)
         if "blind" in self.orders:
             sample.inputs["blind"] = encode(self.processor, record, None, None, self.cfg)
         # a picture has no order
         if metadata is None:
-            sample.inputs["ordered"] = encode(self.processor, record, media, None, self.cfg)
+            sample.inputs["ordered"] = encode(self.processor, record, media, None, self.cfg, len(target))
             return sample
         seed_key = draw
         # evaluate.py gives every question both names
@@ -329,18 +330,17 @@ class Samples(Dataset):
         keep_last = bool(record.get("image_path") or record.get("last_frame"))
         orders = frame_orders(self.orders, len(media), keep_last, rng, self.cfg.shuffle_unit)
         for name, order in orders.items():
-            sample.inputs[name] = encode(self.processor, record, media[order], metadata, self.cfg)
+            sample.inputs[name] = encode(self.processor, record, media[order], metadata, self.cfg, len(target))
         sample.frame_order = orders.get("shuffled")
         return sample
 
 
 def dummy_sample(processor, cfg):
     """Two black frames. A rank without readable samples runs this one instead, with weight 0."""
-    record = {"problem": "", "problem_type": "free-form", "data_type": "video", "path": "", "solution": ""}
     frames_FHWC = np.zeros((2, 28, 28, 3), dtype=np.uint8)
     metadata = VideoMetadata(total_num_frames=2, fps=1.0, frames_indices=[0, 1])
-    inputs = encode(processor, record, frames_FHWC, metadata, cfg)
-    return Sample(record, inputs={"ordered": inputs}, target=torch.tensor([processor.tokenizer.eos_token_id]))
+    inputs = encode(processor, EMPTY_RECORD, frames_FHWC, metadata, cfg)
+    return Sample(EMPTY_RECORD, inputs={"ordered": inputs}, target=torch.tensor([processor.tokenizer.eos_token_id]))
 
 
 # --------------------------------------------------------------------------------------- the training sequence, batches

@@ -115,19 +115,8 @@ def load_own_questions(cfg):
 
 def unusable_question(cfg, name, reason):
     """A question that stands for a bad row of the record file: it is counted but not asked."""
-    return {
-        "benchmark": Path(cfg.records).stem,
-        "id": name,
-        "problem_id": name,
-        "task": None,
-        "problem": "",
-        "solution": "",
-        "path": "",
-        "data_type": "video",
-        "problem_type": "free-form",
-        "options": [],
-        "error": reason,
-    }
+    names = {"benchmark": Path(cfg.records).stem, "id": name, "problem_id": name}
+    return {**data.EMPTY_RECORD, **names, "path": "", "task": None, "error": reason}
 
 
 def report_missing(accelerator, records, cfg):
@@ -158,6 +147,9 @@ def answer(cfg):
     model_files.check_model(cfg, "evaluate", made_by="tgrpo.py")
     records = load_questions(cfg)
     made_with = answer_settings(cfg)
+    # answers are saved as they are given
+    if distributed.LAUNCHED:
+        workers.leave_with_parent()
     # every process has a whole model
     accelerator = distributed.make_accelerator(cfg, shard=False)
     folder = Path(cfg.output_dir)

@@ -429,6 +429,8 @@ def main():
         os.chdir(ROOT)
         out = out.relative_to(ROOT)
     begin = time.perf_counter()
+    # SIGTERM ends the running stage, too, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not (out / "world").exists():
             make_world(out / "world", args.seed)

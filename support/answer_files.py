@@ -5,7 +5,6 @@ these files. A row has `index` (of its question), `frames` (their order), `quest
 has, because a kill may cut off the last ones) and `settings` (all that the answers depend on).
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def merge_files(folder, name, answered):
     rows = []
     for index in sorted(answered):
         rows += answered[index]
-    storage.write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+    storage.write_atomic(folder / name, "".join(map(storage.json_line, rows)))
     for file in files(folder):
         if file.name != name:
             file.unlink()

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from support import distributed, settings, storage
 
@@ -178,8 +180,11 @@ def room_on_disk(path):
     try:
         yield
     # torch and safetensors raise their own errors if the disk is full
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "writ" not in str(error):
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            # sharded: the first rank that failed
+            error, _ = next(iter(error.failures.values()))
+        if isinstance(error, RuntimeError) and not re.search("writ|unexpected pos|iostream", str(error)):
             raise
         advice = "free disk space and start the same command again"
         saved = finished_checkpoints(Path(path).parent)
@@ -212,7 +217,7 @@ def save_checkpoint(accelerator, cfg, step, state):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.copy(folder.with_name("run.json"), temporary)
-            state = {"step": step, "files": contents(temporary), **state}
+            state |= {"step": step, "processes": accelerator.num_processes, "files": contents(temporary)}
             storage.write_atomic(temporary / "state.json", json.dumps(state))
             storage.replace_folder(temporary, folder)
     if accelerator.is_main_process:

@@ -7,6 +7,7 @@ import os
 import re
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +33,25 @@ WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
 
 
+def is_launcher(process):
+    """Whether a process is accelerate's or torch's launcher, by its first words: a folder may have these names, too."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    launchers = "accelerate accelerate-launch torchrun accelerate.commands.launch torch.distributed.run".split()
+    return any(Path(word).name in launchers for word in command.split("\0")[:4])
+
+
+# the process of the launcher; None without one, or if it has ended already
+LAUNCHER = os.getppid() if is_launcher(os.getppid()) else None
+
+
+def launcher_has_ended():
+    """Whether a launcher started this process and has ended: the machine's first process is then the parent."""
+    return os.getppid() != LAUNCHER if LAUNCHER else LAUNCHED and os.getppid() == 1
+
+
 def make_accelerator(cfg, shard=True):
     """Accelerator for this launch. With several processes and `fsdp: full_shard`, prepare() shards the model (FSDP2).
 
@@ -45,6 +65,9 @@ def make_accelerator(cfg, shard=True):
     for name in [name for name in os.environ if OVERRULED.fullmatch(name)]:
         del os.environ[name]
 
+    # the ranks would wait for it for hours
+    if launcher_has_ended():
+        raise settings.UserError("the launcher of this process has ended, and so does this process")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and "LOCAL_RANK" not in os.environ:
         raise settings.UserError(f"WORLD_SIZE is {processes}, but no launcher started this process: unset it")

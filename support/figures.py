@@ -1,11 +1,10 @@
 """Curves of metrics, and pictures written whole or not at all."""
 
-import os
-from pathlib import Path
+import io
 
 import numpy as np
 
-from support.settings import UserError
+from support import storage
 
 # steps in the moving average
 WINDOW = 9
@@ -33,11 +32,6 @@ def draw_curve(axis, rows, name, label=None, color=None):
 
 def save_figure(figure, path):
     """Write a PNG atomically. Raises UserError if it cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    storage.write_atomic(path, picture.getvalue())

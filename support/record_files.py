@@ -4,6 +4,7 @@ A file that is not a list of records stops the run at once. A bad row is skipped
 `max_unreadable` of the rows.
 """
 
+import functools
 import json
 import os
 import re
@@ -231,16 +232,18 @@ def read_rows(path):
         raise settings.UserError(f"{path}: cannot read these records: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise settings.UserError(f"{path}: not UTF-8 text: {error}") from None
+    # NaN, which pandas writes for a missing value, is read as one
+    parse = functools.partial(json.loads, object_pairs_hook=unique_keys, parse_constant=lambda name: None)
     rows = []
     where = path
     try:
         if text.lstrip().startswith("["):
-            rows = json.loads(text, object_pairs_hook=unique_keys)
+            rows = parse(text)
         else:
             for number, line in enumerate(text.split("\n"), 1):
                 where = f"{path}, line {number}"
                 if line.strip():
-                    rows.append(json.loads(line, object_pairs_hook=unique_keys))
+                    rows.append(parse(line))
     except (ValueError, RecursionError) as error:
         has_comma = re.search(r",\s*[\]}]$", getattr(error, "doc", "")[: getattr(error, "pos", 0) + 1])
         expected = "no comma before it" if has_comma else "a list, or one record per line"

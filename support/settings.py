@@ -45,12 +45,12 @@ class SharedConfig:
     )
     min_pixels: int = option(16 * 28 * 28, "frames and images below this many pixels are enlarged to it", low=784)
     max_pixels: int = option(128 * 28 * 28, "frames and images above this many pixels are shrunk to it", low=784)
-    max_prompt_tokens: int = option(16384, "longer prompts are skipped, counted and named, never cut", low=1)
+    max_prompt_tokens: int = option(16384, "longer prompts (SFT: with target) are skipped and named, never cut", low=1)
     shuffle_unit: str = option(
         "frame", "what shuffling moves: frames, or temporal patches (pairs of frames)", choices=("frame", "patch")
     )
     max_unreadable: float = option(
-        0.01, "the run stops past this share of unusable rows (evaluation counts unreadable media)", low=0, high=1
+        0.01, "past this share of bad rows, or of recent draws without media, the run stops", low=0, high=1
     )
     num_workers: int = option(4, "processes that decode and prepare clips beside the training step", low=0)
     fsdp: str = option(

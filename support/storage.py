@@ -20,13 +20,13 @@ def replace_folder(new, old):
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def write_atomic(path, text):
-    """Write a file: even after a crash it has its old content or all of the new. UserError if that is impossible."""
+def write_atomic(path, content):
+    """Write text or bytes: even after a crash the file is the old or the new one. UserError if that is impossible."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -40,11 +40,16 @@ def refuse_input(output, *inputs):
             raise settings.UserError(f"{output} is the input; choose another output")
 
 
+def json_line(row):
+    """A row of a JSONL file. NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n"
+
+
 def append_rows(path, rows):
     """Append `rows` (dicts) to a JSONL file. Raises UserError if they cannot be written; earlier rows stay."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(map(json_line, rows)))
     except OSError as error:
         raise settings.UserError(f"cannot write {path}: {error.strerror}; free disk space and start again") from error
 

@@ -13,7 +13,10 @@ import yaml
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from support import checkpoints, distributed, model_files, settings, storage
+from support import checkpoints, distributed, model_files, record_files, settings, storage
+
+# of so many draws the unreadable ones are counted, and so many at the start must not all be unreadable
+RECENT_DRAWS, FIRST_DRAWS = 500, 8
 
 
 def learning_rate(step, cfg):
@@ -48,9 +51,11 @@ class Run:
         self.stage = stage
         self.folder = Path(cfg.output_dir)
         self.n_rows = n_records + len(bad_rows)
-        # {name: reason} of every row that was skipped
+        # {name: reason} of every row that was skipped, and {name: last step} of those whose media could not be read
         self.skipped = dict(bad_rows)
-        self.steps_without_gradient = 0
+        self.unreadable = {}
+        self.n_readable = 0
+        self.bad_steps = set()
         check_batch_size(cfg, accelerator.num_processes)
         self.checkpoint = checkpoints.claim_folder(accelerator, cfg, stage)
         for name, reason in bad_rows.items():
@@ -58,13 +63,19 @@ class Run:
 
     def resume(self):
         """Load the newest checkpoint, if there is one, into what accelerator.prepare() was given."""
-        state = {"step": 0}
+        ranks = self.accelerator.num_processes
+        state = {"step": 0, "skipped": {}, "unreadable": {}, "processes": ranks}
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             self.accelerator.print(f"resumed from {self.checkpoint}")
-            state = json.loads((Path(self.checkpoint) / "state.json").read_text(encoding="utf-8"))
+            state |= json.loads((Path(self.checkpoint) / "state.json").read_text(encoding="utf-8"))
+        if state["processes"] != ranks:
+            self.accelerator.print(
+                f"processes: {state['processes']} before, {ranks} now: random numbers differ from here"
+            )
         self.first_step = state["step"]
-        self.skipped |= state.get("skipped", {})
+        self.skipped |= state["skipped"]
+        self.unreadable = state["unreadable"]
         self.stop = StopSignal()
         self.start_log()
 
@@ -74,7 +85,7 @@ class Run:
             for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
                 rows = [row for row in storage.read_jsonl(path) if row["step"] < self.first_step]
                 if path.exists():
-                    storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+                    storage.write_atomic(path, "".join(map(storage.json_line, rows)))
             config = {self.stage: asdict(self.cfg)}
             storage.write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         if self.cfg.log_with == "tensorboard":
@@ -92,21 +103,36 @@ class Run:
         self.last_lap = time.perf_counter()
         for step, batch in enumerate(self.bar, self.first_step):
             self.lap("data_wait")
-            yield step, self.drop_unreadable(batch)
+            yield step, self.drop_unreadable(step, batch)
 
-    def drop_unreadable(self, batch):
-        """The readable samples of `batch`. All ranks count the unreadable ones; too many of them end the run."""
-        errors = [(f"{s.record['problem_id']} ({s.record['path']})", s.error) for s in batch if s.error]
-        for name, reason in gather_object(errors):
+    def drop_unreadable(self, step, batch):
+        """The readable samples of a step's `batch`. All ranks count the others; too many of them end the run."""
+        drawn = [(sample.record["problem_id"], sample.record["path"], sample.error) for sample in batch]
+        for problem_id, path, error in gather_object(drawn):
+            name = f"{problem_id} ({path})"
+            if error is None:
+                self.n_readable += 1
+                continue
             if name not in self.skipped:
-                self.accelerator.print(f"skipped {name}: {reason}")
-                self.skipped[name] = reason
-        if len(self.skipped) > self.cfg.max_unreadable * self.n_rows:
-            allowed = f"more than max_unreadable {self.cfg.max_unreadable} allows; tools.check_data lists them"
-            last = list(self.skipped.values())[-1]
-            too_many = f"{len(self.skipped)} of {self.n_rows} records are unusable, {allowed}"
-            raise settings.UserError(f"{too_many}; the last: {last}")
+                self.skipped[name] = error + missing_folder(record_files.media_path(path, self.cfg.data_root))
+                self.accelerator.print(f"skipped {name}: {self.skipped[name]}")
+            self.unreadable[name] = step
+        self.check_unreadable(step)
         return [sample for sample in batch if not sample.error]
+
+    def check_unreadable(self, step):
+        """Raise UserError if none of the first draws, or too few of the last ones, could be read."""
+        size = self.cfg.batch_size
+        n_steps = 1 + RECENT_DRAWS // size
+        recent = [name for name, last_step in self.unreadable.items() if last_step > step - n_steps]
+        # the last draws are all rows of a small set; of a large one they are a sample, and its share varies
+        allowed = self.cfg.max_unreadable * min(self.n_rows, 2 * n_steps * size)
+        n_drawn = (step + 1 - self.first_step) * size
+        nothing = not self.n_readable and n_drawn >= min(FIRST_DRAWS, self.cfg.steps * size)
+        if nothing or len(recent) > allowed:
+            unusable = f"{len(recent)} of the last {min(step + 1, n_steps) * size} records drawn are unusable"
+            advice = f"max_unreadable is {self.cfg.max_unreadable}; tools.check_data lists them"
+            raise settings.UserError(f"{unusable}, {advice}; the last: {self.skipped[recent[-1]]}")
 
     def micro_batches(self, items, dummy):
         """Yields (micro-batch, weight): this rank's items of a step, `micro_batch_size` at a time.
@@ -128,13 +154,12 @@ class Run:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def is_finite(self, grad_norm, step):
-        """Whether to take this step; all ranks have the same norm. RuntimeError after three bad steps in a row."""
+        """Whether to take this update; all ranks have the same norm. RuntimeError after three bad steps in a row."""
         if math.isfinite(grad_norm):
-            self.steps_without_gradient = 0
             return True
-        self.steps_without_gradient += 1
-        self.accelerator.print(f"step {step}: the gradient norm is {grad_norm}; this step is skipped")
-        if self.steps_without_gradient == 3:
+        self.accelerator.print(f"step {step}: the gradient norm is {grad_norm}; this update is skipped")
+        self.bad_steps.add(step)
+        if self.bad_steps >= {step - 2, step - 1, step}:
             raise RuntimeError(f"three steps in a row, to {step}, had no finite gradient; lower lr, or check the data")
         return False
 
@@ -170,7 +195,8 @@ class Run:
         stop = distributed.sum_over_ranks(self.accelerator, float(self.stop.asked)) > 0
         due = self.cfg.save_every and finished % self.cfg.save_every == 0 and finished < self.cfg.steps
         if stop or due:
-            checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, {"skipped": self.skipped})
+            state = {"skipped": self.skipped, "unreadable": self.unreadable}
+            checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, state)
         if stop:
             stopped = f"stopped after {finished} of {self.cfg.steps} steps; the same command continues from"
             self.accelerator.print(f"{stopped} {self.cfg.output_dir}/checkpoint-{finished}")
@@ -195,24 +221,17 @@ def check_batch_size(cfg, ranks):
         raise settings.UserError(f"micro_batch_size {cfg.micro_batch_size} does not divide {share} records per process")
 
 
-def is_launcher(process):
-    """Whether a process is accelerate's or torch's launcher, by its first words: a folder may have these names, too."""
-    try:
-        command = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    launchers = "accelerate accelerate-launch torchrun accelerate.commands.launch torch.distributed.run".split()
-    return any(Path(word).name in launchers for word in command.split("\0")[:4])
+def missing_folder(path):
+    """The highest folder above `path` that does not exist, as the end of a message; "" if all of them exist."""
+    absent = [folder for folder in Path(path).parents if not folder.exists()]
+    return f"; there is no folder {absent[-1]}" if absent else ""
 
 
 class StopSignal:
     """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to save and exit."""
 
     def __init__(self):
-        parent = os.getppid()
-        self.launcher = parent if is_launcher(parent) else None
-        # the launcher ended while this process was still importing and loading
-        self.received = distributed.LAUNCHED and parent == 1 and self.launcher is None
+        self.received = False
         # HUP: the terminal is gone; USR1: what Slurm's --signal usually sends
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self.ask)
@@ -226,4 +245,4 @@ class StopSignal:
 
     @property
     def asked(self):
-        return self.received or (self.launcher is not None and os.getppid() != self.launcher)
+        return self.received or distributed.launcher_has_ended()

@@ -44,11 +44,16 @@ def start_worker(_):
     """Leaves signals to the main process. A scheduler signals all processes, but the current step needs its clips."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # blocked on a full pipe, an orphan would run forever
+    leave_with_parent()
+
+
+def leave_with_parent():
+    """From now on this process ends, whatever it does, once its parent is gone."""
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
 
 
 def leave_with(parent):
-    """Ends this worker once its parent is gone: blocked on a full pipe, it would run forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

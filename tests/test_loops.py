@@ -215,6 +215,8 @@ def test_unreadable_clips_are_skipped_counted_and_named_also_after_a_resume(run,
     part = out.parent / "part"
     shutil.copytree(out / "checkpoint-1", part / "checkpoint-1")
     shutil.copy(out / "metrics.jsonl", part)
+    with pytest.raises(UserError, match="1 of the last 8 records drawn are unusable, max_unreadable is 0.0"):
+        run("tgrpo", "part", **settings | {"max_unreadable": 0.0})
     run("tgrpo", "part", **settings)
     assert without_times(part) == without_times(out)
     assert f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out
@@ -223,7 +225,7 @@ def test_unreadable_clips_are_skipped_counted_and_named_also_after_a_resume(run,
 def test_too_many_unreadable_clips_stop_the_run(run, broken_world):
     """Guards: training for a day on the rest of a broken download."""
     folder, _ = broken_world
-    with pytest.raises(UserError, match="1 of 12 records are unusable, more than max_unreadable 0.01 allows"):
+    with pytest.raises(UserError, match="1 of the last 4 records drawn are unusable, max_unreadable is 0.01"):
         run("tgrpo", records=folder / "rl.json", data_root=folder, max_unreadable=0.01)
 
 

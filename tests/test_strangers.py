@@ -190,11 +190,11 @@ def test_a_launcher_is_known_by_its_program_and_not_by_a_word(tmp_path):
         while "launch" not in Path(f"/proc/{process.pid}/cmdline").read_text():
             time.sleep(0.01)
         try:
-            assert training.is_launcher(process.pid) is expected, name
+            assert distributed.is_launcher(process.pid) is expected, name
         finally:
             process.kill()
             process.wait()
-    assert not training.is_launcher(2**22 + 1)
+    assert not distributed.is_launcher(2**22 + 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
