@@ -13,10 +13,11 @@ import yaml
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from support import checkpoints, distributed, model_files, record_files, settings, storage
+from support import checkpoints, distributed, model_card, model_files, record_files, settings, storage
 
 # of so many draws the unreadable ones are counted, and so many at the start must not all be unreadable
-RECENT_DRAWS, FIRST_DRAWS = 500, 8
+RECENT_DRAWS = 500
+FIRST_DRAWS = 8
 
 
 def learning_rate(step, cfg):
@@ -132,6 +133,8 @@ class Run:
         if nothing or len(recent) > allowed:
             unusable = f"{len(recent)} of the last {min(step + 1, n_steps) * size} records drawn are unusable"
             advice = f"max_unreadable is {self.cfg.max_unreadable}; tools.check_data lists them"
+            if step > self.first_step:
+                self.save_checkpoint(step)
             raise settings.UserError(f"{unusable}, {advice}; the last: {self.skipped[recent[-1]]}")
 
     def micro_batches(self, items, dummy):
@@ -195,17 +198,23 @@ class Run:
         stop = distributed.sum_over_ranks(self.accelerator, float(self.stop.asked)) > 0
         due = self.cfg.save_every and finished % self.cfg.save_every == 0 and finished < self.cfg.steps
         if stop or due:
-            state = {"skipped": self.skipped, "unreadable": self.unreadable}
-            checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, state)
+            self.save_checkpoint(finished)
         if stop:
             stopped = f"stopped after {finished} of {self.cfg.steps} steps; the same command continues from"
             self.accelerator.print(f"{stopped} {self.cfg.output_dir}/checkpoint-{finished}")
         return stop
 
+    def save_checkpoint(self, finished):
+        """Save a checkpoint after this many finished steps. Collective."""
+        state = {"skipped": self.skipped, "unreadable": self.unreadable}
+        checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, state)
+
     def finish(self, model, starting_files, name):
         """Save the trained model as output_dir/final, and print where it is and which records were skipped."""
         final = f"{self.cfg.output_dir}/final"
-        model_files.save_model(self.accelerator, model, starting_files, final, distributed.compute_dtype(self.cfg))
+        card = model_card.model_card(self.cfg, self.stage, storage.read_jsonl(self.folder / "metrics.jsonl"))
+        files = {**starting_files, "README.md": card}
+        model_files.save_model(self.accelerator, model, files, final, distributed.compute_dtype(self.cfg))
         if self.skipped:
             self.accelerator.print(f"{len(self.skipped)} unusable records were skipped: {', '.join(self.skipped)}")
         self.accelerator.print(f"{name}: {final}")

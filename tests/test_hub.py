@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from hub_checkpoint import write_hub_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -27,7 +28,8 @@ def weights(folder):
 
 
 def other_files(folder):
-    return sorted(path.name for path in folder.iterdir() if "safetensors" not in path.name)
+    """All but the weights and the model card."""
+    return sorted(path.name for path in folder.iterdir() if "safetensors" not in path.name and path.suffix != ".md")
 
 
 def checked_final(folder, start, dtype):
@@ -50,6 +52,19 @@ def checked_final(folder, start, dtype):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     AutoProcessor.from_pretrained(folder)
     return after
+
+
+def test_the_card_of_a_final_says_what_it_was_trained_on_and_how(run):
+    """Guards: a model whose data, settings or base nobody can tell later; a card that the hub refuses."""
+    out = run("sft", steps=2, lr=1e-3)
+    card = (out / "final/README.md").read_text()
+    _, front_matter, text = card.split("---\n", 2)
+    # the base is a folder, which is no hub name
+    assert "base_model" not in yaml.safe_load(front_matter)
+    cfg = yaml.safe_load((out / "config.yaml").read_text())["sft"]
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == cfg
+    last = read_jsonl(out / "metrics.jsonl")[-1]
+    assert f"| {last['loss']} |" in text.replace("  ", " ") and cfg["records"] in text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

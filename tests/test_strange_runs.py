@@ -22,7 +22,10 @@ def made_run(tmp_path, n_rows, **settings):
     run = training.Run.__new__(training.Run)
     cfg = TrainConfig(data_root=str(tmp_path), **settings)
     counts = dict(n_rows=n_rows, first_step=0, n_readable=0, skipped={}, unreadable={}, bad_steps=set())
-    vars(run).update(cfg=cfg, accelerator=SimpleNamespace(print=print), **counts)
+    saved = []
+    vars(run).update(
+        cfg=cfg, accelerator=SimpleNamespace(print=print), saved=saved, save_checkpoint=saved.append, **counts
+    )
     return run
 
 
@@ -56,10 +59,11 @@ def test_a_wrong_data_root_ends_the_run_at_once_and_names_the_folder(run, tmp_pa
 
 @pytest.mark.parametrize("share, earliest, latest", [(1 / 3, 2, 6), (0.1, 5, 25), (0.005, None, None)])
 def test_missing_media_of_a_large_set_stop_a_run_early(tmp_path, share, earliest, latest):
-    """Guards: 1,000 steps on a set of which a third is missing, because 2,630 rows of 263,071 may be."""
+    """Guards: 1,000 steps on a set of which a third is missing, because 2,630 rows of 263,071 may be; lost steps."""
     run = made_run(tmp_path, 263_071, batch_size=8)
     step = stops_at(run, set(range(0, run.n_rows, round(1 / share))))
     assert step is None if latest is None else earliest <= step <= latest
+    assert run.saved == ([] if step is None else [step])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 1024])

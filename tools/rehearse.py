@@ -7,6 +7,7 @@ into --out, which must not exist.
 """
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -32,7 +33,17 @@ def start(script, *arguments):
     """`accelerate launch script ...` in a process group of its own."""
     command = [sys.executable, "-m", "accelerate.commands.launch", script, *map(str, arguments)]
     print("\n$ accelerate launch", *command[3:], flush=True)
-    return subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True)
+    # Ctrl-C reaches only this process
+    atexit.register(kill, process)
+    return process
+
+
+def kill(process):
+    """Kill a command and all of its processes."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def finish(process, result):
@@ -51,8 +62,7 @@ def train(args, rest, run):
         time.sleep(0.1)
     if killed.poll() is not None:
         raise settings.UserError(f"rehearsal: {args.stage}.py ended before {checkpoint}")
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    kill(killed)
     finish(start(*words), run / "final")
 
 
@@ -102,6 +112,7 @@ def verdict(args, cfg, run, seconds_of_questions):
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stage", choices=CONFIGS, default="tgrpo")
     parser.add_argument("--config", required="--help" not in sys.argv)
