@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import data
+from support import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,8 +28,10 @@ def commands():
     """Every command in the pages' code blocks."""
     found = set()
     for text in TEXTS.values():
-        for block in re.findall(r"^```\n(.*?)^```$", text, re.M | re.S):
-            found |= {line.partition("  #")[0].strip() for line in block.strip().split("\n")}
+        # with the language, or the end of a block of YAML would be taken for the start of one
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+            if not language:
+                found |= {line.partition("  #")[0].strip() for line in block.strip().split("\n")}
     return sorted(found)
 
 
@@ -36,8 +42,24 @@ def test_every_documented_command_names_files_and_flags_that_exist(command):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"-m ((?:tools|experiments|benchmarks|bench)\.\w+)", command):
         assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
-    for flag in re.findall(r"--([a-z_]\w*)", command.split("hf download")[0]):
+    ours = re.split(r"hf download|modelscope download|pip install", command)[0]
+    for flag in re.findall(r"--([a-z_]\w*)", ours):
         assert flag in FLAGS, flag
+
+
+def test_the_released_prompt_of_the_docs_is_accepted_and_has_the_options():
+    """Guards: a brace or an indentation that the settings refuse, a prompt that loses the question or its options."""
+    block = re.search(r"^```yaml\n(prompt: .*?)^```$", TEXTS[ROOT / "docs/training.md"], re.M | re.S)[1]
+    cfg = settings.SharedConfig(prompt=yaml.safe_load(block)["prompt"])
+    record = {
+        "problem": "Which way?",
+        "options": ["A. left", "B. right"],
+        "problem_type": "multiple choice",
+        "data_type": "video",
+    }
+    text = data.messages(record, cfg)[0]["content"][1]["text"]
+    assert text.startswith("Which way?\nA. left\nB. right\n\nPlease think about this question as if")
+    assert text.endswith("<answer> </answer> tags. The result is the letter of one option.")
 
 
 def names_in(page):
