@@ -56,6 +56,8 @@ def train(args, rest, run):
     """20 steps that are killed after the first checkpoint, and resumed."""
     words = [f"{args.stage}.py", "--config", args.config, *rest]
     words += ["--output_dir", run, "--steps", STEPS, "--save_every", STEPS // 2]
+    if args.stage == "tgrpo":
+        words += ["--save_rollouts", "true"]
     killed = start(*words)
     checkpoint = run / f"checkpoint-{STEPS // 2}"
     while killed.poll() is None and not checkpoint.exists():
@@ -70,7 +72,9 @@ def ask(args, cfg, run, out):
     """Ask the trained model questions of the training records. Returns the seconds, loading included."""
     questions = out / "questions.json"
     records, _ = data.load_records(cfg.records, cfg.data_root, cfg.max_unreadable)
-    storage.write_atomic(questions, json.dumps(records[:QUESTIONS]))
+    # from the whole file, which may be sorted by source
+    spread = records[:: max(1, len(records) // QUESTIONS)][:QUESTIONS]
+    storage.write_atomic(questions, json.dumps(spread))
     begin = time.perf_counter()
     words = ["--model", run / "final", "--records", questions, "--benchmarks", "--data_root", cfg.data_root]
     finish(
