@@ -5,6 +5,7 @@ calls the attention once per window in a loop: 2,720 calls per pass over a clip 
 fused` each of the 32 blocks makes one call. The loop is the plain form and the default.
 """
 
+import copy
 import functools
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,7 +21,11 @@ FUSED = "fused_windows_like_flash"
 
 def set_attention(model, name):
     """Let the vision tower of `model` compute its attention in a "loop" over windows, or "fused"."""
-    model.config.vision_config._attn_implementation = FUSED if name == "fused" else "sdpa"
+    # the attention's own copy: from the model's config no other model could be made, which looks for the kernel
+    config = copy.copy(model.config.vision_config)
+    config._attn_implementation = FUSED if name == "fused" else "sdpa"
+    for block in model.model.visual.blocks:
+        block.attn.config = config
 
 
 def window_lengths(inputs, config):

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 import policy
 from bench import speed
-from support import decoding, distributed, vision
+from support import decoding, distributed, model_files, vision
 from tools import plan_memory
 
 ROOT = Path(__file__).parent.parent
@@ -154,22 +153,35 @@ class Calls(TorchDispatchMode):
 
 def test_a_vision_block_makes_one_attention_call(monkeypatch):
     """Guards: one call per window, which is 2,720 per pass over a clip of 16 frames at the shape of 7B."""
+    config = plan_memory.model_shape("7B")
+    # the text layers are not run
+    config.text_config.num_hidden_layers = 1
     with torch.device("meta"):
-        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(plan_memory.model_shape("7B").vision_config)
+        model = model_files.empty_model(config, torch.float32)
     calls = []
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
     grid = torch.tensor([[8, 18, 26]])
-    inputs = vision.window_lengths({"video_grid_thw": grid}, tower.config)
+    inputs = vision.window_lengths({"video_grid_thw": grid}, config.vision_config)
     inputs = {name.removeprefix("video_"): tensor for name, tensor in inputs.items()}
     inputs |= {"position_ids": torch.empty(8 * 18 * 26, 2, dtype=torch.long, device="meta")}
     found = {}
-    for name, implementation in {"loop": "sdpa", "fused": vision.FUSED}.items():
+    for name in ("loop", "fused"):
         calls.clear()
-        tower.config._attn_implementation = implementation
-        tower(torch.empty(8 * 18 * 26, 1176, device="meta"), grid_thw=grid, **inputs)
+        vision.set_attention(model, name)
+        model.model.visual(torch.empty(8 * 18 * 26, 1176, device="meta"), grid_thw=grid, **inputs)
         found[name] = len(calls)
     assert found == {"loop": 2720, "fused": 32}
+
+
+def test_a_run_with_all_settings_for_a_gpu_trains_and_saves(run):
+    """Guards: an attention in the model's config, from which `final` or the rollout copy cannot be made; settings that
+    fit on their own but not together.
+    """
+    fast = {"vision_attention": "fused", "rollout_compile": "true", "save_every": 1}
+    out = run("tgrpo", lora_rank=4, lora_rollout="merged_copy", steps=2, **fast)
+    run("evaluate", "eval", model=out / "final", orders="ordered", max_new_tokens=4, vision_attention="fused")
+    run("tgrpo", "whole", bf16="true", steps=1, **fast)
 
 
 def test_fused_vision_attention_fits_torchs_packed_attention():
