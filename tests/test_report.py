@@ -296,7 +296,7 @@ def test_the_page_says_what_an_interval_is_over(two_runs):
 
 @needs_browser
 @pytest.mark.parametrize("width", [500, 1200])
-def test_every_score_is_visible_on_a_telephone(two_runs, width):
+def test_every_score_is_visible_at_any_width(two_runs, width):
     """Guards: the second run's column beyond the right edge; a score without its heading once columns are stacked."""
     right, window, named = in_browser(
         two_runs[0],
