@@ -117,8 +117,7 @@ def print_orders(summary):
             rows.append(order_row(f"  {task}", part, others, task))
     if rows:
         first = next(iter(parts.values()))["frames"]
-        print()
-        print(table(["percent", first, *others], rows))
+        print("\n" + table(["percent", first, *others], rows))
         print(
             f"in brackets: paired difference from {first}, and its 95 % interval (clustered by video; too narrow for "
             "fewer than 30 videos),\nover the questions asked in both orders (pictures are asked in order and blind "

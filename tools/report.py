@@ -112,15 +112,14 @@ def question_card(rows):
     # the row of a shuffled clip has the order of its frames, too
     first = next(iter(rows.values()))
     record = next((row for row in rows.values() if row.get("frame_order")), first)
-    task = record.get("task") or ""
-    return card(record, record["benchmark"], task, answers, answers[0]["verdict"], changes_of(answers))
+    return card(record, record["benchmark"], record.get("task"), answers, answers[0]["verdict"], changes_of(answers))
 
 
 def card(record, group, kind, answers, result, changes):
     """What the gallery shows of a question. answers: see answer_card; the filters use the texts group to changes."""
     return {
         "group": group,
-        "kind": kind,
+        "kind": kind or "",
         "id": str(record["id"]),
         "problem": shorten(record.get("problem") or ""),
         "options": [shorten(option) for option in parsing.lettered(record.get("options") or [])],
@@ -191,8 +190,7 @@ def film_strip(record, cfg):
         return {"no_frames": f"frames not available: {error}"}
     frames = [media] if record["data_type"] == "image" else [Image.fromarray(frame) for frame in media]
     shown = evenly_spaced(range(len(frames)), MAX_FRAMES)
-    aspect = frames[0].width / frames[0].height
-    width = round(FRAME_HEIGHT * min(max(aspect, 0.1), 3))
+    width = round(FRAME_HEIGHT * min(max(frames[0].width / frames[0].height, 0.1), 3))
     picture = Image.new("RGB", (width * len(shown), FRAME_HEIGHT))
     for position, index in enumerate(shown):
         picture.paste(frames[index].resize((width, FRAME_HEIGHT)), (position * width, 0))
