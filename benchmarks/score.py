@@ -43,8 +43,7 @@ def print_table(summary):
         answers.append([name, part["n"], *shares, len(part["unusable"])])
         notes += [f"{name}: {note}" for note in notes_of(part)]
     print("\n".join([table(header, rows), "published scores: at 16/32/64 frames if there are three", *notes]))
-    print()
-    print(table(["answers", "n", *ANSWER_COLUMNS.values(), "media missing or bad"], answers))
+    print("\n" + table(["answers", "n", *ANSWER_COLUMNS.values(), "media missing or bad"], answers))
 
 
 def notes_of(part):

@@ -5,6 +5,8 @@ from matplotlib.figure import Figure
 
 from support import figures, storage
 
+COLUMNS = ("ordered", "shuffled", "reversed", "single", "blind", "conflict")
+
 
 def draw(folder, results, models, headings):
     """Write learning_curves.png into the toy's folder: the loss of SFT, p and p̃ of T-GRPO, and the test accuracies.
@@ -22,15 +24,13 @@ def draw(folder, results, models, headings):
     middle.set(title="2. T-GRPO, training videos", xlabel="step", ylabel="share of correct completions", ylim=(0, 1))
     middle.legend(loc="lower right", frameon=False)
 
-    # without flashes and pictures
-    columns = list(headings)[:-2]
-    places = np.arange(len(columns))
+    places = np.arange(len(COLUMNS))
     for shift, model, colour in ((-0.2, "sft", "tab:gray"), (0.2, "tgrpo", "tab:blue")):
-        means, errors = zip(*(results[model][column] for column in columns))
+        means, errors = zip(*(results[model][column] for column in COLUMNS))
         bars = right.bar(places + shift, means, 0.38, yerr=errors, label=models[model], color=colour, capsize=3)
         right.bar_label(bars, [f"{100 * mean:.0f}" for mean in means], padding=2)
     right.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
-    labels = [headings[column].replace(" ", "\n", 1) for column in columns]
+    labels = [headings[column].replace(" ", "\n", 1) for column in COLUMNS]
     right.set(title="3. test clips", xticks=places, xticklabels=labels, ylabel="accuracy")
     right.set(ylim=(0, 1.3), yticks=np.arange(0, 1.1, 0.2))
     right.legend(loc="upper center", ncols=3, frameon=False)

@@ -110,8 +110,7 @@ def question_card(rows):
         text = row.get("prediction") or row.get("error") or ""
         answers.append(answer_card(label, text, score, readable, rewards))
     # the row of a shuffled clip has the order of its frames, too
-    first = next(iter(rows.values()))
-    record = next((row for row in rows.values() if row.get("frame_order")), first)
+    record = next((row for row in rows.values() if row.get("frame_order")), rows[answers[0]["label"]])
     return card(record, record["benchmark"], record.get("task"), answers, answers[0]["verdict"], changes_of(answers))
 
 
@@ -240,8 +239,7 @@ def orders_table(runs, benchmarks, shown):
             if first:
                 gains = [orders.paired_rows(columns[order], first[order]) for order in shown]
                 changes = [orders.paired_difference(gain, gains[0]) for gain in gains[1:]]
-                cells = score_cells([{}] * len(shown), changes)
-                rows.append({"style": "note", "label": "change of the difference", "cells": cells})
+                rows.append({"style": "note", "label": "change", "cells": score_cells([{}] * len(shown), changes)})
             first = first or columns
     return {"headings": ["questions", *(f"{order}, %" for order in shown)], "rows": rows}
 
