@@ -50,21 +50,31 @@ def summarise(rows):
 def paired_difference(rows, other_rows):
     """Mean score of `rows` minus that of `other_rows`, in percent, with a 95 % interval; by task below.
 
-    Over the questions that both have, with equal texts, clips and solutions. Unscored questions and stills (VideoMMMU's
-    question_only) are left out. Rows are scored rows of one benchmark, one per question. None without pairs.
+    Over the questions that both have; see paired_rows. None without pairs.
     """
-    others = questions(other_rows)
     # {task: [(difference, clip)]}
     pairs = {}
-    for row_id, row in questions(rows).items():
-        other = others.get(row_id, {})
-        if all(row.get(name) == other.get(name) for name in ("id", "problem", "path", "solution")):
-            difference = 100 * (row["result"][0] - other["result"][0])
-            pairs.setdefault(str(row.get("task")), []).append((difference, str(row.get("path") or row_id)))
+    for row in paired_rows(rows, other_rows):
+        pair = (100 * row["result"][0], str(row.get("path") or row["id"]))
+        pairs.setdefault(str(row.get("task")), []).append(pair)
     if not pairs:
         return None
     by_task = {task: clustered_mean(pairs[task]) for task in sorted(pairs)}
     return {**clustered_mean(list(chain.from_iterable(pairs.values()))), "by_task": by_task}
+
+
+def paired_rows(rows, other_rows):
+    """The rows of the questions that both have, with equal texts, clips and solutions; the score is the difference.
+
+    Unscored questions and stills (VideoMMMU's question_only) are left out. Rows are of one benchmark, one per question.
+    """
+    others = questions(other_rows)
+    pairs = []
+    for row_id, row in questions(rows).items():
+        other = others.get(row_id, {})
+        if all(row.get(name) == other.get(name) for name in ("id", "problem", "path", "solution")):
+            pairs.append({**row, "result": (row["result"][0] - other["result"][0], True)})
+    return pairs
 
 
 def questions(rows):
@@ -107,11 +117,11 @@ def print_orders(summary):
             rows.append(order_row(f"  {task}", part, others, task))
     if rows:
         first = next(iter(parts.values()))["frames"]
-        print()
-        print(table(["percent", first, *others], rows))
+        print("\n" + table(["percent", first, *others], rows))
         print(
-            f"in brackets: paired difference from {first} over the questions asked in both, and its 95 % interval "
-            "(clustered by video; too narrow for fewer than 30 videos)"
+            f"in brackets: paired difference from {first}, and its 95 % interval (clustered by video; too narrow for "
+            "fewer than 30 videos),\nover the questions asked in both orders (pictures are asked in order and blind "
+            "only), so it need not equal the difference of the two columns"
         )
 
 
@@ -134,8 +144,9 @@ def of_task(scores, task):
 
 
 def interval_text(difference):
-    """A mean difference with its interval, as text."""
-    text = f"{difference['mean']:+.1f}"
-    if difference["low"] is not None:
-        text += f", {difference['low']:+.1f} to {difference['high']:+.1f}"
-    return text
+    """A mean difference with its interval, as text; "–" for one clip or if all clips agree. Empty if it is None."""
+    if not difference:
+        return ""
+    low, high = difference["low"], difference["high"]
+    interval = "–" if low is None or high - low < 1e-6 else f"{low:+.1f} to {high:+.1f}"
+    return f"{difference['mean']:+.1f}, {interval}"

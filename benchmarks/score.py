@@ -39,12 +39,11 @@ def print_table(summary):
             for label, line in part.get(key, {}).items():
                 score = with_error(line["score"], line["se"])
                 rows.append([f"  {kind}{label}", line["n"], score, *[""] * len(PUBLISHED)])
-        shares = ["-" if part[key] is None else f"{part[key]:.1%}" for key in ANSWER_COLUMNS]
+        shares = ["–" if part[key] is None else f"{part[key]:.1%}" for key in ANSWER_COLUMNS]
         answers.append([name, part["n"], *shares, len(part["unusable"])])
         notes += [f"{name}: {note}" for note in notes_of(part)]
     print("\n".join([table(header, rows), "published scores: at 16/32/64 frames if there are three", *notes]))
-    print()
-    print(table(["answers", "n", *ANSWER_COLUMNS.values(), "media missing or bad"], answers))
+    print("\n" + table(["answers", "n", *ANSWER_COLUMNS.values(), "media missing or bad"], answers))
 
 
 def notes_of(part):

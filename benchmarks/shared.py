@@ -63,12 +63,12 @@ def answer_of(prediction):
 
 
 def with_error(score, se):
-    """A score with its standard error, as text; a missing number is "-"."""
-    return f"{percent(score)} ± {percent(se)}"
+    """A score with its standard error, as text; "–" is a missing number, or the error of scores that are all equal."""
+    return f"{percent(score)} ± {percent(se or None)}"
 
 
 def percent(value):
-    return "-" if value is None else f"{value:.1f}"
+    return "–" if value is None else f"{value:.1f}"
 
 
 def mean_score(rows):

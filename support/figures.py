@@ -6,12 +6,9 @@ import numpy as np
 
 from support import storage
 
-# steps in the moving average
-WINDOW = 9
 
-
-def smoothed(values, window=WINDOW):
-    """Moving average over `window` values; near the ends, over the values that exist.
+def smoothed(values, window=9):
+    """Moving average over `window` steps; near the ends, over the values that exist.
 
     >>> smoothed([0, 3, 6], 3).tolist()
     [1.5, 3.0, 4.5]
@@ -21,13 +18,14 @@ def smoothed(values, window=WINDOW):
 
 
 def draw_curve(axis, rows, name, label=None, color=None):
-    """Draw the metric `name` over the steps of `rows` onto a matplotlib axis. Rows without the metric are skipped."""
-    points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
+    """Draw the metric `name` over the steps of `rows`, which count from 0. Rows without the metric are skipped."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     if not points:
         return
     steps, values = np.array(points, dtype=float).T
     line = axis.plot(steps, smoothed(values), color=color, linewidth=2, label=label)[0]
     axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def save_figure(figure, path):

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 from support import figures, storage
 
 COLUMNS = ("ordered", "shuffled", "reversed", "single", "blind", "conflict")
-COLOURS = {"sft": "tab:gray", "tgrpo": "tab:blue"}
 
 
 def draw(folder, results, models, headings):
@@ -14,7 +13,7 @@ def draw(folder, results, models, headings):
 
     results: {model: {column: (accuracy from 0 to 1, standard error)}}; models and headings: their names in the picture.
     """
-    figure = Figure(figsize=(13, 3.8))
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.8))
     figures.draw_curve(left, storage.read_jsonl(folder / "sft/metrics.jsonl"), "loss", "loss", "tab:gray")
     left.set(title="1. SFT", xlabel="step", ylabel="loss, nats per token", yscale="log")
@@ -26,17 +25,15 @@ def draw(folder, results, models, headings):
     middle.legend(loc="lower right", frameon=False)
 
     places = np.arange(len(COLUMNS))
-    for shift, model in ((-0.2, "sft"), (0.2, "tgrpo")):
+    for shift, model, colour in ((-0.2, "sft", "tab:gray"), (0.2, "tgrpo", "tab:blue")):
         means, errors = zip(*(results[model][column] for column in COLUMNS))
-        bars = right.bar(places + shift, means, 0.38, yerr=errors, label=models[model], color=COLOURS[model], capsize=3)
+        bars = right.bar(places + shift, means, 0.38, yerr=errors, label=models[model], color=colour, capsize=3)
         right.bar_label(bars, [f"{100 * mean:.0f}" for mean in means], padding=2)
-    right.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    right.text(len(COLUMNS) - 0.3, 0.5, "chance", ha="left", va="center", fontsize=8)
+    right.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
     labels = [headings[column].replace(" ", "\n", 1) for column in COLUMNS]
     right.set(title="3. test clips", xticks=places, xticklabels=labels, ylabel="accuracy")
     right.set(ylim=(0, 1.3), yticks=np.arange(0, 1.1, 0.2))
-    right.legend(loc="upper center", ncols=2, frameon=False)
+    right.legend(loc="upper center", ncols=3, frameon=False)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figures.save_figure(figure, folder / "learning_curves.png")

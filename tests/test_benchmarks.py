@@ -620,15 +620,20 @@ def test_difference_between_orders_computed_by_hand():
 
 
 def test_the_table_of_orders_has_scores_and_differences(capsys):
-    """Guards: a difference in the column of another order, or of another task; an order that was not asked as 0."""
-    rows = both_orders("mvbench", {("order", "a"): (1, 0), ("colour", "b"): (1, 1)})
+    """Guards: a difference in the column of another order, or of another task; an order that was not asked as 0; a
+    difference that looks wrong, as nothing says that it is over fewer questions than a column; two clips that agree as
+    certainty.
+    """
+    rows = both_orders("mvbench", {("order", "a"): (1, 0), ("colour", "b"): (1, 1), ("order", "c"): (1, 0)})
     print_orders(summarise([*rows, row("mine", "B", "B", frames="ordered"), row("mine", "A", "B", frames="blind")]))
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[3:7]]
+    lines = capsys.readouterr().out.splitlines()
+    assert "over the questions asked in both orders (pictures are asked in order and blind only)" in lines[-1]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:7]]
     assert table == [
-        ["mvbench", "100.0", "50.0 (-50.0, -148.0 to +48.0)", ""],
-        ["colour", "100.0", "100.0 (+0.0)", ""],
-        ["order", "100.0", "0.0 (-100.0)", ""],
-        ["mine", "100.0", "", "0.0 (-100.0)"],
+        ["mvbench", "100.0", "33.3 (-66.7, -132.0 to -1.3)", ""],
+        ["colour", "100.0", "100.0 (+0.0, –)", ""],
+        ["order", "100.0", "0.0 (-100.0, –)", ""],
+        ["mine", "100.0", "", "0.0 (-100.0, –)"],
     ]
 
 

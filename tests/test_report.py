@@ -145,16 +145,16 @@ def test_page_loads_nothing_else(gallery):
 
 
 def test_scores_have_errors_and_say_how_answers_ended(gallery):
-    """Guards: a score without its standard error; "[+100.0, +100.0]" for questions on one clip; unread answers that are
-    not counted.
+    """Guards: a score without its standard error; an interval of width 0 for questions on one clip, or for answers that
+    are all equal, which looks certain; unread answers that are not counted.
     """
-    table = gallery[1]["table"]
+    (table,) = gallery[1]["tables"]
     assert table["headings"] == ["questions", "ordered, %", "shuffled, %"]
     lines = [(line["label"], line["cells"]) for line in table["rows"]]
-    place = lines.index(("videomme", [21, "76.2 ± 9.5", "100.0 ± 0.0\n+20.0"]))
+    place = lines.index(("videomme", [21, "76.2 ± 9.5", "100.0 ± –\n+20.0, –"]))
     assert lines[place + 1 : place + 5] == [
-        ("Counting", [20, "80.0 ± 9.2", "100.0 ± 0.0\n+20.0"]),
-        ("Other", [1, "0.0 ± -", ""]),
+        ("Counting", [20, "80.0 ± 9.2", "100.0 ± –\n+20.0, –"]),
+        ("Other", [1, "0.0 ± –", ""]),
         ("answers unread", ["", "4.8%", "0.0%"]),
         ("answers read leniently", ["", "0.0%", "0.0%"]),
     ]
@@ -233,15 +233,82 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
     rl = write_rows(tmp_path / "rl/eval/predictions.jsonl", after)
     values = rendered(report.main, [str(sft), str(rl)])
     labels = [str(sft.parent), str(rl.parent)]
-    assert values["table"]["headings"] == ["questions", f"{labels[0]}, %", f"{labels[1]}, %"]
-    cells = {line["label"]: line["cells"] for line in values["table"]["rows"]}
+    assert values["tables"][0]["headings"] == ["questions", f"{labels[0]}, %", f"{labels[1]}, %"]
+    cells = {line["label"]: line["cells"] for line in values["tables"][0]["rows"]}
     # of 10 questions of each benchmark, 2 are wrong before; after, all of mvbench's are wrong
-    assert cells["mvbench"] == [10, "80.0 ± 13.3", "0.0 ± 0.0\n-80.0, -106.1 to -53.9"]
-    assert cells["videomme"] == [10, "80.0 ± 13.3", "100.0 ± 0.0\n+20.0, -6.1 to +46.1"]
+    assert cells["mvbench"] == [10, "80.0 ± 13.3", "0.0 ± –\n-80.0, -106.1 to -53.9"]
+    assert cells["videomme"] == [10, "80.0 ± 13.3", "100.0 ± –\n+20.0, -6.1 to +46.1"]
     changes = {card["id"]: card["changes"] for card in values["questions"]}
     assert [changes[f"q{i}"] for i in (3, 5, 1)] == [[f"{labels[1]}: {word}"] for word in ("lost", "gained", "same")]
-    assert values["changes"] == [f"{labels[1]}: {word}" for word in ("gained", "lost", "same")]
+    options = re.findall(r"<option>(.*?)</option>", (rl.parent / "report.html").read_text())
+    assert options[-3:] == [f"{labels[1]}: {word}" for word in ("gained", "lost", "same")]
     assert [answer["label"] for answer in values["questions"][0]["answers"]] == labels
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """(path of a page that compares two runs in up to three orders, what its template was given).
+
+    Of ten questions of mvbench, the first run has all right in order and five shuffled; the second has eight in order,
+    and of these none shuffled.
+    """
+    clips = range(0, 30, 3)
+    before = [row(i, right=True, path=f"media/q{i}.mp4") for i in clips]
+    before += [row(i, "shuffled", right=i < 15, path=f"media/q{i}.mp4") for i in clips]
+    after = [row(i, right=i < 24, path=f"media/q{i}.mp4") for i in clips]
+    after += [row(i, "shuffled", right=False, path=f"media/q{i}.mp4") for i in clips]
+    # a question that the first run was not asked shuffled, an order that it was not asked, and another benchmark
+    after += [row(33, order, path="media/q33.mp4") for order in ("ordered", "shuffled")]
+    after += [row(0, "blind", path="media/q0.mp4"), row(1, id="q0")]
+    folder = tmp_path_factory.mktemp("two") / ("a_run_with_a_long_name_" * 3)
+    files = [write_rows(folder / name / "predictions.jsonl", rows) for name, rows in (("a", before), ("b", after))]
+    values = rendered(report.main, [*map(str, files), "--data_root", str(folder)])
+    return folder / "b/report.html", values
+
+
+def test_orders_by_run_say_whether_the_need_for_order_grew(two_runs, tmp_path):
+    """Guards: a comparison of two runs in order only; a change over questions that one run was not asked, or without
+    its interval; questions of two benchmarks with one id; a second table that repeats the first.
+    """
+    table = two_runs[1]["tables"][1]
+    assert table["headings"] == ["questions", "ordered, %", "shuffled, %", "blind, %"]
+    lines = [[line["label"].replace(str(two_runs[0].parent.parent), "DIR"), *line["cells"]] for line in table["rows"]]
+    assert lines[:3] == [
+        ["mvbench, DIR/a", 10, "100.0 ± –", "50.0 ± 16.7\n-50.0, -82.7 to -17.3", ""],
+        ["mvbench, DIR/b", 11, "81.8 ± 12.2", "9.1 ± 9.1\n-72.7, -100.3 to -45.1", "100.0 ± –\n+0.0, –"],
+        # in the ten questions of both: -80 in place of -50; five clips -1, three 0, two +1
+        ["change", "", "", "-30.0, -81.0 to +21.0", ""],
+    ]
+    assert [line[0] for line in lines[3:]] == ["videomme, DIR/a", "videomme, DIR/b", "change"]
+    assert lines[4][1:] == [1, "100.0 ± –", "", ""]
+    values = rendered(report.write_report, tmp_path / "page.html", {"a": [row(0)], "b": [row(0)]}, SharedConfig())
+    assert len(values["tables"]) == 1
+
+
+def test_the_page_says_what_an_interval_is_over(two_runs):
+    """Guards: a difference that looks wrong, as it is not that of the two columns; an interval of three clips that
+    looks as good as one of a thousand.
+    """
+    text = " ".join(two_runs[0].read_text().split())
+    assert "too narrow for fewer than 30 videos" in text
+    assert "over the questions asked in both columns (pictures are asked in order and blind only)" in text
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [500, 1200])
+def test_every_score_is_visible_at_any_width(two_runs, width):
+    """Guards: the second run's column beyond the right edge; a score without its heading once columns are stacked."""
+    right, window, named = in_browser(
+        two_runs[0],
+        """
+        const cells = [...document.querySelectorAll("td")].filter(cell => cell.offsetHeight > 0);
+        const right = Math.max(...cells.map(cell => cell.getBoundingClientRect().right));
+        const named = cells.filter(cell => getComputedStyle(cell, "::before").content.includes(", %")).length;
+        return [right, innerWidth, named];""",
+        width=width,
+    )
+    assert right <= window
+    assert (named > 0) == (width == 500)
 
 
 def test_hostile_text_is_escaped_everywhere(hostile_page):

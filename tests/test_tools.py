@@ -69,6 +69,19 @@ def test_panels_follow_the_metrics_of_the_run(tmp_path, monkeypatch):
     assert (len(titles[1]), titles[2]) == (3, ["SFT loss (loss)"])
 
 
+def test_axes_have_whole_steps_of_the_log_and_no_scale_for_a_flat_line(tmp_path, monkeypatch):
+    """Guards: ticks at step 1.2; steps that count from 1, unlike those of the log; a line of zeros between ±0.04."""
+    figures = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, out: figures.append(figure))
+    rows = [rl_row(i) | {"policy/kl": 0.0} for i in range(2)]
+    plot.main([str(write_rows(tmp_path / "metrics.jsonl", rows))])
+    reward, gap, kl, length = figures[0].axes
+    assert length.lines[0].get_xdata().tolist() == [0, 1]
+    assert [tick for tick in length.get_xticks() if 0 <= tick <= 1] == [0, 1]
+    assert [axis.get_yticks().tolist() for axis in (reward, gap, kl)] == [[1.0], [0.2], [0.0]]
+    assert len(length.get_yticks()) > 3
+
+
 def test_two_runs_have_two_colours_in_one_picture(tmp_path, colours):
     """Guards: a second file that is ignored or has the first one's colour; a missing metric that stops the plot."""
     first = write_rows(tmp_path / "a/metrics.jsonl", [rl_row(i) for i in range(20)])

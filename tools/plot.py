@@ -41,6 +41,9 @@ def plot(files, out):
         for number, (file, rows) in enumerate(zip(files, runs)):
             draw_curve(axis, rows, name, label=str(Path(file).parent), color=f"C{number % 10}")
         axis.set(title=f"{title} ({name})", xlabel="step", ylabel=unit, yscale="log" if name == "loss" else "linear")
+        # matplotlib would stretch the axis of a flat line over its rounding errors
+        if axis.dataLim.height < 1e-9:
+            axis.set_yticks([axis.dataLim.y0])
         axis.legend(frameon=False)
     save_figure(figure, out)
 

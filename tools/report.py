@@ -4,10 +4,10 @@
     python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl --data_root DIR      # side by side
     python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in orders.py
 
-Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order. Differences
-are from the first column, paired by question, with a 95 % interval clustered by video; a filter shows the questions
-whose answers changed. The page is one file that loads nothing else. Jinja escapes every value, so HTML written by a
-model or a data set is shown as text and never runs.
+Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order (a second table
+has all orders). Differences are from the first column, paired by question, with a 95 % interval clustered by video; a
+filter shows the questions whose answers changed. The page is one file that loads nothing else. Jinja escapes every
+value, so HTML written by a model or a data set is shown as text and never runs.
 """
 
 import base64
@@ -42,7 +42,8 @@ REWARDS = ("accuracy", "format", "length", "temporal", "total", "n_tokens", "tru
 
 def write_report(path, runs, cfg):
     """Write the page about `runs`, {label: rows of a predictions.jsonl}, to `path`; media are in cfg.data_root."""
-    columns = columns_of({label: scored_rows(rows) for label, rows in runs.items()})
+    scored = {label: scored_rows(rows) for label, rows in runs.items()}
+    columns = columns_of(scored)
     by_question = {}
     for label, rows in columns.items():
         for row in rows:
@@ -53,39 +54,40 @@ def write_report(path, runs, cfg):
     benchmarks = benchmarks_in(list(chain(*columns.values())))
     title = f"{', '.join(models)}: {', '.join(benchmarks)}"
     words = {"group": "benchmark", "kind": "task", "item": "question"}
-    write_page(path, title, words, questions, cfg, list(made_with.values()), score_table(columns, benchmarks))
+    tables = [score_table(columns, benchmarks)]
+    shown = list(orders.rows_by_order(list(chain(*scored.values()))))
+    if len(runs) > 1 and len(shown) > 1:
+        tables.append(orders_table(scored, benchmarks, shown))
+    write_page(path, title, words, questions, cfg, list(made_with.values()), tables)
 
 
 def columns_of(runs):
     """{label: scored rows} of what the page compares: the orders of one run, or several runs in their first order."""
+    if len(runs) == 1:
+        return orders.rows_by_order(*runs.values())
     columns = {}
     for label, rows in runs.items():
-        by_order = orders.rows_by_order(rows)
-        if len(runs) == 1:
-            return by_order
-        first = next(iter(by_order))
-        columns[label if first == "ordered" else f"{label}, {first}"] = by_order[first]
+        order, asked = next(iter(orders.rows_by_order(rows).items()))
+        columns[label if order == "ordered" else f"{label}, {order}"] = asked
     return columns
 
 
-def write_page(path, title, words, questions, cfg, made_with, table=None):
+def write_page(path, title, words, questions, cfg, made_with, tables=()):
     """Render report.html with at most MAX_QUESTIONS of the questions.
 
-    words: what the page calls a question (`item`), its `group` and `kind`. made_with: settings. table: see score_table.
+    words: what the page calls a question (`item`), its `group` and `kind`. tables: see score_table.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     shown = evenly_spaced(questions, MAX_QUESTIONS)
     for question in tqdm(shown, desc="frames", unit=words["item"]):
         question.update(film_strip(question["record"], cfg))
-    page = template.render(
+    page = pages.get_template("report.html").render(
         title=title,
         words=words,
         questions=shown,
         total=len(questions),
-        changes=sorted(set(chain.from_iterable(question["changes"] for question in shown))),
         settings=json.dumps(made_with, indent=1),
-        table=table,
+        tables=tables,
     )
     # half of a surrogate pair, which JSON may hold, becomes "?"
     storage.write_atomic(path, page.encode("utf-8", "replace").decode())
@@ -108,17 +110,15 @@ def question_card(rows):
         text = row.get("prediction") or row.get("error") or ""
         answers.append(answer_card(label, text, score, readable, rewards))
     # the row of a shuffled clip has the order of its frames, too
-    first = next(iter(rows.values()))
-    record = next((row for row in rows.values() if row.get("frame_order")), first)
-    task = record.get("task") or ""
-    return card(record, record["benchmark"], task, answers, answers[0]["verdict"], changes_of(answers))
+    record = next((row for row in rows.values() if row.get("frame_order")), rows[answers[0]["label"]])
+    return card(record, record["benchmark"], record.get("task"), answers, answers[0]["verdict"], changes_of(answers))
 
 
 def card(record, group, kind, answers, result, changes):
     """What the gallery shows of a question. answers: see answer_card; the filters use the texts group to changes."""
     return {
         "group": group,
-        "kind": kind,
+        "kind": kind or "",
         "id": str(record["id"]),
         "problem": shorten(record.get("problem") or ""),
         "options": [shorten(option) for option in parsing.lettered(record.get("options") or [])],
@@ -189,8 +189,7 @@ def film_strip(record, cfg):
         return {"no_frames": f"frames not available: {error}"}
     frames = [media] if record["data_type"] == "image" else [Image.fromarray(frame) for frame in media]
     shown = evenly_spaced(range(len(frames)), MAX_FRAMES)
-    aspect = frames[0].width / frames[0].height
-    width = round(FRAME_HEIGHT * min(max(aspect, 0.1), 3))
+    width = round(FRAME_HEIGHT * min(max(frames[0].width / frames[0].height, 0.1), 3))
     picture = Image.new("RGB", (width * len(shown), FRAME_HEIGHT))
     for position, index in enumerate(shown):
         picture.paste(frames[index].resize((width, FRAME_HEIGHT)), (position * width, 0))
@@ -219,10 +218,30 @@ def score_table(columns, benchmarks):
         for task in sorted(set().union(*(part["by_task"] for part in parts))):
             rows.append({"style": "task", "label": task, "cells": score_cells(parts, differences, task)})
         for key, ending in ANSWER_COLUMNS.items():
-            shares = ["-" if part[key] is None else f"{part[key]:.1%}" for part in parts]
+            shares = ["–" if part[key] is None else f"{part[key]:.1%}" for part in parts]
             rows.append({"style": "note", "label": f"answers {ending}", "cells": ["", *shares]})
         rows += [{"style": "note", "label": note, "cells": []} for note in notes_of(parts[0])]
     return {"headings": ["questions", *(f"{label}, %" for label in columns)], "rows": rows}
+
+
+def orders_table(runs, benchmarks, shown):
+    """The scores of each run, {label: scored rows}, in the `shown` orders, as a table like that of score_table.
+
+    For each run but the first, a second row: by how much its differences from the first order exceed the first run's.
+    """
+    rows = []
+    for name in benchmarks:
+        first = None
+        for label, scored in runs.items():
+            by_order = orders.rows_by_order([row for row in scored if row["benchmark"] == name])
+            columns = {order: by_order.get(order, []) for order in shown}
+            rows.append(score_table(columns, [name])["rows"][0] | {"label": f"{name}, {label}"})
+            if first:
+                gains = [orders.paired_rows(columns[order], first[order]) for order in shown]
+                changes = [orders.paired_difference(gain, gains[0]) for gain in gains[1:]]
+                rows.append({"style": "note", "label": "change", "cells": score_cells([{}] * len(shown), changes)})
+            first = first or columns
+    return {"headings": ["questions", *(f"{order}, %" for order in shown)], "rows": rows}
 
 
 def score_cells(parts, differences, task=None):
@@ -231,10 +250,8 @@ def score_cells(parts, differences, task=None):
     differences = [orders.of_task(difference, task) for difference in differences]
     cells = [parts[0].get("n", "")]
     for part, difference in zip(parts, [None, *differences]):
-        cell = with_error(part["score"], part["se"]) if part else ""
-        if difference:
-            cell += f"\n{orders.interval_text(difference)}"
-        cells.append(cell)
+        score = with_error(part["score"], part["se"]) if part.get("n") else ""
+        cells.append(f"{score}\n{orders.interval_text(difference)}".strip())
     return cells
 
 
