@@ -81,8 +81,10 @@ def try_processor(processor, config, prompt, ends):
         if is_there:
             raise ValueError(problem)
     clip = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    # as data.encode passes them; the default prints a warning
+    video_settings = {"cap_pixels_per_frame": False, "do_sample_frames": False}
     # raises if the template has not one place for each
-    processor(text=[prompt], images=[clip[0]], videos=[clip], do_sample_frames=False, return_tensors="pt")
+    processor(text=[prompt], images=[clip[0]], videos=[clip], videos_kwargs=video_settings, return_tensors="pt")
 
 
 def load_weights(cfg, dtype, accelerator=None, device=None):
