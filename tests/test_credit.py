@@ -19,7 +19,13 @@ from support.storage import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 CFG = CreditConfig(credit_shuffles=3, micro_batch_size=2, temperature=0.7, length_omega=0.0)
-RECORD = {"problem_id": 1, "path": "a.mp4", "problem_type": "multiple choice", "solution": "<answer>B</answer>"}
+RECORD = {
+    "problem": "Which way?",
+    "problem_id": 1,
+    "path": "a.mp4",
+    "problem_type": "multiple choice",
+    "solution": "<answer>B</answer>",
+}
 RIGHT = "<think>x</think><answer>B</answer>"
 WRONG = "<think>x</think><answer>A</answer>"
 # of five completions, of which the last is wrong

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import data
 from sft import SFTConfig
 from support import model_files, settings, storage, tables
@@ -103,9 +105,9 @@ def verdict(args, cfg, run, seconds_of_questions):
     rows.append([f"{QUESTIONS} questions, with loading", f"{seconds_of_questions:.0f} s"])
     peak = max(row.get("memory/peak_gb", 0) for row in log)
     rows.append(["peak memory per GPU", f"{peak:.1f} GB" if peak else "not on a GPU"])
-    if args.stage == "tgrpo":
-        _, planned = plan_memory.memory_plan(cfg, plan_memory.model_shape(cfg.model), args.gpus)
-        rows.append([f"its plan for {args.gpus} GPUs, longest completions", f"{planned / 1e9:.1f} GB"])
+    plan = plan_memory.sft_plan if args.stage == "sft" else plan_memory.memory_plan
+    _, planned = plan(cfg, plan_memory.model_shape(cfg.model), args.gpus)
+    rows.append([f"its plan for {args.gpus} GPUs, longest texts", f"{planned / 1e9:.1f} GB"])
     # one more checkpoint than is kept while it is written
     needed = size(run / f"checkpoint-{STEPS // 2}") * (cfg.keep_checkpoints + 1) + size(run / "final")
     rows.append(["disk for checkpoints and final", f"{needed / 1e9:.1f} GB"])
@@ -122,7 +124,7 @@ def main():
     parser.add_argument("--config", required="--help" not in sys.argv)
     parser.add_argument("--out", type=Path, default=Path("runs/rehearsal"))
     # for the plan of its memory
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
     args, rest = parser.parse_known_args()
     config = ["--config", args.config, *rest] if args.config else rest
     cfg = settings.load_config(CONFIGS[args.stage], args.stage, config, __doc__, required=("model", "records"))
