@@ -76,7 +76,19 @@ FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}|\\[dt]?frac (\d) ?(\
 CIRCLED = "①-⓿㉈-㉟㊱-㊿"
 MIXED = re.compile(rf"(?<=[\d{CIRCLED}])(?=[¼½¾⅐-⅞↉{CIRCLED}]|\\[dt]?frac)|(?<=[{CIRCLED}])(?=\d)")
 DOLLARS = re.compile(r"\$\$?([^$]*)\$\$?|\\\(|\\\)|\\\[|\\\]")
-LATEX = {r"\%": "%", r"\$": "$", "{,}": ",", r"\,": " ", r"\;": " ", r"^{\circ}": "°", r"^\circ": "°", r"\degree": "°"}
+LATEX = {
+    r"\quad": " ",
+    "\\ ": " ",
+    "~": " ",
+    r"\%": "%",
+    r"\$": "$",
+    "{,}": ",",
+    r"\,": " ",
+    r"\;": " ",
+    r"^{\circ}": "°",
+    r"^\circ": "°",
+    r"\degree": "°",
+}
 
 
 def without_latex(text):
@@ -97,7 +109,7 @@ def without_latex(text):
     return text.strip()
 
 
-DECORATION = " \t\r\n\xa0()[]{}<>.,:;!*_`'\"“”‘’«»$。、【】「」『』"
+DECORATION = " \t\r\n\xa0\u200b()[]{}<>.,:;!?*_`'\"“”‘’«»$-–•。、【】「」『』"
 LEAD = re.compile(
     r"(?:(?:the|best|correct|final|answer|ans|option|choice|is|it['’]s|it)\b[\s:]*"
     r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選"
@@ -109,10 +121,13 @@ SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
 
 # a letter alone or "B) x", or an option's letter and what ends it; "e.g. this", "U.S. Navy", "A cat" have none
 LABEL = re.compile(
-    r"([A-Za-z])($|(?<=[A-Z])[.:)] ?[a-z]$|[)\]}】」、]|[.:](?![A-Za-z]\.)| [-–—]+ |(?i: because )"
-    r"|(?i: is (?:the )?(?:correct|right|best|answer))\b"
-    r"| ?(?:选项|選項|项|項)?是?(?:正确|正確|对|對)(?![A-Za-z])| ?(?:选项|選項|项|項)(?=$|[:,]))"
+    r"([A-Za-z])($|(?<=[A-Z])[.:)] ?[a-z]$|[)\]}】」、,\n]|[.:](?![A-Za-z]\.)| [-–—→]+ | \(|(?i: because )"
+    r"|(?i: is (?:the |also )?(?:correct|right|best|answer))\b"
+    r"| ?(?:选项|選項|项|項)?[是也]*(?:正确|正確|对|對)(?![A-Za-z])| ?(?:选项|選項|项|項)(?=$|[:,]))"
 )
+# a label inside of the text after one, as in "A) left B) right"; after a dot only of the letters that options usually
+# have, as in "A. left B. right"
+INNER_LABEL = re.compile(r"(?<=\s)\(?(?:([A-Z])[):]|([A-J])\.)(?=\s)")
 
 
 def split_label(text):
@@ -129,8 +144,7 @@ def parse_letter(text):
 
     A lone letter in any punctuation or LaTeX, or a letter before the option's text ("B.left", "B - left") or before "is
     correct", "because", "选项"; "the answer is", "option", "答案：" may precede it. Else only a lone letter counts ("A
-    cat" has an article). The text after the letter may not begin with a second lone letter, nor contain a second
-    labelled option, unless it begins with an initial.
+    cat" has an article). The text after the letter may not name a second option, unless it begins with an initial.
 
     >>> texts = ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")
     >>> [parse_letter(text) for text in texts]
@@ -141,17 +155,23 @@ def parse_letter(text):
     'B'
     """
     core = without_latex(text).replace("*", "").strip(DECORATION)
-    letter, _, description = split_label(core[LEAD.match(core).end() :])
-    parts = [split_label(part) for part in SEPARATOR.split(description) if part.strip(DECORATION)]
-    if not parts:
-        return letter
-    second_letter, mark, second_description = parts[0]
+    core = core[LEAD.match(core).end() :]
+    letter, _, description = split_label(core)
+    parts = [part.strip(DECORATION) for part in SEPARATOR.split(description)]
+    parts = [part[LEAD.match(part).end() :] for part in parts]
+    parts = [part for part in parts if part]
+    labels = [split_label(part) for part in parts]
     # as in "B. E. coli"
-    if mark == "." and second_description:
+    if labels and labels[0][1] == "." and labels[0][2]:
         return letter
-    if second_letter or any(other_letter and other_mark for other_letter, other_mark, _ in parts[1:]):
-        return None
-    return letter
+    # letters in the other case are the option's text, as in "A. x, y"
+    named = set()
+    for i, (part, (other, mark, text)) in enumerate(zip(parts, labels)):
+        # "Both A and B" is an option's text, "A or B" names two
+        if part[0].isupper() == core[0].isupper() and (i == 0 or mark or text):
+            named.add(other)
+    named |= {first or second for first, second in INNER_LABEL.findall(description)}
+    return letter if named <= {letter, None} else None
 
 
 def one_letter(text):
@@ -162,6 +182,7 @@ def one_letter(text):
     return letter
 
 
+MONEY_FIRST = re.compile(r"^([+-]?)(?:US)?([$€£¥₹]) ?")
 VALUE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 NUMBER = re.compile(rf"[$€£¥₹]?([+-]?(?:{VALUE})(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE)
 # "3/4", "1 3/4"; not the dates "3/4/2020"
@@ -209,14 +230,17 @@ def parse_number(text):
     """
     # "m²" is "m^2" and "4²" no 42
     core = " ".join(without_latex(text.translate(SCRIPTS)).split())
-    # "**4**", "4 m.", "5€", "(5)"
-    core = core.lstrip("*").rstrip("*.$€£¥₹。").replace("−", "-")
+    # "**4**", "4 m.", "5€", "`5`"
+    core = core.lstrip("*`'\"“”\u200b").rstrip("*.;`'\"“”\u200b$€£¥₹。").replace("−", "-")
     core = core[NUMBER_LEAD.match(core).end() :]
-    if core[:1] + core[-1:] in ("()", "[]"):
+    if core[:1] + core[-1:] in ("()", "[]", "{}"):
         core = core[1:-1].strip()
+    # "–5", "-$5", "US$ 5"
+    core = MONEY_FIRST.sub(r"\2\1", re.sub("^–", "-", core))
     ratio = RATIO.match(core)
     match = ratio or NUMBER.match(core)
-    unit = core[match.end() :].strip() if match else ""
+    # "5 (cm)", "5 km / h"
+    unit = core[match.end() :].strip(" ()").replace(" / ", "/") if match else ""
     is_known = unit.lower().removesuffix("s") in MONEY.split() if core[:1] in "$€£¥₹" else UNIT.fullmatch(unit)
     if not match or (unit and not is_known):
         raise ValueError(f"not a number: {text[:40]!r}")
