@@ -5,7 +5,7 @@
     python toy.py --fresh                    # delete the results and start again
 
     1. render clips and pictures with questions about them, as records in the released format
-    2. train a tokenizer on their text and build a random Qwen2.5-VL with 0.45 million parameters
+    2. train a tokenizer on their text and build a random Qwen2.5-VL of 0.45 million parameters (support/tiny_model.py)
     3. run sft.py, tgrpo.py and evaluate.py, the same scripts that train the 7B model
     4. compare the SFT model with the trained policy: frames in order, frames shuffled, misleading backgrounds
 
@@ -218,8 +218,6 @@ class Rules:
     teachers: dict
     # {data source: (renderer, how often it is drawn)}
     sources: dict = field(default_factory=SOURCES.copy)
-    # those of the first test questions
-    temporal: tuple = TEMPORAL
 
 
 RULES = Rules(neutral=0.3, agreement={"sft": 0.8, "rl": 0.8, "test": 0.5}, teachers={"sft": flawed_teacher})
@@ -281,12 +279,12 @@ def draw_sources(rules, split, seed, n_training, n_temporal, n_other):
     if split != "test":
         weights = [weight for _, weight in rules.sources.values()]
         return rng.choices(list(rules.sources), weights, k=n_training)
-    sources = [rules.temporal[i % len(rules.temporal)] for i in range(n_temporal)]
+    sources = [TEMPORAL[i % len(TEMPORAL)] for i in range(n_temporal)]
     sources += [("toy-flash", "toy-image")[i % 2] for i in range(n_other)]
     return rng.sample(sources, len(sources))
 
 
-def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, rules=RULES, log=None):
+def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, rules=RULES):
     """Write SPLIT.json for every split of the rules, world.json, and the media; all of them or nothing.
 
     The number of questions: n_rl for the split rl, n_temporal + n_other for test, n_sft for the others.
@@ -302,18 +300,10 @@ def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80
             sources = draw_sources(rules, split, seed, n_training, n_temporal, n_other)
             render = partial(make_record, unfinished, rules, split, seed)
             rendered = pool.map(render, range(1, len(sources) + 1), sources, chunksize=16)
-            bar = tqdm(rendered, total=len(sources), desc=f"rendering {split}", unit="clip", file=log)
+            bar = tqdm(rendered, total=len(sources), desc=f"rendering {split}", unit="clip")
             storage.write_atomic(unfinished / f"{split}.json", json.dumps(list(bar), indent=1))
     storage.write_atomic(unfinished / "world.json", json.dumps({"seed": seed}))
     storage.replace_folder(unfinished, folder)
-
-
-# ----------------------------------------------------------------------------------------------- 2. the model
-
-
-def make_model(folder, records, seed=0):
-    """Write a random Qwen2.5-VL for clips of this size, with a tokenizer trained on the text of the records."""
-    tiny_model.make_model(folder, records, SIZE * SIZE, seed)
 
 
 # ----------------------------------------------------------------------------------------------- 3. the stages
@@ -436,7 +426,7 @@ def main():
             make_world(out / "world", args.seed)
         if not (out / "base").exists():
             records = json.loads((out / "world/sft.json").read_text(encoding="utf-8"))
-            make_model(out / "base", records, args.seed)
+            tiny_model.make_model(out / "base", records, SIZE * SIZE, args.seed)
         for arguments, result in stages(out, args.seed):
             launch(arguments, result)
     except KeyboardInterrupt:

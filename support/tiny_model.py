@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from support import storage
+from support import parsing, storage
 
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
@@ -24,7 +24,6 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
 def make_tokenizer(records):
@@ -40,7 +39,7 @@ def make_tokenizer(records):
     )
     corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"], "user assistant"]) for r in records]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in parsing.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -89,10 +88,6 @@ def make_model(folder, records, max_pixels, seed=0):
         num_heads=2,
         out_hidden_size=96,
         fullatt_block_indexes=[0],
-        window_size=112,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
         tokens_per_second=2,
         initializer_range=0.12,
     )

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 
 import rewards
 import toy
-from support import model_files, record_files, tiny_model
+from support import model_files, parsing, record_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
 
@@ -150,7 +150,7 @@ def test_tokenizer_is_lossless_and_tags_are_single_tokens(world):
     tokenizer = model_files.load_processor(SharedConfig(model=str(world / "base"))).tokenizer
     for text in ("<think>the disc moves left.</think>\n<answer>B</answer>", "é 漢 unseen!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    for tag in tiny_model.TAGS:
+    for tag in parsing.TAGS:
         assert len(tokenizer(f"{tag}B")["input_ids"]) == 2
 
 
