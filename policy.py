@@ -321,9 +321,6 @@ class Packed:
     # 1.0 for the tokens of a completion, 0.0 for padding
     mask_NT: torch.Tensor
 
-    def to(self, device):
-        return Packed(**distributed.to_device(vars(self), device))
-
 
 def pack(model, prompts, completions, pad_id):
     """Packed rows, on the model's device, of B prompts and a list of completions (1-D tensors) for each of them.
@@ -333,7 +330,7 @@ def pack(model, prompts, completions, pad_id):
     rows = [pack_row(model, prompt, group) for prompt, group in zip(prompts, completions)]
     targets = [completion.cpu() for completion in chain.from_iterable(completions)]
     L = max(len(row["ids"]) for row in rows)
-    packed = Packed(
+    fields = dict(
         inputs={
             "input_ids": data.pad([row["ids"] for row in rows], pad_id, "right"),
             "attention_mask": packed_mask(data.pad([row["segments"] for row in rows], -1, "right")),
@@ -344,7 +341,7 @@ def pack(model, prompts, completions, pad_id):
         source_M=torch.cat([b * L + row["source"] for b, row in enumerate(rows)]),
         mask_NT=data.pad([torch.ones(len(target)) for target in targets], 0.0, "right"),
     )
-    return packed.to(model.device)
+    return Packed(**distributed.to_device(fields, model.device))
 
 
 def pack_row(model, prompt, completions):
