@@ -389,14 +389,6 @@ def results_table(results):
 # ----------------------------------------------------------------------------------------------- main
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
-    parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
-    parser.add_argument("--fresh", action="store_true", help="delete the folder's earlier results and start again")
-    return parser.parse_args()
-
-
 def check_seed(out, seed):
     """Raise UserError if the folder holds a world of another seed."""
     world_file = out / "world/world.json"
@@ -408,7 +400,11 @@ def check_seed(out, seed):
 
 
 def main():
-    args = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
+    parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
+    parser.add_argument("--fresh", action="store_true", help="delete the folder's earlier results and start again")
+    args = parser.parse_args()
     out = args.out.resolve()
     if args.fresh:
         for name in ("world", "base", "sft", "tgrpo", "eval"):
