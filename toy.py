@@ -1,8 +1,7 @@
 """The whole method on a CPU in minutes: a small world of rendered videos, a tiny Qwen2.5-VL, and every stage.
 
-    python toy.py                            # world, SFT, T-GRPO, evaluation; results in runs/toy
+    python toy.py                            # world, SFT, T-GRPO, evaluation; results in runs/toy. What exists is kept
     python toy.py --seed 1 --out runs/one    # another seed, in another folder
-    python toy.py --fresh                    # delete the results and start again
 
     1. render clips and pictures with questions about them, as records in the released format
     2. train a tokenizer on their text and build a random Qwen2.5-VL of 0.45 million parameters (support/tiny_model.py)
@@ -403,12 +402,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
-    parser.add_argument("--fresh", action="store_true", help="delete the folder's earlier results and start again")
     args = parser.parse_args()
     out = args.out.resolve()
-    if args.fresh:
-        for name in ("world", "base", "sft", "tgrpo", "eval"):
-            shutil.rmtree(out / name, ignore_errors=True)
     check_seed(out, args.seed)
     # short commands, which a reader can type in this folder
     if out.is_relative_to(ROOT):
@@ -426,7 +421,7 @@ def main():
         for arguments, result in stages(out, args.seed):
             launch(arguments, result)
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here, --fresh starts again")
+        print("\nstopped; the same command continues from here")
         sys.exit(130)
 
     results = {model: measure(out / f"eval/{model}/predictions.jsonl") for model in MODELS}

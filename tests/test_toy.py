@@ -192,7 +192,7 @@ def test_ctrl_c_while_rendering_is_one_line_and_leaves_no_half_world(tmp_path, m
     with pytest.raises(SystemExit, match="130"):
         toy.main()
     assert len(after_ctrl_c) == 49
-    assert capfd.readouterr() == ("\nstopped; the same command continues from here, --fresh starts again\n", "")
+    assert capfd.readouterr() == ("\nstopped; the same command continues from here\n", "")
     assert not (tmp_path / "world").exists()
 
 
