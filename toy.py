@@ -417,7 +417,7 @@ def main():
             make_world(out / "world", args.seed)
         if not (out / "base").exists():
             records = json.loads((out / "world/sft.json").read_text(encoding="utf-8"))
-            tiny_model.make_model(out / "base", records, SIZE * SIZE, args.seed)
+            tiny_model.make_model(out / "base", records, args.seed)
         for arguments, result in stages(out, args.seed):
             launch(arguments, result)
     except KeyboardInterrupt:

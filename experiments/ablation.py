@@ -22,7 +22,7 @@ from support.settings import UserError
 from support.storage import read_jsonl, write_atomic
 from support.tables import table
 from support.tiny_model import make_model
-from toy import ROOT, SIZE, launch, make_world, stage
+from toy import ROOT, launch, make_world, stage
 
 
 @dataclass
@@ -95,7 +95,7 @@ def train_sft(out, seed):
         make_world(out / "world", seed, n_other=0, rules=RULES)
     if not (out / "base").exists():
         records = json.loads((out / "world/sft.json").read_text(encoding="utf-8"))
-        make_model(out / "base", records, SIZE * SIZE, seed)
+        make_model(out / "base", records, seed)
     model = "base"
     for part in range(1, MAX_SKILL_PARTS + 1):
         name = f"skill{part}"

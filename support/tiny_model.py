@@ -49,17 +49,15 @@ def make_tokenizer(records):
     )
 
 
-def make_model(folder, records, max_pixels, seed=0):
-    """Write a checkpoint of 0.45 million random weights, with a tokenizer trained on the text of the records.
-
-    max_pixels: the largest area of a picture or frame, in pixels.
-    """
+def make_model(folder, records, seed=0):
+    """Write a checkpoint of 0.45 million random weights, with a tokenizer trained on the text of the records."""
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = make_tokenizer(records)
     token = tokenizer.convert_tokens_to_ids
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
+    # despite their names, areas: the largest is that of toy.py's frames
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,
