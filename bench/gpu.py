@@ -29,9 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import naive
 import torch
 import torch.distributed as dist
-from hub_checkpoint import TINY_TEXT, TINY_VISION
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import Qwen2_5_VLConfig
 from transformers.initialization import no_init_weights
 
 import policy
@@ -42,10 +40,7 @@ from tools import plan_memory
 
 def shape(name):
     """The model's config: the published shape, or a tiny one."""
-    if name != "tiny":
-        return plan_memory.model_shape(f"Qwen2.5-VL-{name}")
-    ids = {"vision_start_token_id": 617, "vision_end_token_id": 618, "image_token_id": 620, "video_token_id": 621}
-    return Qwen2_5_VLConfig(text_config=TINY_TEXT, vision_config=TINY_VISION | {"tokens_per_second": 2}, **ids)
+    return naive.tiny_policy().config if name == "tiny" else plan_memory.model_shape(f"Qwen2.5-VL-{name}")
 
 
 def clip_prompt(config, grid, n_tokens):
