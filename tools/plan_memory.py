@@ -24,6 +24,7 @@ from support.lora import add_adapter
 from support.model_files import empty_model
 from tgrpo import TGRPOConfig
 
+CONFIGS = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}
 # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
 FLOAT32 = 4
 # What a layer saves per token or patch for its backward pass, in tensors as wide as the hidden state; with bfloat16
@@ -213,8 +214,7 @@ def main():
     parser.add_argument("--card_gb", type=partial(settings.convert, kind=float, low=1), default=80)
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     args, rest = parser.parse_known_args()
-    cls = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}[args.stage]
-    cfg = settings.load_config(cls, args.stage, rest, doc=__doc__, required=("model",))
+    cfg = settings.load_config(CONFIGS[args.stage], args.stage, rest, doc=__doc__, required=("model",))
     config = model_shape(cfg.model)
     if args.stage == "evaluate":
         parts, peak = evaluation_plan(cfg, config)
