@@ -388,23 +388,17 @@ def results_table(results):
 # ----------------------------------------------------------------------------------------------- main
 
 
-def check_seed(out, seed):
-    """Raise UserError if the folder holds a world of another seed."""
-    world_file = out / "world/world.json"
-    if not world_file.exists():
-        return
-    made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
-    if made != seed:
-        raise settings.UserError(f"{out} holds seed {made}, not {seed}; choose another --out, or delete that folder")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
     args = parser.parse_args()
     out = args.out.resolve()
-    check_seed(out, args.seed)
+    world_file = out / "world/world.json"
+    if world_file.exists():
+        made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
+        if made != args.seed:
+            raise settings.UserError(f"{out} holds seed {made}, not {args.seed}; choose another --out, or delete it")
     # short commands, which a reader can type in this folder
     if out.is_relative_to(ROOT):
         os.chdir(ROOT)

@@ -161,7 +161,7 @@ def test_another_seed_in_the_same_folder_is_one_clear_line(world, monkeypatch):
     """Guards: one seed's model trained on another seed's world."""
     monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(world), "--seed", "5"])
     monkeypatch.setattr(toy, "launch", lambda *_: pytest.fail("a stage was started"))
-    with pytest.raises(UserError, match="^.* holds seed 0, not 5; choose another --out, or delete that folder$"):
+    with pytest.raises(UserError, match="^.* holds seed 0, not 5; choose another --out, or delete it$"):
         toy.main()
 
 
