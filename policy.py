@@ -25,6 +25,7 @@ from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -249,7 +250,7 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
 
 def read_prompts(model, prompts, pad_id):
     """Run all prompt tokens but the last, which is left to generate(). Returns (ids, mask, positions, cache)."""
-    batch = distributed.to_device(data.collate_prompts(prompts, pad_id), model.device)
+    batch = send_to_device(data.collate_prompts(prompts, pad_id), model.device, non_blocking=True)
     prompt_BP = batch.pop("input_ids")
     mask_BP = batch.pop("attention_mask")
     # only mrope_positions needs it
@@ -321,9 +322,6 @@ class Packed:
     # 1.0 for the tokens of a completion, 0.0 for padding
     mask_NT: torch.Tensor
 
-    def to(self, device):
-        return Packed(**distributed.to_device(vars(self), device))
-
 
 def pack(model, prompts, completions, pad_id):
     """Packed rows, on the model's device, of B prompts and a list of completions (1-D tensors) for each of them.
@@ -333,7 +331,7 @@ def pack(model, prompts, completions, pad_id):
     rows = [pack_row(model, prompt, group) for prompt, group in zip(prompts, completions)]
     targets = [completion.cpu() for completion in chain.from_iterable(completions)]
     L = max(len(row["ids"]) for row in rows)
-    packed = Packed(
+    fields = dict(
         inputs={
             "input_ids": data.pad([row["ids"] for row in rows], pad_id, "right"),
             "attention_mask": packed_mask(data.pad([row["segments"] for row in rows], -1, "right")),
@@ -344,7 +342,7 @@ def pack(model, prompts, completions, pad_id):
         source_M=torch.cat([b * L + row["source"] for b, row in enumerate(rows)]),
         mask_NT=data.pad([torch.ones(len(target)) for target in targets], 0.0, "right"),
     )
-    return packed.to(model.device)
+    return Packed(**send_to_device(fields, model.device, non_blocking=True))
 
 
 def pack_row(model, prompt, completions):

@@ -1,11 +1,10 @@
 """The whole method on a CPU in minutes: a small world of rendered videos, a tiny Qwen2.5-VL, and every stage.
 
-    python toy.py                            # world, SFT, T-GRPO, evaluation; results in runs/toy
+    python toy.py                            # world, SFT, T-GRPO, evaluation; results in runs/toy. What exists is kept
     python toy.py --seed 1 --out runs/one    # another seed, in another folder
-    python toy.py --fresh                    # delete the results and start again
 
     1. render clips and pictures with questions about them, as records in the released format
-    2. train a tokenizer on their text and build a random Qwen2.5-VL with 0.45 million parameters
+    2. train a tokenizer on their text and build a random Qwen2.5-VL of 0.45 million parameters (support/tiny_model.py)
     3. run sft.py, tgrpo.py and evaluate.py, the same scripts that train the 7B model
     4. compare the SFT model with the trained policy: frames in order, frames shuffled, misleading backgrounds
 
@@ -218,8 +217,6 @@ class Rules:
     teachers: dict
     # {data source: (renderer, how often it is drawn)}
     sources: dict = field(default_factory=SOURCES.copy)
-    # those of the first test questions
-    temporal: tuple = TEMPORAL
 
 
 RULES = Rules(neutral=0.3, agreement={"sft": 0.8, "rl": 0.8, "test": 0.5}, teachers={"sft": flawed_teacher})
@@ -281,12 +278,12 @@ def draw_sources(rules, split, seed, n_training, n_temporal, n_other):
     if split != "test":
         weights = [weight for _, weight in rules.sources.values()]
         return rng.choices(list(rules.sources), weights, k=n_training)
-    sources = [rules.temporal[i % len(rules.temporal)] for i in range(n_temporal)]
+    sources = [TEMPORAL[i % len(TEMPORAL)] for i in range(n_temporal)]
     sources += [("toy-flash", "toy-image")[i % 2] for i in range(n_other)]
     return rng.sample(sources, len(sources))
 
 
-def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, rules=RULES, log=None):
+def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80, processes=2, rules=RULES):
     """Write SPLIT.json for every split of the rules, world.json, and the media; all of them or nothing.
 
     The number of questions: n_rl for the split rl, n_temporal + n_other for test, n_sft for the others.
@@ -302,18 +299,10 @@ def make_world(folder, seed=0, n_sft=2000, n_rl=1000, n_temporal=256, n_other=80
             sources = draw_sources(rules, split, seed, n_training, n_temporal, n_other)
             render = partial(make_record, unfinished, rules, split, seed)
             rendered = pool.map(render, range(1, len(sources) + 1), sources, chunksize=16)
-            bar = tqdm(rendered, total=len(sources), desc=f"rendering {split}", unit="clip", file=log)
+            bar = tqdm(rendered, total=len(sources), desc=f"rendering {split}", unit="clip")
             storage.write_atomic(unfinished / f"{split}.json", json.dumps(list(bar), indent=1))
     storage.write_atomic(unfinished / "world.json", json.dumps({"seed": seed}))
     storage.replace_folder(unfinished, folder)
-
-
-# ----------------------------------------------------------------------------------------------- 2. the model
-
-
-def make_model(folder, records, seed=0):
-    """Write a random Qwen2.5-VL for clips of this size, with a tokenizer trained on the text of the records."""
-    tiny_model.make_model(folder, records, SIZE * SIZE, seed)
 
 
 # ----------------------------------------------------------------------------------------------- 3. the stages
@@ -399,31 +388,17 @@ def results_table(results):
 # ----------------------------------------------------------------------------------------------- main
 
 
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
-    parser.add_argument("--fresh", action="store_true", help="delete the folder's earlier results and start again")
-    return parser.parse_args()
-
-
-def check_seed(out, seed):
-    """Raise UserError if the folder holds a world of another seed."""
-    world_file = out / "world/world.json"
-    if not world_file.exists():
-        return
-    made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
-    if made != seed:
-        raise settings.UserError(f"{out} holds seed {made}, not {seed}; choose another --out, or delete that folder")
-
-
-def main():
-    args = parse_arguments()
+    args = parser.parse_args()
     out = args.out.resolve()
-    if args.fresh:
-        for name in ("world", "base", "sft", "tgrpo", "eval"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    check_seed(out, args.seed)
+    world_file = out / "world/world.json"
+    if world_file.exists():
+        made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
+        if made != args.seed:
+            raise settings.UserError(f"{out} holds seed {made}, not {args.seed}; choose another --out, or delete it")
     # short commands, which a reader can type in this folder
     if out.is_relative_to(ROOT):
         os.chdir(ROOT)
@@ -436,11 +411,11 @@ def main():
             make_world(out / "world", args.seed)
         if not (out / "base").exists():
             records = json.loads((out / "world/sft.json").read_text(encoding="utf-8"))
-            make_model(out / "base", records, args.seed)
+            tiny_model.make_model(out / "base", records, args.seed)
         for arguments, result in stages(out, args.seed):
             launch(arguments, result)
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here, --fresh starts again")
+        print("\nstopped; the same command continues from here")
         sys.exit(130)
 
     results = {model: measure(out / f"eval/{model}/predictions.jsonl") for model in MODELS}

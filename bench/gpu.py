@@ -26,14 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import naive
 import torch
 import torch.distributed as dist
-from hub_checkpoint import TINY_TEXT, TINY_VISION
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import Qwen2_5_VLConfig
 from transformers.initialization import no_init_weights
 
-import data
 import policy
 import tgrpo
 from support import distributed, lora, model_files, vision
@@ -42,27 +40,16 @@ from tools import plan_memory
 
 def shape(name):
     """The model's config: the published shape, or a tiny one."""
-    if name != "tiny":
-        return plan_memory.model_shape(f"Qwen2.5-VL-{name}")
-    ids = {"vision_start_token_id": 617, "vision_end_token_id": 618, "image_token_id": 620, "video_token_id": 621}
-    return Qwen2_5_VLConfig(text_config=TINY_TEXT, vision_config=TINY_VISION | {"tokens_per_second": 2}, **ids)
+    return naive.tiny_policy().config if name == "tiny" else plan_memory.model_shape(f"Qwen2.5-VL-{name}")
 
 
 def clip_prompt(config, grid, n_tokens):
     """A prompt of `n_tokens` tokens with one clip of random pixels; grid (T, H, W) in patches of 14 x 14 pixels."""
-    n_patches = grid[0] * grid[1] * grid[2]
-    ids = torch.randint(100, 500, (1, n_tokens))
-    ids[0, 15] = config.vision_start_token_id
-    ids[0, 16 : 16 + n_patches // 4] = config.video_token_id
-    ids[0, 16 + n_patches // 4] = config.vision_end_token_id
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == config.video_token_id) * data.VIDEO,
-        "pixel_values_videos": torch.randn(n_patches, 3 * 2 * 14 * 14),
-        "video_grid_thw": torch.tensor([grid]),
-        "second_per_grid_ts": torch.tensor([10 / grid[0]]),
-    }
+    # around the clip naive.prompt puts three tokens
+    n_text = n_tokens - 3 - grid[0] * grid[1] * grid[2] // 4
+    prompt = naive.prompt("video", grid, n_text, seed=0, seconds=10)
+    prompt["input_ids"].masked_fill_(prompt["mm_token_type_ids"] > 0, config.video_token_id)
+    return prompt
 
 
 def fake_ranks(n):

@@ -13,13 +13,14 @@ import argparse
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -261,8 +262,8 @@ def compare(sizes, rounds):
         result[size] = {}
         for name, laps in seconds.items():
             ratios = [lap / ours for lap, ours in zip(laps, seconds["ours"])]
-            command = [sys.executable, __file__, "--memory", name, "--sizes", size]
-            memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                memory = fresh.submit(memory_of, name, size).result()
             numbers = {"seconds": statistics.median(laps), "ratio": statistics.median(ratios), "added_gb": memory}
             spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
             print(f"  {name:<22} {numbers['seconds']:7.2f} s, {numbers['ratio']:.2f} {spread} x ours, {memory:.2f} GB")
@@ -274,12 +275,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sizes", nargs="+", default=["464x64", "1112x128"], choices=list(SIZES))
-    parser.add_argument("--memory", choices=[*CONTESTANTS, "TRL"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory:
-        print(memory_of(args.memory, args.sizes[0]))
-    else:
-        compare(args.sizes, args.rounds)
+    compare(args.sizes, args.rounds)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from experiments.world import RULES, names_shortcut
 from support.settings import UserError
 from support.storage import read_jsonl, write_atomic
 from support.tables import table
-from toy import ROOT, launch, make_model, make_world, stage
+from support.tiny_model import make_model
+from toy import ROOT, launch, make_world, stage
 
 
 @dataclass
@@ -93,7 +94,8 @@ def train_sft(out, seed):
     if not (out / "world").exists():
         make_world(out / "world", seed, n_other=0, rules=RULES)
     if not (out / "base").exists():
-        make_model(out / "base", json.loads((out / "world/sft.json").read_text(encoding="utf-8")), seed)
+        records = json.loads((out / "world/sft.json").read_text(encoding="utf-8"))
+        make_model(out / "base", records, seed)
     model = "base"
     for part in range(1, MAX_SKILL_PARTS + 1):
         name = f"skill{part}"

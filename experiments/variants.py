@@ -15,7 +15,6 @@ The two controls say whether it matters which correct completion of a group is p
 credit; with one correct completion they are credit.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from experiments.credit import add_credit, credit_bonus
 from support import training
 from support.settings import option
 from tgrpo import group_advantages, score
+from tools import shared
 
 micro_batches = training.Run.micro_batches
 
@@ -99,9 +99,7 @@ VARIANTS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     args, settings = parser.parse_known_args()
     # tgrpo.py reads its settings from the command line

@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils._pytree import tree_map_only
 
 from support import settings
 
@@ -139,11 +138,6 @@ def seed_everything(*numbers):
 def compute_dtype(cfg):
     """The dtype of forward passes and of saved models."""
     return torch.bfloat16 if cfg.bf16 else torch.float32
-
-
-def to_device(inputs, device):
-    """`inputs` (nested dicts and lists) with every tensor on `device`."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
 
 
 def place(accelerator, model):

@@ -111,8 +111,6 @@ def read_clip(path, choose, reader="exact"):
     # opening a pipe or a device would block
     if not os.path.isfile(path):
         raise ValueError("not a file")
-    if os.path.getsize(path) == 0:
-        raise ValueError("empty file")
     with open(path, "rb") as file:
         beginning = file.read(4096)
     if beginning.startswith(PLAYLISTS) or b"<MPD" in beginning:

@@ -1,6 +1,7 @@
 """What a step logs: metrics of its groups and micro-batches, and the completions themselves. See docs/metrics.md."""
 
 import re
+from collections import Counter
 from itertools import chain
 
 from accelerate.utils import gather_object
@@ -11,22 +12,21 @@ class Means:
     """Weighted means of named numbers, over everything that was added on all ranks."""
 
     def __init__(self):
-        self.sums = {}
-        self.weights = {}
+        self.sums = Counter()
+        self.weights = Counter()
 
     def add(self, values, weight=1.0):
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+            self.sums[name] += weight * value
+            self.weights[name] += weight
 
     def reduce(self, accelerator):
         """{name: mean}. Collective; a name may be missing on some of the ranks."""
-        sums = {}
-        weights = {}
+        sums = Counter()
+        weights = Counter()
         for rank_sums, rank_weights in gather_object([(self.sums, self.weights)]):
-            for name in rank_sums:
-                sums[name] = sums.get(name, 0.0) + rank_sums[name]
-                weights[name] = weights.get(name, 0.0) + rank_weights[name]
+            sums.update(rank_sums)
+            weights.update(rank_weights)
         return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name]}
 
 

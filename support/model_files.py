@@ -255,7 +255,7 @@ def check_model(cfg, stage, made_by=None):
         if (config.parent / "state.json").is_file():
             hint = f", but of training; make a model of it with: python -m tools.export {cfg.model} FOLDER"
         elif made_by:
-            hint = f"; make one with: accelerate launch {made_by} --config {settings.given('config', 'CONFIG')}"
+            hint = f"; make one with: accelerate launch {made_by} --config CONFIG"
         raise settings.UserError(f"{stage}.model: no checkpoint at {cfg.model}{hint}")
     small = [path for pattern in (*SMALL_FILES, "*.index.json") for path in config.parent.glob(pattern)]
     for path in small:

@@ -31,8 +31,6 @@ RESERVED = set(
 )
 # Tokens that mean pixels or turns to the model, not words.
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
-# The label of an option: "A. text", "(A) text"
-LABEL = re.compile(r"([A-Z])[.):]|\(([A-Z])\)")
 # What to write instead of a solution that cannot be read.
 WANTED = {"multiple choice": "one letter, as in B", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -133,7 +131,7 @@ def check_labels(options):
     letters = [chr(ord("A") + i) for i in range(len(options))]
     if len(options) > 26:
         raise ValueError(f"options: {len(options)} of them, but only 26 letters")
-    labels = [match[1] or match[2] for match in map(LABEL.match, options) if match]
+    labels = [match[1] for match in map(parsing.OPTION_LABEL.match, options) if match]
     misplaced = labels and set(labels) <= set(letters) and labels != letters
     if misplaced and (len(labels) == len(options) or len(labels) > 1):
         raise ValueError(f"options: their letters are {', '.join(labels)}, expected {', '.join(letters)} or none")

@@ -253,13 +253,6 @@ def read_yaml(path):
     return tree or {}
 
 
-def given(name, default):
-    """The value of --name on the command line, before the settings are read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", default=default)
-    return getattr(parser.parse_known_args()[0], name)
-
-
 def require(cfg, stage, *names):
     """Raise UserError if one of these settings is empty."""
     for name in names:

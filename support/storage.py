@@ -33,11 +33,10 @@ def write_atomic(path, content):
         raise settings.UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def refuse_input(output, *inputs):
-    """Raise UserError if a file that will be written is one of the files that are read."""
-    for path in inputs:
-        if Path(output).resolve() == Path(path).resolve():
-            raise settings.UserError(f"{output} is the input; choose another output")
+def refuse_input(output, path):
+    """Raise UserError if a file that will be written is the file that is read."""
+    if Path(output).resolve() == Path(path).resolve():
+        raise settings.UserError(f"{output} is the input; choose another output")
 
 
 def json_line(row):

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from support import storage
+from support import parsing, storage
 
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
@@ -24,7 +24,6 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
 def make_tokenizer(records):
@@ -40,7 +39,7 @@ def make_tokenizer(records):
     )
     corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"], "user assistant"]) for r in records]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in parsing.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -50,17 +49,15 @@ def make_tokenizer(records):
     )
 
 
-def make_model(folder, records, max_pixels, seed=0):
-    """Write a checkpoint of 0.45 million random weights, with a tokenizer trained on the text of the records.
-
-    max_pixels: the largest area of a picture or frame, in pixels.
-    """
+def make_model(folder, records, seed=0):
+    """Write a checkpoint of 0.45 million random weights, with a tokenizer trained on the text of the records."""
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = make_tokenizer(records)
     token = tokenizer.convert_tokens_to_ids
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
+    # despite their names, areas: the largest is that of toy.py's frames
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,
@@ -89,10 +86,6 @@ def make_model(folder, records, max_pixels, seed=0):
         num_heads=2,
         out_hidden_size=96,
         fullatt_block_indexes=[0],
-        window_size=112,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
         tokens_per_second=2,
         initializer_range=0.12,
     )

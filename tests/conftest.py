@@ -16,6 +16,7 @@ import evaluate
 import sft
 import tgrpo
 import toy
+from support import tiny_model
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,7 +40,7 @@ def world(tmp_path_factory):
     """Folder with world/ (12 + 12 training questions, 12 test questions) and base/, a checkpoint."""
     folder = tmp_path_factory.mktemp("toy")
     toy.make_world(folder / "world", seed=0, n_sft=12, n_rl=12, n_temporal=8, n_other=4)
-    toy.make_model(folder / "base", json.loads((folder / "world/sft.json").read_text()))
+    tiny_model.make_model(folder / "base", json.loads((folder / "world/sft.json").read_text()))
     return folder
 
 

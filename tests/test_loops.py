@@ -238,7 +238,7 @@ def test_check_lists_unreadable_files(broken_world, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         check_data.main()
     said = capsys.readouterr().out
-    assert exit.value.code == 1 and "empty file" in said and "11 of 12 rows of " in said
+    assert exit.value.code == 1 and "only a part of one" in said and "11 of 12 rows of " in said
 
 
 # ----------------------------------------------------------------------------------------------- samples and labels

@@ -12,13 +12,14 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 import policy
 from bench import speed
-from support import decoding, distributed, model_files, vision
+from support import decoding, model_files, vision
 from tools import plan_memory
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def test_the_text_layers_never_read_a_value_from_the_device():
     B, L = inputs["input_ids"].shape
     # tensors without values: reading one raises an error
     layers = model.model.language_model.to("meta")
-    inputs = distributed.to_device(inputs, "meta")
+    inputs = send_to_device(inputs, "meta")
     hidden_BLD = torch.empty(B, L, model.config.text_config.hidden_size, device="meta")
     output = layers(
         inputs_embeds=hidden_BLD,

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 
 import rewards
 import toy
-from support import model_files, record_files, tiny_model
+from support import model_files, parsing, record_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
 
@@ -150,7 +150,7 @@ def test_tokenizer_is_lossless_and_tags_are_single_tokens(world):
     tokenizer = model_files.load_processor(SharedConfig(model=str(world / "base"))).tokenizer
     for text in ("<think>the disc moves left.</think>\n<answer>B</answer>", "é 漢 unseen!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    for tag in tiny_model.TAGS:
+    for tag in parsing.TAGS:
         assert len(tokenizer(f"{tag}B")["input_ids"]) == 2
 
 
@@ -161,7 +161,7 @@ def test_another_seed_in_the_same_folder_is_one_clear_line(world, monkeypatch):
     """Guards: one seed's model trained on another seed's world."""
     monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(world), "--seed", "5"])
     monkeypatch.setattr(toy, "launch", lambda *_: pytest.fail("a stage was started"))
-    with pytest.raises(UserError, match="^.* holds seed 0, not 5; choose another --out, or delete that folder$"):
+    with pytest.raises(UserError, match="^.* holds seed 0, not 5; choose another --out, or delete it$"):
         toy.main()
 
 
@@ -192,7 +192,7 @@ def test_ctrl_c_while_rendering_is_one_line_and_leaves_no_half_world(tmp_path, m
     with pytest.raises(SystemExit, match="130"):
         toy.main()
     assert len(after_ctrl_c) == 49
-    assert capfd.readouterr() == ("\nstopped; the same command continues from here, --fresh starts again\n", "")
+    assert capfd.readouterr() == ("\nstopped; the same command continues from here\n", "")
     assert not (tmp_path / "world").exists()
 
 

@@ -24,6 +24,7 @@ from support.lora import add_adapter
 from support.model_files import empty_model
 from tgrpo import TGRPOConfig
 
+CONFIGS = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}
 # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
 FLOAT32 = 4
 # What a layer saves per token or patch for its backward pass, in tensors as wide as the hidden state; with bfloat16
@@ -126,9 +127,8 @@ def resident_bytes(cfg, model, weights, trained, shards):
 def cache_bytes(cfg, text, prompts, prompt_tokens):
     """(bytes that stay allocated between rollouts, bytes of the rollout alone) of the KV caches, by name."""
     head_width = text.hidden_size // text.num_attention_heads
-    per_token = (
-        2 * text.num_hidden_layers * text.num_key_value_heads * head_width * distributed.compute_dtype(cfg).itemsize
-    )
+    number = distributed.compute_dtype(cfg).itemsize
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width * number
     completions = prompts * (cfg.num_generations + cfg.shuffled_generations)
     row_tokens = prompt_tokens + cfg.max_new_tokens
     # each frame order of a prompt is computed once and then copied for its completions
@@ -176,10 +176,10 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     }
 
 
-def sft_plan(cfg, config, gpus, **prompt):
+def sft_plan(cfg, config, gpus):
     """Like memory_plan, for a step of SFT: one target of TARGET_TOKENS per prompt, no reference and no rollout."""
     like = TGRPOConfig(**vars(cfg), beta=0.0, num_generations=1, max_new_tokens=TARGET_TOKENS)
-    parts, peak = memory_plan(like, config, gpus, **prompt)
+    parts, peak = memory_plan(like, config, gpus)
     training = parts["activations"] + parts["logits"]
     later = max(parts["KV cache (rollout)"], training, parts["optimizer step"])
     peak += max(training, parts["optimizer step"]) - later - parts["rollout copy"]
@@ -200,17 +200,10 @@ def evaluation_plan(cfg, config, prompt_tokens=None, patches=None):
     )
     _, caches = cache_bytes(like, text, cfg.batch_size, prompt_tokens)
 
-    def layer(width, feed_forward):
-        return FORWARD_FEED_FORWARD_WIDTHS * feed_forward + FORWARD_WIDTHS * width
-
-    prefill = (
-        number
-        * cfg.batch_size
-        * max(
-            patches * layer(vision.hidden_size, vision.intermediate_size),
-            prompt_tokens * layer(text.hidden_size, text.intermediate_size),
-        )
-    )
+    # of the vision tower, then of the language model
+    widths = FORWARD_FEED_FORWARD_WIDTHS * vision.intermediate_size + FORWARD_WIDTHS * vision.hidden_size
+    text_widths = FORWARD_FEED_FORWARD_WIDTHS * text.intermediate_size + FORWARD_WIDTHS * text.hidden_size
+    prefill = number * cfg.batch_size * max(patches * widths, prompt_tokens * text_widths)
     parts = {"weights": weights, **caches, "activations of the prompts": prefill}
     return parts, sum(parts.values())
 
@@ -221,8 +214,7 @@ def main():
     parser.add_argument("--card_gb", type=partial(settings.convert, kind=float, low=1), default=80)
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     args, rest = parser.parse_known_args()
-    cls = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}[args.stage]
-    cfg = settings.load_config(cls, args.stage, rest, doc=__doc__, required=("model",))
+    cfg = settings.load_config(CONFIGS[args.stage], args.stage, rest, doc=__doc__, required=("model",))
     config = model_shape(cfg.model)
     if args.stage == "evaluate":
         parts, peak = evaluation_plan(cfg, config)

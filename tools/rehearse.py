@@ -21,14 +21,11 @@ from pathlib import Path
 import torch
 
 import data
-from sft import SFTConfig
 from support import model_files, settings, storage, tables
-from tgrpo import TGRPOConfig
 from tools import plan_memory
 
 STEPS = 20
 QUESTIONS = 20
-CONFIGS = {"sft": SFTConfig, "tgrpo": TGRPOConfig}
 
 
 def start(script, *arguments):
@@ -120,14 +117,15 @@ def verdict(args, cfg, run, seconds_of_questions):
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stage", choices=CONFIGS, default="tgrpo")
+    parser.add_argument("--stage", choices=("sft", "tgrpo"), default="tgrpo")
     parser.add_argument("--config", required="--help" not in sys.argv)
     parser.add_argument("--out", type=Path, default=Path("runs/rehearsal"))
     # for the plan of its memory
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
     args, rest = parser.parse_known_args()
     config = ["--config", args.config, *rest] if args.config else rest
-    cfg = settings.load_config(CONFIGS[args.stage], args.stage, config, __doc__, required=("model", "records"))
+    cls = plan_memory.CONFIGS[args.stage]
+    cfg = settings.load_config(cls, args.stage, config, __doc__, required=("model", "records"))
     model_files.check_model(cfg, args.stage)
     if args.out.exists():
         raise settings.UserError(f"--out: {args.out} exists; choose another folder, or delete it")
