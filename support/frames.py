@@ -180,8 +180,9 @@ class Packets(NamedTuple):
     # ticks for which the last frame is shown; None if unknown
     interval: int | None
     tick_seconds: Fraction
-    # whether the container stores frame times
+    # whether the container stores frame times, and whether these are of one clock
     is_timed: bool
+    has_one_clock: bool
 
 
 def read_packets(path, deadline):
@@ -191,13 +192,19 @@ def read_packets(path, deadline):
     # stream index -> the tick at which its last packet ends
     stream_ends = {}
     all_have_times = True
+    last_dts = -math.inf
     with open_clip(path) as container:
         stream = video_stream(container)
+        names = format_names(container)
         rate = stream.average_rate or stream.guessed_rate
         interval = max(1, round(1 / (rate * stream.time_base))) if rate else None
         last_tick = -math.inf
         for packet in until(deadline, container.demux()):
             is_frame = packet.stream is stream and packet.size
+            if is_frame and packet.dts is not None:
+                # the clock of joined recordings may jump back
+                all_have_times &= packet.dts >= last_dts
+                last_dts = packet.dts
             if packet.pts is None:
                 if is_frame:
                     all_have_times = False
@@ -206,7 +213,9 @@ def read_packets(path, deadline):
             stream_ends[packet.stream.index] = max(stream_ends.get(packet.stream.index, packet_end), packet_end)
             if is_frame and packet.is_keyframe:
                 keys.append(packet.pts)
-            if is_frame and not packet.is_discard:
+            # a broadcast that was cut begins with frames that need an earlier one
+            is_decodable = keys or "mpegts" not in names
+            if is_frame and is_decodable and not packet.is_discard:
                 ticks.append(packet.pts)
                 if packet.duration and packet.pts > last_tick:
                     last_tick = packet.pts
@@ -215,8 +224,9 @@ def read_packets(path, deadline):
         if not all_have_times or len(set(ticks)) < len(ticks):
             ticks = []
         check_complete(container, stream, ticks, stream_ends)
-        is_timed = bool(TIMED & format_names(container))
-        return Packets(ticks, sorted(keys), interval, stream.time_base, is_timed)
+        is_timed = bool(TIMED & names)
+        has_one_clock = bool(SEEKABLE & names)
+        return Packets(ticks, sorted(keys), interval, stream.time_base, is_timed, has_one_clock)
 
 
 def check_complete(container, stream, ticks, stream_ends):
@@ -316,10 +326,13 @@ def are_times(ticks, packets):
     """Whether the ticks of the decoded frames, in decoding order, say when they are shown."""
     if None in ticks:
         return False
-    # a damaged file may leave the decoder out of order, but guessed times must at least increase
-    if len(set(ticks)) == len(ticks) or not packets.is_timed:
-        return packets.is_timed or ticks == sorted(set(ticks))
-    # frames share moments where clips were joined without re-encoding, or the clock starts again from 0
+    # guessed times must increase
+    if not packets.is_timed:
+        return ticks == sorted(set(ticks))
+    # a damaged file may leave the decoder out of order
+    if packets.has_one_clock and len(set(ticks)) == len(ticks):
+        return True
+    # frames share moments where clips were joined without re-encoding, or the clock starts again
     setback = (np.maximum.accumulate(ticks) - ticks).max() * packets.tick_seconds
     return len(set(ticks)) > 1 and setback < 1
 
@@ -408,11 +421,11 @@ def decord_process(path, indices):
 
 def read_folder(path, choose, fps=None):
     """The chosen stills of a folder as Shown, all of the size of the first. fps: their rate, 3 if None."""
-    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    suffixes = Image.registered_extensions()
     visible = [file for file in Path(path).iterdir() if not file.name.startswith(".")]
     files = [file for file in visible if file.suffix.lower() in suffixes and file.is_file()]
     if not files:
-        raise ValueError("no stills (.jpg, .png, .webp, .bmp) in this folder")
+        raise ValueError("no stills in this folder")
     tick_seconds = 1 / Fraction(fps or 3.0).limit_denominator(10**6)
     indices, total, fps = choose(range(len(files)), tick_seconds)
     files = in_order(files)
@@ -457,7 +470,8 @@ def read_picture(path):
     if not os.path.isfile(path):
         raise ValueError("not a file")
     with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1:
+        # MPO: a phone's picture with its preview or depth
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"{image.n_frames} pictures in one file")
         image = on_white(in_8_bits(ImageOps.exif_transpose(image)))
     check_sides(*image.size)
