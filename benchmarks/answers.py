@@ -78,6 +78,9 @@ def scored_rows(rows):
             scored.append({**row, "status": status, "result": result})
         except ValueError as error:
             problems.append(f"  row {number}: {error}")
+        # fields that a benchmark's rule needs, in a row of another program
+        except (KeyError, TypeError, AttributeError) as error:
+            problems.append(f"  row {number}: {row.get('benchmark')} cannot score it: {error!r}")
     if problems:
         raise UserError(f"{len(problems)} of {len(rows)} predictions are bad:\n" + "\n".join(problems))
     return scored

@@ -37,6 +37,7 @@ def claim_folder(accelerator, cfg, stage):
     if accelerator.is_main_process:
         folder = Path(cfg.output_dir)
         lock_folder(folder)
+        refuse_foreign_config(folder)
         if cfg.resume:
             checkpoint = newest_whole_checkpoint(accelerator, folder)
         else:
@@ -45,6 +46,9 @@ def claim_folder(accelerator, cfg, stage):
         if checkpoint is not None:
             check_resumable(accelerator, cfg, checkpoint, now)
         keep_finished(accelerator, cfg, folder, checkpoint)
+        # steps of a run that ended before its first checkpoint
+        if checkpoint is None and storage.read_jsonl(folder / "metrics.jsonl"):
+            move_aside(accelerator, folder)
         storage.write_atomic(folder / "run.json", json.dumps(now, indent=1))
     return broadcast_object_list([checkpoint])[0]
 
@@ -71,6 +75,21 @@ def lock_folder(folder):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
+
+
+def check_lock(folder):
+    """Raise UserError if `folder` is no longer the one that this process has locked."""
+    path = Path(folder) / ".lock"
+    held = held_locks.get(str(Path(folder)))
+    if held and not (path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())):
+        raise settings.UserError(f"{folder}: this folder was moved or replaced while the run was using it")
+
+
+def refuse_foreign_config(folder):
+    """Raise UserError if `folder` holds a config.yaml that no run wrote: the run's own would replace it."""
+    path = folder / "config.yaml"
+    if path.exists() and list(settings.read_yaml(path)) not in [[stage] for stage in settings.STAGES]:
+        raise settings.UserError(f"{path}: not written by a run, which would replace it; move it, or rename it")
 
 
 def newest_whole_checkpoint(accelerator, folder):
@@ -102,14 +121,14 @@ def move_aside(accelerator, folder):
     aside.mkdir()
     for path in earlier:
         os.replace(path, aside / path.name)
-    accelerator.print(f"resume is false: the earlier run in {folder} is now in {aside}")
+    accelerator.print(f"the earlier run in {folder} is now in {aside}")
 
 
 def keep_finished(accelerator, cfg, folder, checkpoint):
     """Raise UserError if `folder` holds a finished run. If the run continues to more steps, keep its model aside."""
     if not (folder / "final").is_dir():
         return
-    steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
+    steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
     if checkpoint is None or cfg.steps <= steps:
         finished = f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}"
         more = "" if checkpoint is None else ", or continue with more --steps"
@@ -158,9 +177,11 @@ def kind_of_weights(sharded, lora_rank):
 
 def changes(before, now, cfg):
     """What differs between the identity of the run `before` and of this one, as a list of texts."""
+    if before["stage"] != now["stage"]:
+        return [f"its stage was {before['stage']}, is {now['stage']}"]
     found = []
     for name, value in now["settings"].items():
-        # a run of another stage has other settings
+        # an older version may lack a setting
         value_before = before["settings"].get(name)
         if value_before != value:
             found.append(f"{name} was {value_before!r}, is {value!r}")
@@ -207,6 +228,7 @@ def finished_checkpoints(output_dir):
 
 def save_checkpoint(accelerator, cfg, step, state):
     """Everything that is needed to continue after `step` finished steps, written whole or not at all. Collective."""
+    check_lock(cfg.output_dir)
     folder = Path(cfg.output_dir) / f"checkpoint-{step}"
     temporary = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:

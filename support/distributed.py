@@ -42,13 +42,24 @@ def is_launcher(process):
     return any(Path(word).name in launchers for word in command.split("\0")[:4])
 
 
+# besides process 1, what adopts orphans
+ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "containerd-shim")
 # the process of the launcher; None without one, or if it has ended already
 LAUNCHER = os.getppid() if is_launcher(os.getppid()) else None
 
 
 def launcher_has_ended():
-    """Whether a launcher started this process and has ended: the machine's first process is then the parent."""
-    return os.getppid() != LAUNCHER if LAUNCHER else LAUNCHED and os.getppid() == 1
+    """Whether a launcher started this process and has ended: a process that adopts orphans is then the parent."""
+    if LAUNCHER:
+        return os.getppid() != LAUNCHER
+    return LAUNCHED and (os.getppid() == 1 or process_name(os.getppid()) in ADOPTERS)
+
+
+def process_name(process):
+    try:
+        return Path(f"/proc/{process}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def make_accelerator(cfg, shard=True):

@@ -7,6 +7,9 @@ from itertools import chain
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+# what tells the question of a record from all others
+QUESTION = ("problem_id", "path", "problem", "solution", "start", "end")
+
 
 class Means:
     """Weighted means of named numbers, over everything that was added on all ranks."""
@@ -107,7 +110,7 @@ def write_rollouts(run, step, groups):
 def rollout_rows(group):
     """A group's completions as rows of rollouts.jsonl: text, and for ordered ones every reward and the advantage."""
     sample = group.sample
-    common_fields = {name: sample.record[name] for name in ("problem_id", "path", "problem")}
+    common_fields = {name: sample.record[name] for name in QUESTION if name in sample.record}
     numbers = dict(group.rewards)
     if group.shuffled_texts:
         numbers["temporal"] = group.temporal_G

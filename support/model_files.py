@@ -84,7 +84,17 @@ def try_processor(processor, config, prompt, ends):
     # as data.encode passes them; the default prints a warning
     video_settings = {"cap_pixels_per_frame": False, "do_sample_frames": False}
     # raises if the template has not one place for each
-    processor(text=[prompt], images=[clip[0]], videos=[clip], videos_kwargs=video_settings, return_tensors="pt")
+    inputs = processor(
+        text=[prompt], images=[clip[0]], videos=[clip], videos_kwargs=video_settings, return_tensors="pt"
+    )
+    vision_config = config.vision_config
+    patch_pixels = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    for kind in ("pixel_values", "pixel_values_videos"):
+        if inputs[kind].shape[1] != patch_pixels:
+            raise ValueError(f"its patches have {inputs[kind].shape[1]} values, the model's have {patch_pixels}")
+        # black is about -2 in each channel
+        if not inputs[kind].abs().max() < 10:
+            raise ValueError("image_mean, image_std or rescale_factor is wrong")
 
 
 def load_weights(cfg, dtype, accelerator=None, device=None):
@@ -241,6 +251,8 @@ def write_model(state, model, files, folder, dtype):
 
 def check_model(cfg, stage, made_by=None):
     """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: the script to run."""
+    if cfg.output_dir and Path(cfg.output_dir).resolve() == Path(cfg.model).resolve():
+        raise settings.UserError(f"{stage}.output_dir: {cfg.output_dir} is the folder of the model")
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
     is_local = Path(cfg.model).exists() or ("/" in cfg.model and Path(cfg.model).parent.is_dir())
     if is_hub_name and not is_local:
@@ -274,8 +286,9 @@ def check_hub(model):
     """UserError if `model` is a hub name of an adapter, or the hub cannot be reached, which is retried for minutes."""
     if Path(model).exists():
         return
-    if not is_offline_mode():
-        with usable(f"model: {model} is not a folder (HF_HUB_OFFLINE=1: use the hub's cache), and the hub says"):
+    with usable(f"model: {model} is not a folder (HF_HUB_OFFLINE=1: use the hub's cache), and the hub says"):
+        if not is_offline_mode():
             HfApi().model_info(model, timeout=10)
-    if find_adapter_config_file(model):
+        is_adapter = find_adapter_config_file(model)
+    if is_adapter:
         raise settings.UserError(f"{model} is an adapter on the hub; download it, and set model to its folder")

@@ -33,10 +33,11 @@ RESERVED = set(
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 # What to write instead of a solution that cannot be read.
 WANTED = {"multiple choice": "one letter, as in B", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
-SURROGATE = re.compile("[\ud800-\udfff]")
+# Tags that are not written as the model has to write them.
+ODD_TAG = re.compile(r"(?!</?answer>)(?:<|&lt;)\s*/?\s*answer", re.IGNORECASE)
 # How other formats mark the position of the pixels in a question; in the middle of it "[image]" and "<img>" are words.
-MARK = r"[\[<](?:video|vid|image|img) ?\d*[\]>]\s*"
-PLACEHOLDER = re.compile(rf"[ \t]*<(?:video|image) ?\d*>|\A\s*(?:{MARK})+|(?:{MARK})+\Z", re.IGNORECASE)
+MARK = r"[\[<]/?(?:video|vid|image|img)[ _]?\d*/?[\]>]\s*"
+PLACEHOLDER = re.compile(rf"[ \t]*</?(?:video|image)[ _]?\d*/?>|\A\s*(?:{MARK})+|(?:{MARK})+\Z", re.IGNORECASE)
 
 
 def load_records(parse_solution, path, data_root, max_unreadable=0.0, need_process=False):
@@ -87,9 +88,15 @@ def check_record(parse_solution, row, data_root, need_process):
     """Raises ValueError naming the first wrong field of `row` and its value."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a record, got {row!r:.80}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair is not text: {error.object[error.start :][:40]!a}") from None
     check_question(row)
     for name in ("problem", "solution", "process"):
         check_text(name, row.get(name))
+    if isinstance(row["solution"], str) and ODD_TAG.search(row["solution"]):
+        raise ValueError(f"solution: tags are written <answer> and </answer>, got {row['solution']!r:.80}")
     options = row.get("options") or []
     for text in options:
         check_text("options", text)
@@ -138,14 +145,12 @@ def check_labels(options):
 
 
 def check_text(name, text):
-    """Raises ValueError if the model would not read the text as words, or if it cannot be encoded."""
+    """Raises ValueError if the model would not read the text as words."""
     if not isinstance(text, str):
         return
     token = CONTROL_TOKEN.search(text)
     if token:
         raise ValueError(f"{name}: holds {token[0]}, a token that the model takes for pixels or the end of a turn")
-    if not text.isascii() and SURROGATE.search(text):
-        raise ValueError(f"{name}: half of a surrogate pair is not text: {text!a:.80}")
 
 
 def check_process(process):
@@ -223,6 +228,9 @@ def unique_keys(pairs):
 
 def read_rows(path):
     """The list in a JSON file, or the lines of a JSONL file. Raises UserError for any other or an empty file."""
+    # a pipe could be read only once, and a resumed run compares the file
+    if Path(path).exists() and not Path(path).is_file():
+        raise settings.UserError(f"{path}: not a file")
     try:
         # utf-8-sig: Windows programs may begin a file with a byte order mark
         text = Path(path).read_text(encoding="utf-8-sig")

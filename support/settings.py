@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
@@ -73,6 +74,8 @@ class SharedConfig:
             raise UserError(
                 f"prompt: only {{problem}}, {{options}} and {{hint}} may be in braces: {error} in {self.prompt!r}"
             ) from None
+        if re.search(r"<\|\w+\|>", self.prompt):
+            raise UserError(f"prompt: the chat template adds the tokens in <| |>, but {self.prompt!r:.200} has some")
         if "<problem>" not in filled:
             raise UserError(f"prompt: {{problem}} is missing in {self.prompt!r}")
 

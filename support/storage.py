@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from support import settings
@@ -28,15 +29,16 @@ def write_atomic(path, content):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise settings.UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise settings.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def refuse_input(output, path):
-    """Raise UserError if a file that will be written is the file that is read."""
-    if Path(output).resolve() == Path(path).resolve():
-        raise settings.UserError(f"{output} is the input; choose another output")
+def refuse_existing(output):
+    """Raise UserError if a file that will be written exists: it may be somebody's records, or a test set in use."""
+    if Path(output).exists():
+        raise settings.UserError(f"{output} exists; choose another output, or delete it")
 
 
 def json_line(row):
@@ -112,7 +114,11 @@ def read_jsonl(path):
     rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            print(f"{path}, line {number}: not JSON, left out")
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            print(f"{path}, line {number}: not a row in JSON, left out")
     return rows

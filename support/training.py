@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,7 +67,7 @@ class Run:
     def resume(self):
         """Load the newest checkpoint, if there is one, into what accelerator.prepare() was given."""
         ranks = self.accelerator.num_processes
-        state = {"step": 0, "skipped": {}, "unreadable": {}, "processes": ranks}
+        state = {"step": 0, "skipped": {}, "processes": ranks}
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             self.accelerator.print(f"resumed from {self.checkpoint}")
@@ -76,7 +78,6 @@ class Run:
             )
         self.first_step = state["step"]
         self.skipped |= state["skipped"]
-        self.unreadable = state["unreadable"]
         self.stop = StopSignal()
         self.start_log()
 
@@ -84,7 +85,7 @@ class Run:
         """Drop the logged rows of steps that will be repeated, and start a tracker if `log_with` names one."""
         if self.accelerator.is_main_process:
             for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
-                rows = [row for row in storage.read_jsonl(path) if row["step"] < self.first_step]
+                rows = [row for row in storage.read_jsonl(path) if row.get("step", math.inf) < self.first_step]
                 if path.exists():
                     storage.write_atomic(path, "".join(map(storage.json_line, rows)))
             config = {self.stage: asdict(self.cfg)}
@@ -189,6 +190,7 @@ class Run:
     def append(self, name, step, rows):
         """Append these rows of the main process to the file `name`."""
         if self.accelerator.is_main_process:
+            checkpoints.check_lock(self.folder)
             storage.append_rows(self.folder / name, [{"step": step, **row} for row in rows])
 
     def checkpoint_or_stop(self, step):
@@ -206,8 +208,7 @@ class Run:
 
     def save_checkpoint(self, finished):
         """Save a checkpoint after this many finished steps. Collective."""
-        state = {"skipped": self.skipped, "unreadable": self.unreadable}
-        checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, state)
+        checkpoints.save_checkpoint(self.accelerator, self.cfg, finished, {"skipped": self.skipped})
 
     def finish(self, model, starting_files, name):
         """Save the trained model as output_dir/final, and print where it is and which records were skipped."""
@@ -215,6 +216,8 @@ class Run:
         card = model_card.model_card(self.cfg, self.stage, storage.read_jsonl(self.folder / "metrics.jsonl"))
         files = {**starting_files, "README.md": card}
         model_files.save_model(self.accelerator, model, files, final, distributed.compute_dtype(self.cfg))
+        if self.bad_steps & {self.cfg.steps - 2, self.cfg.steps - 1}:
+            self.accelerator.print("warning: the last steps had no finite gradient; this model may be useless")
         if self.skipped:
             self.accelerator.print(f"{len(self.skipped)} unusable records were skipped: {', '.join(self.skipped)}")
         self.accelerator.print(f"{name}: {final}")
@@ -236,21 +239,53 @@ def missing_folder(path):
     return f"; there is no folder {absent[-1]}" if absent else ""
 
 
+class Output:
+    """A stream whose output is dropped once nobody can read it: a closed terminal or pipe must not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self):
+        """From now on the stream leads nowhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 class StopSignal:
     """`asked` is True once SIGTERM, Ctrl-C or the end of its launcher has asked this run to save and exit."""
 
     def __init__(self):
         self.received = False
+        for name in ("stdout", "stderr"):
+            if not isinstance(getattr(sys, name), Output):
+                setattr(sys, name, Output(getattr(sys, name)))
         # HUP: the terminal is gone; USR1: what Slurm's --signal usually sends
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self.ask)
+            # nohup ignores HUP
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
         # print() is not allowed here: the signal may have interrupted one
-        os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving\n")
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving\n")
 
     @property
     def asked(self):

@@ -99,7 +99,7 @@ def numbers(frames):
         ({"problem": "What is <|video_pad|> for?"}, "problem: holds <|video_pad|>"),
         ({"options": ["A. <|im_end|>", "B. right"]}, "options: holds <|im_end|>"),
         ({"process": "<think><|image_pad|></think>"}, "process: holds <|image_pad|>"),
-        ({"problem": "half \ud800"}, "problem: half of a surrogate pair"),
+        ({"note": "half \ud800"}, "half of a surrogate pair"),
     ],
 )
 def test_bad_records_are_named_with_row_and_field(tmp_path, change, message):

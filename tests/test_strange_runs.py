@@ -74,22 +74,12 @@ def test_a_small_set_may_have_the_share_that_the_setting_says(tmp_path, batch_si
     assert (stops_at(run, broken, 60) is not None) == stops
 
 
-def test_a_resumed_run_has_neither_forgotten_nor_counted_twice(tmp_path):
-    """Guards: a run that is restarted often and never reaches its limit; one that stops because it was restarted; an
-    IndexError after a resume with a lower limit.
-    """
-    broken = set(range(0, 9000, 40))
-    whole = made_run(tmp_path, 9000, batch_size=4)
-    last = stops_at(whole, broken)
-    part = made_run(tmp_path, 9000, batch_size=4)
-    assert last > 20 and stops_at(part, broken, last - 1) is None
-    resumed = made_run(tmp_path, 9000, batch_size=4)
-    resumed.first_step = last - 1
-    resumed.skipped, resumed.unreadable = json.loads(json.dumps([part.skipped, part.unreadable]))
-    assert stops_at(resumed, broken) == last and resumed.said == whole.said
-    part.first_step = last - 1
-    part.cfg.max_unreadable = 0.0
-    assert stops_at(part, set()) == last - 1 and part.said.endswith("the last: no such file")
+def test_a_resumed_run_forgets_what_it_could_not_read_before(tmp_path):
+    """Guards: media that came back, but for which no restart goes on; an IndexError after a lower limit."""
+    resumed = made_run(tmp_path, 9000, batch_size=4, max_unreadable=0.0)
+    resumed.first_step = 100
+    resumed.skipped = {f"{i} ({i}.mp4)": "no such file" for i in range(50)}
+    assert stops_at(resumed, set(), 200) is None
 
 
 def test_an_endless_target_and_a_prompt_that_never_fits_are_one_line(run, world, tmp_path, capsys):
@@ -117,6 +107,8 @@ def test_every_line_of_a_log_is_json_and_nan_is_read_as_missing(tmp_path):
     """Guards: NaN in metrics.jsonl, which strict readers refuse; options of NaN, as pandas writes them."""
     storage.append_rows(tmp_path / "log", [{"step": 0, "loss": float("nan"), "inner": [float("-inf"), 1.5, "NaN"]}])
     assert (tmp_path / "log").read_text() == '{"step": 0, "loss": null, "inner": [null, 1.5, "NaN"]}\n'
+    (tmp_path / "other").write_text('5\n{"step": 1}\n[1]\n')
+    assert storage.read_jsonl(tmp_path / "other") == [{"step": 1}]
     for name, text in (("a.json", '[{"options": NaN}]'), ("a.jsonl", '{"options": NaN}\n')):
         (tmp_path / name).write_text(text)
         assert record_files.read_rows(tmp_path / name) == [{"options": None}]
@@ -172,3 +164,51 @@ def test_kill_of_toy_py_ends_the_stage_that_it_runs(tmp_path):
     while len(below) < 2 or any(is_alive(pid) for pid in below):
         assert time.time() < end
         time.sleep(0.1)
+
+
+def test_output_that_nobody_can_read_is_dropped(tmp_path):
+    """Guards: a closed terminal or pipe that ends a run before it has saved."""
+    code = f"""
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from support import training
+stop = training.StopSignal()
+for _ in range(3):
+    print("x" * 100_000, flush=True)
+os.kill(os.getpid(), signal.SIGHUP)
+open({str(tmp_path / "done")!r}, "w").write(str(stop.asked))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=QUIET, stdout=subprocess.PIPE)
+    process.stdout.close()
+    # nohup: HUP was ignored when the run began, and still is
+    assert process.wait(60) == 0 and (tmp_path / "done").read_text() == "False"
+
+
+def test_a_folder_that_was_moved_or_holds_a_users_config_is_refused(run, tmp_path):
+    """Guards: two runs that write into one folder; a user's config that the run's own replaces."""
+    checkpoints.lock_folder(tmp_path / "a")
+    checkpoints.check_lock(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match="this folder was moved or replaced"):
+        checkpoints.check_lock(tmp_path / "a")
+    config = tmp_path / "out/config.yaml"
+    config.parent.mkdir()
+    config.write_text("seed: 1\nsft:\n  steps: 2\n")
+    with pytest.raises(UserError, match="not written by a run"):
+        run("sft", steps=2)
+    assert "seed" in config.read_text()
+
+
+def test_steps_without_a_checkpoint_are_kept_and_another_stage_is_refused(run):
+    """Guards: a log that a mistaken second start shortens; SFT that goes on from a checkpoint of T-GRPO."""
+    out = run("sft", steps=2, save_every=1)
+    shutil.rmtree(out / "final")
+    identity = json.loads((out / "checkpoint-1/run.json").read_text())
+    files = checkpoints.contents(out / "checkpoint-1")
+    assert checkpoints.changes(identity | {"stage": "tgrpo"}, identity, TrainConfig()) == [
+        "its stage was tgrpo, is sft"
+    ]
+    assert "run.json" in files
+    shutil.rmtree(out / "checkpoint-1")
+    run("sft", steps=1)
+    assert len(storage.read_jsonl(out / "earlier-1/metrics.jsonl")) == 2

@@ -143,7 +143,7 @@ def test_a_damaged_line_costs_that_line(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0}\n\0\0\0\0\n{"step": 2}\n{"st')
     assert storage.read_jsonl(path) == [{"step": 0}, {"step": 2}]
-    assert "metrics.jsonl, line 2: not JSON, left out" in capsys.readouterr().out
+    assert "metrics.jsonl, line 2: not a row in JSON, left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("state", ['{"step": 5, "files": {}}', "{}", "[]", "null", '{"step": 4, "files": 7}'])
@@ -355,12 +355,12 @@ def test_a_file_with_several_pictures_is_no_picture(tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["split", "distill"])
-def test_no_tool_overwrites_its_input(tmp_path, tool):
-    """Guards: a split of my/train.json into my/ that loses a tenth of the rows."""
+def test_no_tool_overwrites_a_file(tmp_path, tool):
+    """Guards: a split of my/train.json into my/ that loses a tenth of the rows; a test set replaced by another seed's."""
     path = tmp_path / "train.json"
     path.write_text("[]")
     words = {"split": [path, "--share", "0.5", "--out", tmp_path], "distill": [path, "--out", path]}[tool]
-    with pytest.raises(UserError, match="train.json is the input; choose another output"):
+    with pytest.raises(UserError, match="train.json exists; choose another output"):
         importlib.import_module(f"tools.{tool}").main(list(map(str, words)))
     assert path.read_text() == "[]"
 

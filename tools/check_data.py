@@ -55,7 +55,7 @@ def check_media(records, cfg):
 def check(cfg, stage, out):
     """Prints an example and the unusable rows, writes the others to `out` if it is given. Returns the exit status."""
     if out:
-        storage.refuse_input(out, cfg.records)
+        storage.refuse_existing(out)
     rows = record_files.read_rows(cfg.records)
     record_files.refuse_conversations(cfg.records, rows)
     usable, reasons = record_files.split_rows(rewards.parse_solution, rows, cfg.data_root, need_process=stage == "sft")

@@ -17,7 +17,7 @@ from tools import shared
 
 # fields of a prediction that its record keeps
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source")
-FIELDS += ("start", "end", "fps", "image_path", "last_frame")
+FIELDS += ("start", "end", "fps")
 
 
 def distill(rows, data_root):
@@ -39,6 +39,9 @@ def distill(rows, data_root):
         question = (row.get("benchmark"), row.get("id"), row["problem"], row["path"], row["solution"])
         if row.get("frames", "ordered") != "ordered":
             dropped["frames were not in order"] += 1
+        elif row.get("image_path") or row.get("last_frame"):
+            # records cannot ask for these
+            dropped["a question about a picture of its own, or about the last frame"] += 1
         elif not format_reward(completion):
             dropped["not one think block and one answer"] += 1
         elif not thought:
@@ -60,7 +63,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="JSON file of records to write")
     parser.add_argument("--data_root", default=".", help="folder that the paths of the predictions are relative to")
     args = parser.parse_args(argv)
-    storage.refuse_input(args.out, args.predictions)
+    storage.refuse_existing(args.out)
     rows = record_files.read_rows(args.predictions)
     records, dropped = distill(rows, args.data_root)
     storage.write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))

@@ -21,7 +21,7 @@ from sft import SFTConfig
 from support import distributed, settings, storage, tables
 from support.decoding import compiled_length
 from support.lora import add_adapter
-from support.model_files import empty_model
+from support.model_files import check_model, empty_model, usable
 from tgrpo import TGRPOConfig
 
 CONFIGS = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}
@@ -60,10 +60,12 @@ def model_shape(name):
     """Config of the checkpoint `name`, or the published one if the name contains 3B or 7B; else raises UserError."""
     name = storage.adapter_chain(name)[0]
     if (Path(name) / "config.json").is_file():
-        return Qwen2_5_VLConfig.from_pretrained(name)
+        check_model(settings.SharedConfig(model=name), "plan")
+        with usable(f"{name}: config.json cannot be used"):
+            return Qwen2_5_VLConfig.from_pretrained(name)
     size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
     if not size:
-        raise settings.UserError(f"tgrpo.model: no checkpoint at {name}, and its name contains neither 3B nor 7B")
+        raise settings.UserError(f"model: no checkpoint at {name}, and its name contains neither 3B nor 7B")
     # the head of 3B is its embedding
     tied = size.group() == "3b"
     text = dict(zip(TEXT, SHAPES[size.group()])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": tied}

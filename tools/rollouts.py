@@ -9,21 +9,24 @@ step, the problem type, how many of a prompt's completions with frames in order 
 whether that share is higher (gained) or lower (lost) than with shuffled frames.
 """
 
-from operator import itemgetter
 from pathlib import Path
 
 import data
 from rewards import CORRECT, accuracy_reward
 from support import parsing
+from support.metrics import QUESTION
 from support.settings import SharedConfig, UserError, load_config
 from tools import report, shared
 
 # Every row of rollouts.jsonl has these fields; the others are rewards, the advantage, or the order of the frames.
 NEEDED = ("step", "problem_id", "path", "problem", "frames", "text")
-# what tells the question of a row or of a record from all others
-question_of = itemgetter("problem_id", "path", "problem")
 # what the page says of the share of a prompt's completions that are correct; any other share: "some correct"
 RESULTS = {None: "none ordered", 0: "none correct", 1: "all correct"}
+
+
+def question_of(row):
+    """The question of a row or of a record."""
+    return tuple(row.get(name) for name in QUESTION)
 
 
 def prompt_cards(rows, cfg):
@@ -61,7 +64,8 @@ def completion_card(row, record):
     """What the gallery shows of a completion."""
     # computed again, as a run logs no rewards of completions from shuffled frames
     score = accuracy_reward(row["text"], record["solution"], record["problem_type"])
-    rewards = {name: value for name, value in row.items() if name not in (*NEEDED, "frame_order")}
+    hidden = (*NEEDED, *QUESTION, "frame_order")
+    rewards = {name: value for name, value in row.items() if name not in hidden and value is not None}
     is_readable = parsing.extract_answer(row["text"]) is not None
     return report.answer_card(row["frames"], row["text"], score, is_readable, rewards)
 

@@ -49,7 +49,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     outputs = [Path(args.out) / f"{name}.json" for name in ("train", "test")]
     for path in outputs:
-        storage.refuse_input(path, args.records)
+        storage.refuse_existing(path)
     rows = record_files.read_rows(args.records)
     sides = split(rows, args.share, args.seed)
     n_clips = len({clip_of(row) for row in rows})
