@@ -184,7 +184,7 @@ def test_temporal_rule_none_is_grpo(run, trained):
 
 def test_a_missing_sft_model_names_the_sft_command(run):
     """Guards: a traceback for a user who starts with the second stage."""
-    with pytest.raises(UserError, match="accelerate launch sft.py --config configs/toy.yaml"):
+    with pytest.raises(UserError, match="accelerate launch sft.py --config CONFIG"):
         run("tgrpo", model="runs/nowhere/final")
 
 
@@ -204,9 +204,7 @@ def broken_world(world, tmp_path):
 
 
 def test_unreadable_clips_are_skipped_counted_and_named_also_after_a_resume(run, broken_world, capsys):
-    """Guards: a replacement clip, a crash, a skip without a message; a run that forgets its skipped records at each
-    restart and never reaches the limit.
-    """
+    """Guards: a replacement clip, a crash, a skip without a message; a list of skipped records that a restart cuts."""
     folder, problem_id = broken_world
     settings = dict(records=folder / "rl.json", data_root=folder, max_unreadable=0.5, save_every=1)
     out = run("tgrpo", "whole", **settings)
@@ -215,8 +213,6 @@ def test_unreadable_clips_are_skipped_counted_and_named_also_after_a_resume(run,
     part = out.parent / "part"
     shutil.copytree(out / "checkpoint-1", part / "checkpoint-1")
     shutil.copy(out / "metrics.jsonl", part)
-    with pytest.raises(UserError, match="1 of the last 8 records drawn are unusable, max_unreadable is 0.0"):
-        run("tgrpo", "part", **settings | {"max_unreadable": 0.0})
     run("tgrpo", "part", **settings)
     assert without_times(part) == without_times(out)
     assert f"1 unusable records were skipped: {problem_id} (" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import jinja2
 import pytest
 from test_data import write_video
 
+from support import metrics
 from support.settings import SharedConfig, UserError
 from tools import report, rollouts
 
@@ -392,7 +393,7 @@ def rl_run(world, tmp_path_factory):
     rows = []
     for step in (0, 1, 12):
         for record in [record for record in records if record["data_type"] == "video"][:2]:
-            prompt = {"step": step} | {name: record[name] for name in ("problem_id", "path", "problem")}
+            prompt = {"step": step} | {name: record[name] for name in metrics.QUESTION if name in record}
             texts = [f"<think>t</think>\n{record['solution']}", "<think>t</think>\n<answer>Z</answer>"]
             for i in range(3):
                 # as many are correct as the step says
@@ -426,8 +427,9 @@ def test_questions_with_one_id_on_one_clip_stay_apart(rl_run, tmp_path, world):
     """Guards: completions under the text, options and solution of another question."""
     record = json.loads((world / "world/rl.json").read_text())[0]
     records = [record | {"problem": "Which?"}, record | {"problem": "Who?"}]
-    keys = ("problem_id", "path", "problem")
-    rows = [{key: row[key] for key in keys} | {"text": f"to {row['problem']}"} for row in records]
+    rows = []
+    for row in records:
+        rows.append({key: row[key] for key in metrics.QUESTION if key in row} | {"text": f"to {row['problem']}"})
     rows = [row | {"step": 0, "frames": "ordered"} for row in rows]
     write_rows(tmp_path / "rollouts.jsonl", rows)
     (tmp_path / "records.json").write_text(json.dumps(records))

@@ -356,7 +356,7 @@ def test_a_file_with_several_pictures_is_no_picture(tmp_path):
 
 @pytest.mark.parametrize("tool", ["split", "distill"])
 def test_no_tool_overwrites_a_file(tmp_path, tool):
-    """Guards: a split of my/train.json into my/ that loses a tenth of the rows; a test set replaced by another seed's."""
+    """Guards: a split of my/train.json into my/ that loses a tenth of the rows; a replaced test set."""
     path = tmp_path / "train.json"
     path.write_text("[]")
     words = {"split": [path, "--share", "0.5", "--out", tmp_path], "distill": [path, "--out", path]}[tool]
