@@ -30,7 +30,7 @@ from support import answer_files, checkpoints, distributed, model_files, parsing
 # What the answers depend on. It is written into every row and into the summary.
 ANSWER_SETTINGS = (
     "model max_frames video_reader min_pixels max_pixels max_prompt_tokens prompt shuffle_unit temperature top_p "
-    "max_new_tokens batch_size seed bf16 records data_root benchmarks clip_segments orders"
+    "max_new_tokens batch_size seed bf16 vision_attention records data_root benchmarks clip_segments orders"
 ).split()
 
 
@@ -74,6 +74,7 @@ def answer_settings(cfg):
     """{name: value} of everything that the answers depend on."""
     values = {name: getattr(cfg, name) for name in ANSWER_SETTINGS}
     values["weights"] = storage.fingerprint(cfg.model)
+    values["data_root"] = str(Path(cfg.data_root).absolute())
     if cfg.benchmarks:
         values["records"] = ""
     return values

@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -81,14 +81,17 @@ def check_lock(folder):
     """Raise UserError if `folder` is no longer the one that this process has locked."""
     path = Path(folder) / ".lock"
     held = held_locks.get(str(Path(folder)))
-    if held and not (path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())):
+    if not held:
+        return
+    is_another = path.exists() and not os.path.samestat(os.fstat(held.fileno()), path.stat())
+    if is_another or not path.with_name("run.json").exists():
         raise settings.UserError(f"{folder}: this folder was moved or replaced while the run was using it")
 
 
 def refuse_foreign_config(folder):
-    """Raise UserError if `folder` holds a config.yaml that no run wrote: the run's own would replace it."""
+    """Raise UserError if `folder` holds a config.yaml but no run: the run's own config would replace it."""
     path = folder / "config.yaml"
-    if path.exists() and list(settings.read_yaml(path)) not in [[stage] for stage in settings.STAGES]:
+    if path.exists() and not (folder / "run.json").exists():
         raise settings.UserError(f"{path}: not written by a run, which would replace it; move it, or rename it")
 
 
@@ -128,7 +131,9 @@ def keep_finished(accelerator, cfg, folder, checkpoint):
     """Raise UserError if `folder` holds a finished run. If the run continues to more steps, keep its model aside."""
     if not (folder / "final").is_dir():
         return
-    steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
+    steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
+    if (folder / "run.json").exists():
+        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
     if checkpoint is None or cfg.steps <= steps:
         finished = f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}"
         more = "" if checkpoint is None else ", or continue with more --steps"
@@ -180,9 +185,10 @@ def changes(before, now, cfg):
     if before["stage"] != now["stage"]:
         return [f"its stage was {before['stage']}, is {now['stage']}"]
     found = []
+    defaults = {field.name: field.default for field in fields(cfg)}
     for name, value in now["settings"].items():
-        # an older version may lack a setting
-        value_before = before["settings"].get(name)
+        # what an older version did not know counts as its default
+        value_before = before["settings"].get(name, defaults.get(name))
         if value_before != value:
             found.append(f"{name} was {value_before!r}, is {value!r}")
     steps = before["schedule_steps"]
@@ -205,7 +211,8 @@ def room_on_disk(path):
         if isinstance(error, CheckpointException):
             # sharded: the first rank that failed
             error, _ = next(iter(error.failures.values()))
-        if isinstance(error, RuntimeError) and not re.search("writ|unexpected pos|iostream", str(error)):
+        is_of_disk = isinstance(error, OSError | SafetensorError)
+        if not is_of_disk and not re.search("writ|unexpected pos|iostream", str(error)):
             raise
         advice = "free disk space and start the same command again"
         saved = finished_checkpoints(Path(path).parent)

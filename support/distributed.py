@@ -24,12 +24,20 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # Whether accelerate's or torch's launcher started this process: they set these variables.
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+ACCELERATE_LAUNCH = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or ACCELERATE_LAUNCH <= os.environ.keys()
 
 # FSDP shards each of these layers on its own.
 WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 # What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
+
+
+def process_name(process):
+    try:
+        return Path(f"/proc/{process}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def is_launcher(process):
@@ -38,7 +46,11 @@ def is_launcher(process):
         command = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    launchers = "accelerate accelerate-launch torchrun accelerate.commands.launch torch.distributed.run".split()
+    launchers = "accelerate accelerate-launch torchrun accelerate.commands.launch torch.distributed.run "
+    launchers = (launchers + "torch.distributed.launch").split()
+    # the name that torch's launcher gives itself
+    if process_name(process) == "pt_elastic":
+        return True
     return any(Path(word).name in launchers for word in command.split("\0")[:4])
 
 
@@ -53,13 +65,6 @@ def launcher_has_ended():
     if LAUNCHER:
         return os.getppid() != LAUNCHER
     return LAUNCHED and (os.getppid() == 1 or process_name(os.getppid()) in ADOPTERS)
-
-
-def process_name(process):
-    try:
-        return Path(f"/proc/{process}/comm").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
 
 
 def make_accelerator(cfg, shard=True):

@@ -421,7 +421,7 @@ def decord_process(path, indices):
 
 def read_folder(path, choose, fps=None):
     """The chosen stills of a folder as Shown, all of the size of the first. fps: their rate, 3 if None."""
-    suffixes = Image.registered_extensions()
+    suffixes = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm".split()
     visible = [file for file in Path(path).iterdir() if not file.name.startswith(".")]
     files = [file for file in visible if file.suffix.lower() in suffixes and file.is_file()]
     if not files:
@@ -454,7 +454,7 @@ def in_order(stills):
     for still in stills:
         by_numbers[tuple(map(int, re.findall(r"\d+", still.stem)))] = still
         # of decimal places the count matters, too: 0.25 is before 0.5
-        shape = re.sub(r"(?<!\d)(?<!\d[.,_])\d+", "#", still.stem)
+        shape = re.sub(r"(?<!\d)(?<!\d[.,])(?<!^0_)(?<!\D0_)\d+", "#", still.stem)
         shapes.add(re.sub(r"\d", "0", shape) + still.suffix.lower())
     # -3 has a sign, a-3 a dash
     is_signed = re.search(r"(^|_|[^\w#])-#", shape)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from support import storage, tables
+from support import tables
 
 CARD = """---
 {front_matter}---
@@ -34,7 +34,7 @@ processor = AutoProcessor.from_pretrained("FOLDER OR HUB NAME")
 """
 
 
-def model_card(cfg, stage, steps):
+def model_card(cfg, stage, steps, records_hash):
     """The text of README.md for the model that `stage` has trained, as bytes. steps: the rows of metrics.jsonl."""
     front_matter = {"library_name": "transformers", "pipeline_tag": "video-text-to-text", "tags": ["video-r1", stage]}
     # the hub refuses a card whose base model is no hub name
@@ -49,15 +49,19 @@ def model_card(cfg, stage, steps):
         steps=cfg.steps,
         batch_size=cfg.batch_size,
         records=cfg.records,
-        records_hash=storage.file_hash(cfg.records),
+        records_hash=records_hash,
         metrics=tables.table(["metric", "value"], [[name, str(value)] for name, value in last.items()]),
         settings=yaml.safe_dump(asdict(cfg), sort_keys=False),
     )
-    return card.encode()
+    return card.encode(errors="replace")
 
 
 def commit():
     """ " at commit abc", with "and changes" if there are any; empty outside of a git clone."""
     command = ["git", "describe", "--always", "--dirty= and changes", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        # without git
+        return ""
     return f" at commit {done.stdout.strip()}" if done.returncode == 0 else ""

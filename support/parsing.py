@@ -168,7 +168,9 @@ def parse_letter(text):
     named = set()
     for i, (part, (other, mark, text)) in enumerate(zip(parts, labels)):
         # "Both A and B" is an option's text, "A or B" names two
-        if part[0].isupper() == core[0].isupper() and (i == 0 or mark or text):
+        # nor does "A → B → C"
+        is_order = mark.strip(" -–—→") == "" != mark
+        if part[0].isupper() == core[0].isupper() and (i == 0 or mark or text) and not is_order:
             named.add(other)
     named |= {first or second for first, second in INNER_LABEL.findall(description)}
     return letter if named <= {letter, None} else None

@@ -1,5 +1,6 @@
 """A training run: its folder, steps, log, checkpoints, and how it stops. Both training scripts use one Run."""
 
+import errno
 import json
 import math
 import os
@@ -118,6 +119,8 @@ class Run:
             if name not in self.skipped:
                 self.skipped[name] = error + missing_folder(record_files.media_path(path, self.cfg.data_root))
                 self.accelerator.print(f"skipped {name}: {self.skipped[name]}")
+            # moved to the end: the last one drawn
+            self.unreadable.pop(name, None)
             self.unreadable[name] = step
         self.check_unreadable(step)
         return [sample for sample in batch if not sample.error]
@@ -132,7 +135,8 @@ class Run:
         n_drawn = (step + 1 - self.first_step) * size
         nothing = not self.n_readable and n_drawn >= min(FIRST_DRAWS, self.cfg.steps * size)
         if nothing or len(recent) > allowed:
-            unusable = f"{len(recent)} of the last {min(step + 1, n_steps) * size} records drawn are unusable"
+            n_recent = min(n_drawn, n_steps * size)
+            unusable = f"{len(recent)} of the last {n_recent} records drawn are unusable"
             advice = f"max_unreadable is {self.cfg.max_unreadable}; tools.check_data lists them"
             if step > self.first_step:
                 self.save_checkpoint(step)
@@ -213,8 +217,13 @@ class Run:
     def finish(self, model, starting_files, name):
         """Save the trained model as output_dir/final, and print where it is and which records were skipped."""
         final = f"{self.cfg.output_dir}/final"
-        card = model_card.model_card(self.cfg, self.stage, storage.read_jsonl(self.folder / "metrics.jsonl"))
-        files = {**starting_files, "README.md": card}
+        files = starting_files
+        if self.accelerator.is_main_process:
+            # the hash from the start: the file may have changed since
+            records_hash = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["records"]
+            steps = storage.read_jsonl(self.folder / "metrics.jsonl")
+            card = model_card.model_card(self.cfg, self.stage, steps, records_hash)
+            files = {**starting_files, "README.md": card}
         model_files.save_model(self.accelerator, model, files, final, distributed.compute_dtype(self.cfg))
         if self.bad_steps & {self.cfg.steps - 2, self.cfg.steps - 1}:
             self.accelerator.print("warning: the last steps had no finite gradient; this model may be useless")
@@ -251,18 +260,19 @@ class Output:
     def write(self, text):
         try:
             return self.stream.write(text)
-        except OSError:
-            self.drop()
+        except OSError as error:
+            self.drop(error)
 
     def flush(self):
         try:
             self.stream.flush()
-        except OSError:
-            self.drop()
+        except OSError as error:
+            self.drop(error)
 
-    def drop(self):
-        """From now on the stream leads nowhere."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def drop(self, error):
+        """From now on the stream leads nowhere, unless the error may pass, as on a full disk."""
+        if error.errno in (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class StopSignal:

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from processes import QUIET, ROOT, children, is_alive
+from processes import ROOT, children, is_alive
 
 import data
 from support import checkpoints, distributed, record_files, storage, training
@@ -144,23 +143,23 @@ def test_a_rank_whose_launcher_has_ended_does_not_wait_for_it(monkeypatch):
         distributed.make_accelerator(TrainConfig())
 
 
-def test_kill_of_toy_py_ends_the_stage_that_it_runs(tmp_path):
+def test_kill_of_toy_py_ends_the_stage_that_it_runs(tmp_path, forker):
     """Guards: a launcher, its stage and the stage's workers that go on after toy.py; an evaluation without launcher."""
     started = tmp_path / "started"
     stage = f"import time; from support import workers; workers.leave_with_parent(); open('{started}', 'w')"
     (tmp_path / "stage.py").write_text(f"{stage}; time.sleep(120)")
     code = f"import toy; toy.stages = lambda *_: [(['{tmp_path}/stage.py'], toy.Path('{tmp_path}/result'))]; toy.main()"
+    (tmp_path / "script.py").write_text(code)
     for name in ("world", "base"):
         (tmp_path / name).mkdir()
-    environment = QUIET | {"PYTHONPATH": str(ROOT)}
-    toy = subprocess.Popen([sys.executable, "-c", code, "--out", tmp_path], cwd=ROOT, env=environment)
+    toy = forker.start(tmp_path / "said", str(tmp_path / "script.py"), "--out", tmp_path, PYTHONPATH=str(ROOT))
     end = time.time() + 200
     while not started.exists():
-        assert toy.poll() is None and time.time() < end
+        assert is_alive(toy) and time.time() < end
         time.sleep(0.1)
-    below = children(toy.pid)
-    toy.send_signal(signal.SIGTERM)
-    assert toy.wait(90) == 130
+    below = children(toy)
+    os.kill(toy, signal.SIGTERM)
+    assert forker.wait(toy, 90) == 130
     while len(below) < 2 or any(is_alive(pid) for pid in below):
         assert time.time() < end
         time.sleep(0.1)
@@ -191,6 +190,7 @@ def test_output_that_nobody_can_read_is_dropped_and_nohup_holds(monkeypatch):
 def test_a_folder_that_was_moved_or_holds_a_users_config_is_refused(run, tmp_path):
     """Guards: two runs that write into one folder; a user's config that the run's own replaces."""
     checkpoints.lock_folder(tmp_path / "a")
+    (tmp_path / "a/run.json").write_text("{}")
     checkpoints.check_lock(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     with pytest.raises(UserError, match="this folder was moved or replaced"):

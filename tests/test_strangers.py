@@ -19,7 +19,6 @@ import pytest
 import torch
 from av.stream import Disposition
 from PIL import Image
-from processes import QUIET, ROOT
 from safetensors.torch import load_file, save_file
 from test_media import write_clip
 
@@ -211,7 +210,7 @@ def test_the_end_of_a_terminal_and_slurms_signal_save_like_sigterm(number):
             signal.signal(n, handler)
 
 
-def test_an_error_is_the_last_line_also_with_data_workers():
+def test_an_error_is_the_last_line_also_with_data_workers(forker, tmp_path):
     """Guards: a traceback that ends with "DataLoader worker is killed" instead of the error that matters."""
     code = """
 from types import SimpleNamespace
@@ -220,8 +219,9 @@ loader = workers.with_workers(list(range(99)), SimpleNamespace(num_workers=2), b
 next(iter(loader))
 raise ValueError("what matters")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=QUIET, capture_output=True, text=True)
-    assert done.stderr.strip().splitlines()[-1] == "ValueError: what matters"
+    (tmp_path / "script.py").write_text(code)
+    assert forker.wait(forker.start(tmp_path / "said", str(tmp_path / "script.py"))) == 1
+    assert (tmp_path / "said").read_text().strip().splitlines()[-1] == "ValueError: what matters"
 
 
 def test_max_grad_norm_0_does_not_clip():

@@ -9,15 +9,16 @@ into --out, which must not exist.
 import argparse
 import atexit
 import json
-import os
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 import data
@@ -41,8 +42,13 @@ def start(script, *arguments):
 def kill(process):
     """Kill a command and all of its processes."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torch's launcher gives each rank a session of its own
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        for one in [psutil.Process(process.pid), *ranks]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
+        psutil.wait_procs(ranks)
 
 
 def finish(process, result):
@@ -54,7 +60,7 @@ def finish(process, result):
 def train(args, rest, run):
     """20 steps that are killed after the first checkpoint, and resumed."""
     words = [f"{args.stage}.py", "--config", args.config, *rest]
-    words += ["--output_dir", run, "--steps", STEPS, "--save_every", STEPS // 2]
+    words += ["--output_dir", run, "--steps", STEPS, "--save_every", STEPS // 2, "--resume", "true"]
     if args.stage == "tgrpo":
         words += ["--save_rollouts", "true"]
     killed = start(*words)
@@ -75,7 +81,9 @@ def ask(args, cfg, run, out):
     spread = records[:: max(1, len(records) // QUESTIONS)][:QUESTIONS]
     storage.write_atomic(questions, json.dumps(spread))
     begin = time.perf_counter()
-    words = ["--model", run / "final", "--records", questions, "--benchmarks", "--data_root", cfg.data_root]
+    words = ["--model", run / "final", "--records", questions, "--benchmarks"]
+    for name in ("data_root", "bf16", "vision_attention", "num_workers"):
+        words += [f"--{name}", getattr(cfg, name)]
     finish(
         start("evaluate.py", "--config", args.config, *words, "--output_dir", out / "eval"), out / "eval/summary.json"
     )
