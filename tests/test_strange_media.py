@@ -106,10 +106,15 @@ def test_joined_clips_are_shown_by_time(tmp_path, name, step, bframes):
     assert [number_of(frame) for frame in shown] == [seen[int((i + 0.5) * len(seen) / 9)] for i in range(9)]
 
 
-def test_a_clock_that_starts_again_loses_no_frames(tmp_path):
-    """Guards: the first of two segments that disappears, because its frames share their moments with the second's."""
-    write_clip(tmp_path / "part.ts", range(50))
-    (tmp_path / "a.ts").write_bytes((tmp_path / "part.ts").read_bytes() * 2)
+@pytest.mark.parametrize("second_start", [100, 101, 60, 20])
+def test_a_clock_that_jumps_back_neither_loses_nor_moves_frames(tmp_path, second_start):
+    """Guards: the first of two segments that disappears, because its frames share their moments with the second's; the
+    second that is shown first, or frame by frame between those of the first.
+    """
+    write_clip(tmp_path / "first.ts", range(100, 150))
+    write_clip(tmp_path / "second.ts", range(second_start, second_start + 50))
+    joined = (tmp_path / "first.ts").read_bytes() + (tmp_path / "second.ts").read_bytes()
+    (tmp_path / "a.ts").write_bytes(joined)
     shown, _ = data.load_media(record("a.ts"), config(tmp_path, max_frames=4))
     assert [number_of(frame) for frame in shown] == [12, 37, 12, 37]
 

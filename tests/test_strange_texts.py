@@ -60,6 +60,10 @@ def test_labels_of_options_are_read_in_answers():
     """Guards: 0 for "B.left" though the prompt shows that label; a letter read in an article or a denial."""
     assert {text: parse_letter(text) for text in LETTER_B} == dict.fromkeys(LETTER_B, "B")
     assert {text: parse_letter(text) for text in NO_LETTER} == dict.fromkeys(NO_LETTER)
+    two = ["B) left C) right", "(B) left (C) right", "B. left C. right D. up", "B. It is C", "B. The answer is C"]
+    assert {text: parse_letter(text) for text in two} == dict.fromkeys(two)
+    own_text = ["B. x, y", "B. a, b", "B. C → A", "B. C - A - D", "B, because C is not", "B\nleft", "B (left)", "B?"]
+    assert {text: parse_letter(text) for text in own_text} == dict.fromkeys(own_text, "B")
     assert lettered(["A、left", " B. right"]) == ["A、left", " B. right"]
 
 
