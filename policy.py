@@ -147,7 +147,9 @@ def rollout_copy(accelerator, policy, cfg):
     before each rollout. With LoRA a copy has the adapter merged into its weights, which decodes faster.
     """
     copy = policy
-    needs_copy = cfg.lora_rollout == "merged_copy" if cfg.lora_rank else distributed.is_sharded(accelerator) or cfg.bf16
+    needs_copy = distributed.is_sharded(accelerator) or cfg.bf16
+    if cfg.lora_rank:
+        needs_copy = cfg.lora_rollout == "merged_copy"
     if needs_copy:
         with torch.device(accelerator.device), no_init_weights():
             copy = Policy.of(model_files.empty_model(policy.config, distributed.compute_dtype(cfg)))

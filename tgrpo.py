@@ -278,6 +278,7 @@ def main():
         # 2. rollout
         policy.refresh(rollout_model, unwrapped)
         distributed.seed_everything(cfg.seed, step, rank)
+        # only with LoRA, and only if the settings ask for it, does merged do anything
         with lora.merged(rollout_model, cfg.lora_rollout):
             groups = sample_groups(rollout_model, batch, processor, cfg)
 

@@ -20,7 +20,7 @@ FOLDED = "folded_heads"
 
 
 def compiled_rows(cfg, ranks):
-    """How many rows a rank always decodes if decoding is compiled, for one shape is compiled once; else 0."""
+    """How many rows a rank always decodes if decoding is compiled, so that it is compiled once; else 0."""
     if not getattr(cfg, "rollout_compile", False):
         return 0
     return cfg.batch_size // ranks * (cfg.num_generations + cfg.shuffled_generations)

@@ -33,7 +33,13 @@ WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
 
 
+# how accelerate's and torch's launchers are called on a command line
+LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun")
+LAUNCHERS += ("torch.distributed.run", "torch.distributed.launch")
+
+
 def process_name(process):
+    """The name that the system shows for a process, or None if there is no such process."""
     try:
         return Path(f"/proc/{process}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -42,16 +48,14 @@ def process_name(process):
 
 def is_launcher(process):
     """Whether a process is accelerate's or torch's launcher, by its first words: a folder may have these names, too."""
+    # the name that torch's launcher gives itself
+    if process_name(process) == "pt_elastic":
+        return True
     try:
         command = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    launchers = "accelerate accelerate-launch torchrun accelerate.commands.launch torch.distributed.run "
-    launchers = (launchers + "torch.distributed.launch").split()
-    # the name that torch's launcher gives itself
-    if process_name(process) == "pt_elastic":
-        return True
-    return any(Path(word).name in launchers for word in command.split("\0")[:4])
+    return any(Path(word).name in LAUNCHERS for word in command.split("\0")[:4])
 
 
 # besides process 1, what adopts orphans

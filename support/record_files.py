@@ -34,7 +34,7 @@ CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 # What to write instead of a solution that cannot be read.
 WANTED = {"multiple choice": "one letter, as in B", "numerical": "digits, as in 3.5", "regression": "digits, as in 3.5"}
 # Tags that are not written as the model has to write them.
-ODD_TAG = re.compile(r"(?!</?answer>)(?:<|&lt;)\s*/?\s*answer", re.IGNORECASE)
+ODD_TAG = re.compile(r"(?!</?answer>)(?i:(?:<|&lt;)\s*/?\s*answer)")
 # How other formats mark the position of the pixels in a question; in the middle of it "[image]" and "<img>" are words.
 MARK = r"[\[<]/?(?:video|vid|image|img)[ _]?\d*/?[\]>]\s*"
 PLACEHOLDER = re.compile(rf"[ \t]*</?(?:video|image)[ _]?\d*/?>|\A\s*(?:{MARK})+|(?:{MARK})+\Z", re.IGNORECASE)

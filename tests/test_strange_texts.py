@@ -44,6 +44,8 @@ DAMAGES = [
     ("config.json", {"video_token_id": 1}, f"{FIT}video_token_id"),
     ("config.json", {"text_config": {"hidden_size": 97}}, "weights cannot be read: hidden_size must be divisible"),
     ("config.json", {"text_config": {"hidden_size": "big"}}, "'hidden_size' expected int"),
+    ("processor_config.json", {"video_processor": {"image_std": [0, 0, 0]}}, f"{FIT}image_mean, image_std or"),
+    ("processor_config.json", {"image_processor": {"patch_size": 16}}, f"{FIT}its patches have 1536 values"),
     ("chat_template.jinja", "What? {{ messages }}", f"{FIT}The total number of"),
     ("chat_template.jinja", "hello", f"{FIT}its chat template leaves out the question"),
 ]

@@ -26,9 +26,10 @@ import data
 import evaluate
 import policy
 import rewards
-from benchmarks import orders
+from benchmarks import answers, orders
 from support import answer_files, checkpoints, distributed, frames, model_files, record_files, storage, training
 from support.settings import SharedConfig, TrainConfig, UserError
+from tools import distill
 
 
 @pytest.fixture
@@ -291,6 +292,7 @@ def test_the_name_of_a_record_file_never_chooses_a_benchmarks_rules(tmp_path):
         ({"process": "Let me look. <think>x</think>"}, "process: expected one think block and nothing else"),
         ({"process": "<think>x</think> So it is B."}, "process: expected one think block and nothing else"),
         ({"solution": "The answer is <answer>B</answer>"}, "solution: text outside of the answer block"),
+        ({"solution": "<ANSWER>B</ANSWER>"}, "solution: tags are written <answer> and </answer>"),
     ],
 )
 def test_records_that_would_teach_something_else_are_refused(tmp_path, change, line):
@@ -309,7 +311,7 @@ def test_options_whose_letters_say_nothing_wrong_are_kept(tmp_path, options):
     record_files.check_record(rewards.parse_solution, row, tmp_path, need_process=True)
 
 
-@pytest.mark.parametrize("mark", ["<Image>", "<VIDEO>", "<image 1>", "<image2>"])
+@pytest.mark.parametrize("mark", ["<Image>", "<VIDEO>", "<image 1>", "<image_2>", "<video/>"])
 def test_placeholders_in_other_spellings_are_no_words(mark):
     """Guards: a prompt that shows the placeholder of another format to the model as text."""
     assert record_files.plain_problem({"problem": f"{mark}\nWhich way?"}) == "Which way?"
@@ -352,6 +354,9 @@ def test_a_file_with_several_pictures_is_no_picture(tmp_path):
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     with pytest.raises(ValueError, match="2 pictures in one file"):
         frames.read_picture(tmp_path / "a.gif")
+    # a phone's picture with its preview
+    pictures[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=pictures[1:])
+    assert frames.read_picture(tmp_path / "a.jpg").getpixel((0, 0))[0] > 200
 
 
 @pytest.mark.parametrize("tool", ["split", "distill"])
@@ -380,3 +385,30 @@ def test_only_equal_questions_are_compared():
 
     assert orders.paired_difference([row("Which?")], [row("Who?")]) is None
     assert orders.paired_difference([row("Which?")], [row("Which?")])["n"] == 1
+
+
+def test_a_question_about_its_own_picture_is_not_distilled(tmp_path):
+    """Guards: a chain of thought about a picture that SFT would not show."""
+    row = GOOD | {"prediction": "<think>It moves.</think>\n<answer>B</answer>"}
+    records, dropped = distill.distill([row, row | {"problem": "Who?", "image_path": "a.png"}], tmp_path)
+    assert [record["problem"] for record in records] == ["Which way?"]
+    assert list(dropped) == ["a question about a picture of its own, or about the last frame"]
+
+
+def test_records_from_a_pipe_and_rows_without_a_benchmarks_fields_are_one_line(tmp_path):
+    """Guards: a run that hangs on a pipe, or resumes with other records; a traceback for another program's answers."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: not a file"):
+        record_files.read_rows(tmp_path / "pipe")
+    row = {"benchmark": "timeblind", "id": 1, "prediction": "<answer>yes</answer>", "solution": "yes"}
+    row |= {"problem_type": "free-form", "problem": "Does it move?", "path": "a.mp4", "data_type": "video"}
+    with pytest.raises(UserError, match="timeblind cannot score it: KeyError"):
+        answers.scored_rows([row])
+
+
+def test_settings_that_cannot_work_are_one_line(world):
+    """Guards: pixels that the prompt announces twice; answers written into the folder of the model."""
+    with pytest.raises(UserError, match="prompt: the chat template adds the tokens"):
+        SharedConfig(prompt="<|video_pad|>{problem}")
+    with pytest.raises(UserError, match="evaluate.output_dir: .* is the folder of the model"):
+        model_files.check_model(SharedConfig(model=str(world / "base"), output_dir=str(world / "base/")), "evaluate")
