@@ -80,11 +80,15 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
     """Guards: a new static cache per rollout, so that CUDA graphs are recorded again at every step."""
     model = naive.tiny_policy()
     graphs = []
+    key_heads = set()
     addresses = {}
 
     def backend(graph, inputs):
         """Counts compilations, and the caches that the compiled code is called with."""
         graphs.append(graph)
+        for node in graph.graph.nodes:
+            if node.target is F.scaled_dot_product_attention:
+                key_heads.add(node.args[1].meta["example_value"].shape[1])
 
         def call(*args):
             for x in args:
@@ -111,6 +115,8 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
     found = {room: len(caches) for room, caches in addresses.items()}
     assert found == dict.fromkeys((512, 1024), layers * keys_and_values)
     assert len(graphs) == 2
+    # compiled, transformers' own attention would repeat keys and values for all query heads
+    assert key_heads == {model.config.text_config.num_key_value_heads}
 
 
 def kinds_of_prompts():

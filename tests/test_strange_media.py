@@ -119,6 +119,17 @@ def test_a_clock_that_jumps_back_neither_loses_nor_moves_frames(tmp_path, second
     assert [number_of(frame) for frame in shown] == [12, 37, 12, 37]
 
 
+def test_a_broadcast_cut_inside_a_group_begins_at_its_first_key_frame(tmp_path):
+    """Guards: moments counted from frames that no player can show, seconds off and others for each number of frames."""
+    write_clip(tmp_path / "whole.ts", range(100), options={"g": "40", "bf": "0", "sc_threshold": "0"})
+    content = (tmp_path / "whole.ts").read_bytes()
+    # without the packets of the first key frame
+    (tmp_path / "cut.ts").write_bytes(content[188 * 20 :])
+    for n in (1, 3):
+        shown, _ = data.load_media(record("cut.ts"), config(tmp_path, max_frames=n))
+        assert [number_of(frame) for frame in shown] == [40 + int((i + 0.5) * 60 / n) for i in range(n)]
+
+
 def test_a_rate_that_changes_by_a_millisecond_is_not_even(tmp_path):
     """Guards: frames chosen by number, seconds off, because no two distances differ by more than the clock's tick."""
     ticks = [*range(0, 10_000, 10), *range(10_000, 21_000, 11)]

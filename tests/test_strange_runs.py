@@ -135,10 +135,14 @@ def test_another_number_of_processes_is_named(run, capsys):
     assert "processes: 4 before, 1 now" in capsys.readouterr().out
 
 
-def test_a_rank_whose_launcher_has_ended_does_not_wait_for_it(monkeypatch):
-    """Guards: ranks of a killed torchrun that wait for hours for the store that it held."""
+@pytest.mark.parametrize("parent, name", [(1, "anything"), (4242, "systemd"), (4242, "tini")])
+def test_a_rank_whose_launcher_has_ended_does_not_wait_for_it(monkeypatch, parent, name):
+    """Guards: ranks of a killed torchrun that wait for hours for the store that it held, also where another process
+    than the first adopts orphans.
+    """
     monkeypatch.setattr(distributed, "LAUNCHED", True)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(distributed, "process_name", lambda process: name)
+    monkeypatch.setattr(os, "getppid", lambda: parent)
     with pytest.raises(UserError, match="the launcher of this process has ended"):
         distributed.make_accelerator(TrainConfig())
 
@@ -167,13 +171,15 @@ def test_kill_of_toy_py_ends_the_stage_that_it_runs(tmp_path, forker):
 
 def test_output_that_nobody_can_read_is_dropped_and_nohup_holds(monkeypatch):
     """Guards: a closed terminal or pipe that ends a run before it has saved; a run that nohup does not protect."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream:
-        output = training.Output(stream)
-        for _ in range(3):
-            output.write("x" * 100_000)
-            output.flush()
+    # the first is too long for the buffer, so that writing fails; the other fails when it is flushed
+    for text in ("x" * 100_000, "x"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as stream:
+            output = training.Output(stream)
+            for _ in range(3):
+                output.write(text)
+                output.flush()
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
     monkeypatch.setattr(sys, "stdout", sys.stdout)

@@ -412,3 +412,11 @@ def test_settings_that_cannot_work_are_one_line(world):
         SharedConfig(prompt="<|video_pad|>{problem}")
     with pytest.raises(UserError, match="evaluate.output_dir: .* is the folder of the model"):
         model_files.check_model(SharedConfig(model=str(world / "base"), output_dir=str(world / "base/")), "evaluate")
+
+
+def test_answers_about_other_media_are_not_of_the_same_evaluation(world, monkeypatch):
+    """Guards: a score over answers to the clips of two folders."""
+    cfg = evaluate.EvalConfig(model=str(world / "base"), records="r.json", data_root="media")
+    here = evaluate.answer_settings(cfg)
+    monkeypatch.chdir(world)
+    assert evaluate.answer_settings(cfg) != here
