@@ -21,7 +21,8 @@ Axes: F frames · H height · W width · C channels · P tokens of a prompt · L
 import functools
 import math
 import random
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch.utils.data import Dataset
 from transformers.video_utils import VideoMetadata
 
 import rewards
-from support import frames, parsing, record_files, settings
+from support import families, frames, parsing, record_files, settings
 
 PROMPT = """{problem}
 {options}
@@ -65,17 +66,18 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
 
     ticks: when each frame appears, increasing, in units of tick_seconds (a Fraction) · last_frame: if true, the last
     frame shown is the clip's last · last_duration: for how many ticks that one is on display (None: the others' median)
-    Returns (their numbers, how many frames of the file they are spread over, the mean rate of those).
+    Returns (their numbers, how many frames of the file they are spread over, the mean rate of those, when they are on
+    display in seconds from the beginning of the clip or part).
 
     At 4 frames per second; a clip that shows its first frame for three of its four seconds; the part from 0.5 to 1.25 s
     of the first clip, which has fewer than 16 frames:
 
     >>> even_frames([0, 1, 2, 3, 4, 5, 6, 7], Fraction(1, 4), 2)
-    ([2, 6], 8, 4.0)
+    ([2, 6], 8, 4.0, [0.5, 1.5])
     >>> even_frames([0, 12, 13, 14, 15], Fraction(1, 4), 4)
-    ([0, 0, 0, 3], 5, 1.25)
+    ([0, 0, 0, 3], 5, 1.25, [0.0, 1.0, 2.0, 3.5])
     >>> even_frames([0, 1, 2, 3, 4, 5, 6, 7], Fraction(1, 4), 16, start=0.5, end=1.25)
-    ([2, 3, 4], 3, 4.0)
+    ([2, 3, 4], 3, 4.0, [0.0, 0.25, 0.5])
     """
     ticks, display_ends = frames.display_times(ticks, last_duration)
     low, high = frames.part(ticks, display_ends, tick_seconds, start, end)
@@ -84,8 +86,11 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
     last = max(first, frames.frame_at(ticks, math.ceil(high) - 1))
     total = last - first + 1
     length = high - low
+    # a frame that stays on display is shown again at a later time
+    earliest = [low + i * length / n for i in range(n)]
     if total < n:
         indices = list(range(first, last + 1))
+        earliest = [low] * total
         length = Fraction(int(display_ends[last] - ticks[first]))
     elif start is None and frames.evenly_spaced(ticks):
         # picked by number, not by time: a container that rounds times (Matroska: to ms) may put a frame just after its
@@ -95,14 +100,17 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
         indices = [frames.frame_at(ticks, low + (2 * i + 1) * length / (2 * n)) for i in range(n)]
     if last_frame:
         indices[-1] = len(ticks) - 1
-    return indices, total, float(total / (length * tick_seconds))
+    times = [max(moment, int(ticks[i])) for moment, i in zip(earliest, indices)]
+    seconds = [float((moment - low) * tick_seconds) for moment in times]
+    return indices, total, float(total / (length * tick_seconds)), seconds
 
 
 def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
-    The processor derives the seconds between two frames from the metadata: total_num_frames / fps / F. SFT, rollout,
-    loss and evaluation all use these seconds. Raises Unusable with the file and the reason.
+    From the metadata the processor derives the seconds between two frames, total_num_frames / fps / F, or for Qwen3-VL
+    when they are on display, frames_indices / fps. SFT, rollout, loss and evaluation all use these.
+    Raises Unusable with the file and the reason.
     """
     try:
         path = record_files.existing_path(record["path"], cfg.data_root)
@@ -131,8 +139,9 @@ def load_clip(record, path, cfg):
         clip = frames.read_clip(path, choose, cfg.video_reader)
     if picture_path:
         clip = frames.with_picture(clip, record_files.existing_path(picture_path, cfg.data_root))
-    metadata = VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=clip.indices)
-    return clip.frames_FHWC, metadata
+    # fractions of frames, so that also at an uneven rate frames_indices / fps are the times
+    indices = [seconds * clip.fps for seconds in clip.seconds]
+    return clip.frames_FHWC, VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=indices)
 
 
 # ------------------------------------------------------------------------------------------------- orders of the frames
@@ -203,13 +212,15 @@ def messages(record, cfg, with_media=True):
 
 
 def encode(processor, record, media, metadata, cfg, n_target=0):
-    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels, patch
-    grid and seconds per temporal patch of its clip. With `media` None the prompt is the question alone.
+    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels, the
+    patch grid and, for Qwen2.5-VL, the seconds per temporal patch of its clip. For Qwen3-VL the text has time stamps,
+    from the metadata. With `media` None the prompt is the question alone.
 
     Raises Unusable if these and the `n_target` tokens that SFT learns exceed max_prompt_tokens; nothing is truncated.
     """
     conversation = messages(record, cfg, with_media=media is not None)
-    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    family = families.of_processor(processor)
+    text = family.prompt(processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
     # despite their names, these are the smallest and the largest area of a frame, in pixels
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
     if media is None:
@@ -219,8 +230,11 @@ def encode(processor, record, media, metadata, cfg, n_target=0):
         inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
         inputs = as_clip(inputs, processor)
     else:
+        # an odd last frame fills its temporal patch, as the processor would pad it
+        if len(media) % TEMPORAL_PATCH:
+            media = np.concatenate([media, media[-1:]])
         video_settings = {
-            "size": size,
+            "size": family.clip_size(size, len(media)),
             # the processor would give the frames of long clips fewer pixels than max_pixels
             "cap_pixels_per_frame": False,
             "video_metadata": [metadata],
@@ -231,8 +245,6 @@ def encode(processor, record, media, metadata, cfg, n_target=0):
     length = inputs["input_ids"].shape[1] + n_target
     if length > cfg.max_prompt_tokens:
         raise Unusable(f"{record['path']}: {length} tokens, max_prompt_tokens is {cfg.max_prompt_tokens}")
-    if media is not None:
-        inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"], dtype=torch.float32)
     return inputs
 
 
@@ -250,17 +262,30 @@ def as_clip(inputs, processor):
         "mm_token_type_ids": is_picture * VIDEO,
         "pixel_values_videos": inputs["pixel_values"],
         "video_grid_thw": inputs["image_grid_thw"],
-        # its only moment is at time 0, so every value gives the same positions
-        "second_per_grid_ts": [1.0],
     }
+
+
+@functools.cache
+def opening(processor):
+    """What the chat template writes of each answer: in Thinking variants "<think>" and a newline, else nothing."""
+    conversation = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return re.search(r"(<think>\s*)?$", prompt).group()
+
+
+def texts(processor, completions):
+    """The texts of completions (1-D tensors of token ids), with what the chat template has written of them."""
+    decoded = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [opening(processor) + text for text in decoded]
 
 
 def target_ids(processor, record):
     """What SFT learns to generate after the prompt: process, newline, solution, end of turn. 1-D tensor of token ids.
 
-    The prompt ends with the chat template's "<|im_start|>assistant" and a newline, which are not learned.
+    What the chat template writes is not learned: "<|im_start|>assistant", a newline, and the opening of the answer.
     """
     text = record["process"].strip() + "\n" + record["solution"].strip() + processor.tokenizer.eos_token
+    text = text.removeprefix(opening(processor).strip()).lstrip()
     return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
@@ -330,7 +355,10 @@ class Samples(Dataset):
         keep_last = bool(record.get("image_path") or record.get("last_frame"))
         orders = frame_orders(self.orders, len(media), keep_last, rng, self.cfg.shuffle_unit)
         for name, order in orders.items():
-            sample.inputs[name] = encode(self.processor, record, media[order], metadata, self.cfg, len(target))
+            # by default the pixels move, and time stamps stay where they are
+            moved = order if self.cfg.shuffle_stamps or name == "single" else range(len(media))
+            stamps = replace(metadata, frames_indices=[metadata.frames_indices[i] for i in moved])
+            sample.inputs[name] = encode(self.processor, record, media[order], stamps, self.cfg, len(target))
         sample.frame_order = orders.get("shuffled")
         return sample
 
@@ -365,9 +393,9 @@ def rank_batches(cfg, start_step, rank, ranks):
 
 
 def join_media(prompts):
-    """The pixels, patch grids and seconds per temporal patch of several prompts, concatenated; {} if none has any."""
+    """The pixels and patch grids of several prompts, concatenated; {} if none has any."""
     joined = {}
-    for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+    for name in ("pixel_values_videos", "video_grid_thw"):
         parts = [prompt[name] for prompt in prompts if name in prompt]
         if parts:
             joined[name] = torch.cat(parts)

@@ -232,7 +232,7 @@ def answer_in_order(model, samples, order, processor, cfg):
     completions = policy.rollout(
         model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens, cfg.top_p
     )
-    texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = data.texts(processor, completions)
     ends = policy.eos_ids(model, processor.tokenizer)
     rows = []
     for sample, ids, text in zip(samples, completions, texts):

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a policy: sample completions from it, and score completions with it.
+"""A Qwen-VL as a policy: sample completions from it, and score completions with it.
 
     Policy                             transformers' own class, with a head that returns log-probs
     load_policy, load_reference        the policy to train, and the frozen SFT model of the KL term
@@ -29,11 +29,11 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig
 from transformers.initialization import no_init_weights
 
 import data
-from support import decoding, distributed, lora, model_files, vision
+from support import decoding, distributed, families, lora, model_files, vision
 
 # The head computes the logits of this many tokens at a time: 512 of them over a vocabulary of 152,000 take 311 MB.
 LOGITS_CHUNK = 512
@@ -72,8 +72,8 @@ class LogpHead(nn.Linear):
         return logps_M, entropy_M
 
 
-class Policy(Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL whose forward can return log-probs of chosen tokens. Its weights are those of the base class.
+class Policy:
+    """Added to transformers' class of the model: its forward can return log-probs of chosen tokens.
 
     forward(**inputs, source=, targets=) returns (logps_M, entropy_M) in nats: `targets` (M,) are tokens, and `source`
     (M,) points to the token before each of them in the flattened (B·L) rows. The head runs inside forward, because
@@ -85,26 +85,30 @@ class Policy(Qwen2_5_VLForConditionalGeneration):
 
     @classmethod
     def of(cls, model):
-        """The loaded base model as a Policy: the same object with another class, so no weights are copied.
+        """The loaded model as a Policy: the same object, whose class now inherits from Policy and its former class.
 
         Of the checkpoint's generation settings only the end-of-turn tokens are kept: a penalty or a top-k would make
         the sampled distribution differ from the one whose log-probs are trained.
         """
-        model.__class__ = cls
+
+        class ModelAsPolicy(cls, type(model)):
+            # with `wraps`, generate() sees the arguments of the model's class when it inspects the signature
+            @functools.wraps(type(model).forward)
+            def forward(self, *args, **inputs):
+                return super().forward(*args, **inputs)
+
+        model.__class__ = ModelAsPolicy
         model.lm_head.__class__ = LogpHead
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         return model
 
-    # with `wraps`, generate() sees the arguments of the base class when it inspects the signature
-    @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, source=None, targets=None, temperature=1.0, banned=(), **inputs):
-        # only for speed: the windows' lengths on the CPU, so that no vision block waits for the GPU
-        inputs |= vision.window_lengths(inputs, self.config.vision_config)
+        # only for speed: lengths on the CPU, so that no vision block waits for the GPU
+        inputs |= vision.lengths(inputs, self.config)
         if targets is None:
             return super().forward(*args, **inputs)
         if inputs.get("position_ids") is None:
             raise TypeError("position_ids are missing; compute them with mrope_positions, as transformers 5.24 differs")
-        inputs.pop("second_per_grid_ts", None)
         hidden_BLD = self.model(*args, use_cache=False, **inputs).last_hidden_state
         return self.lm_head(hidden_BLD.flatten(0, 1)[source], targets, temperature, banned)
 
@@ -180,29 +184,28 @@ def refresh(copy, policy):
 
 
 def mrope_positions(prompt, config):
-    """M-RoPE positions (3, P) of a prompt's tokens (time, row, column) by the rule Qwen2.5-VL was trained with.
+    """M-RoPE positions (3, P) of a prompt's tokens (time, row, column) by the rule the checkpoints were trained with.
 
     Text continues at (largest position so far, of all three axes) + 1. Patch (t, row, column) of a clip that starts at
     position s has position s + (floor(t · tokens_per_second · seconds between temporal patches), row, column). So the
     answer to a two-minute clip begins after the clip's last moment. transformers 4.49 and 4.51 compute the same.
     4.57 rounds the seconds between patches down to a whole number first. 5.24 continues after a clip at
-    s + max(rows, columns), which lies inside any clip of more than a few seconds.
+    s + max(rows, columns), which lies inside any clip of more than a few seconds. With tokens_per_second 2, patches
+    less than half a second apart may share a time position; this happens with 16 frames of less than 4 seconds.
 
-    `prompt` holds mm_token_type_ids (1, P), the patch grid and the seconds per temporal patch; `config` is the model's
-    vision config. With tokens_per_second 2, patches less than half a second apart may share a time position; this
-    happens with 16 frames (8 patches) of a clip shorter than 4 seconds.
+    This is Qwen2.5-VL's rule. For Qwen3-VL each temporal patch is a clip of its own, after a time stamp in the text.
+    `prompt` holds mm_token_type_ids (1, P), the patch grid and Qwen2.5-VL's seconds; `config` is the model's.
     """
-    grids = iter(prompt.get("video_grid_thw", ()))
-    seconds_per_patch = iter(prompt.get("second_per_grid_ts", ()))
+    runs = families.of(config).runs(prompt, config.vision_config)
+    merge = config.vision_config.spatial_merge_size
     kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
     positions = []
     start = 0
     for kind, length in zip(kinds.tolist(), lengths.tolist()):
         if kind == data.VIDEO:
-            grid_t, grid_h, grid_w = next(grids).tolist()
-            times = (torch.arange(grid_t) * next(seconds_per_patch) * config.tokens_per_second).long()
-            rows = torch.arange(grid_h // config.spatial_merge_size)
-            columns = torch.arange(grid_w // config.spatial_merge_size)
+            times, (_, grid_h, grid_w) = next(runs)
+            rows = torch.arange(grid_h // merge)
+            columns = torch.arange(grid_w // merge)
             part = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij")).flatten(1)
         else:
             part = torch.arange(length).expand(3, -1)
@@ -257,7 +260,7 @@ def read_prompts(model, prompts, pad_id):
     mask_BP = batch.pop("attention_mask")
     # only mrope_positions needs it
     batch.pop("mm_token_type_ids")
-    positions = [mrope_positions(prompt, model.config.vision_config).T for prompt in prompts]
+    positions = [mrope_positions(prompt, model.config).T for prompt in prompts]
     positions_3BP = data.pad(positions, 0, "left").permute(2, 0, 1).to(model.device)
     cache = DynamicCache(config=model.config.get_text_config())
     model(
@@ -350,7 +353,7 @@ def pack(model, prompts, completions, pad_id):
 def pack_row(model, prompt, completions):
     """One packed row: ids and segments (L,), positions (3, L), source (tokens of the completions,)."""
     P = prompt["input_ids"].shape[1]
-    positions_3P = mrope_positions(prompt, model.config.vision_config)
+    positions_3P = mrope_positions(prompt, model.config)
     first_position = positions_3P.max() + 1
     ids = [prompt["input_ids"][0]]
     positions = [positions_3P]

@@ -185,13 +185,13 @@ def sample_groups(model, samples, processor, cfg):
     ordered = [sample.inputs["ordered"] for sample in samples]
     shuffled = [sample.inputs["shuffled"] for sample in samples if "shuffled" in sample.inputs]
     counts = [cfg.num_generations] * len(ordered) + [cfg.shuffled_generations] * len(shuffled)
-    tokenizer = processor.tokenizer
-    completions = iter(rollout(model, ordered + shuffled, counts, tokenizer, cfg.temperature, cfg.max_new_tokens))
+    prompts = ordered + shuffled
+    completions = iter(rollout(model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens))
 
     def take(n):
         """The next n completions of the batch, and their texts."""
         taken = list(islice(completions, n))
-        return taken, tokenizer.batch_decode(taken, skip_special_tokens=True)
+        return taken, data.texts(processor, taken)
 
     groups = [Group(sample, *take(cfg.num_generations)) for sample in samples]
     for group in groups:

@@ -27,8 +27,6 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 ACCELERATE_LAUNCH = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or ACCELERATE_LAUNCH <= os.environ.keys()
 
-# FSDP shards each of these layers on its own.
-WRAPPED_LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 # What an accelerate config may set for training. Here the stage's own config sets it, so these are dropped.
 OVERRULED = re.compile(r"FSDP_\w+|ACCELERATE_(USE_FSDP|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DYNAMO_\w+)")
 
@@ -124,8 +122,8 @@ def fsdp_plugin(cfg):
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        # shards each text layer and vision block on its own
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=WRAPPED_LAYERS,
         mixed_precision_policy=precision,
         reshard_after_forward=True,
         cpu_offload=False,

@@ -52,16 +52,16 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class Shown(NamedTuple):
-    """Frames of a clip, and what their times follow from: the F frames are total / fps / F seconds apart."""
+    """Frames of a clip, and what their times follow from: on average they are total / fps / F seconds apart."""
 
     # uint8, 0 to 255, RGB
     frames_FHWC: np.ndarray
-    # of these frames, counted from 0 in display order
-    indices: list
     # how many frames of the file they are spread over
     total: int
     # the mean rate of these `total` frames
     fps: float
+    # when each is on display, from the beginning of the clip or part (F,)
+    seconds: list
 
 
 def display_times(ticks, last_duration):
@@ -120,10 +120,10 @@ def read_clip(path, choose, reader="exact"):
     except av.error.InvalidDataError:
         raise ValueError(f"not a video, or only a part of one: it begins with {beginning[:15]}") from None
     check_sides(*frames_FHWC.shape[1:3])
-    indices, total, _ = chosen
+    indices, total, fps, seconds = chosen
     if len(set(indices)) == 1 < len(indices) <= total / 4:
         raise ValueError(f"its clock jumps: one of {total} frames is on display at all {len(indices)} moments")
-    return Shown(frames_FHWC, *chosen)
+    return Shown(frames_FHWC, total, fps, seconds)
 
 
 def read_exactly(path, choose):
@@ -427,12 +427,12 @@ def read_folder(path, choose, fps=None):
     if not files:
         raise ValueError("no stills in this folder")
     tick_seconds = 1 / Fraction(fps or 3.0).limit_denominator(10**6)
-    indices, total, fps = choose(range(len(files)), tick_seconds)
+    indices, *times = choose(range(len(files)), tick_seconds)
     files = in_order(files)
     stills = [read_picture(files[i]) for i in indices]
     size = stills[0].size
     stills = [still if still.size == size else still.resize(size, Image.Resampling.BICUBIC) for still in stills]
-    return Shown(np.stack([np.asarray(still) for still in stills]), indices, total, fps)
+    return Shown(np.stack([np.asarray(still) for still in stills]), *times)
 
 
 def with_picture(clip, path):
@@ -440,8 +440,9 @@ def with_picture(clip, path):
     height, width = clip.frames_FHWC.shape[1:3]
     picture_HWC = np.asarray(ImageOps.pad(read_picture(path), (width, height)))
     frames_FHWC = np.concatenate([clip.frames_FHWC, picture_HWC[None]])
-    total = clip.total * (1 + 1 / len(clip.indices))
-    return Shown(frames_FHWC, [*clip.indices, clip.indices[-1] + 1], total, clip.fps)
+    n_frames = len(clip.seconds)
+    end = clip.seconds[-1] + clip.total / clip.fps / n_frames
+    return Shown(frames_FHWC, clip.total * (1 + 1 / n_frames), clip.fps, [*clip.seconds, end])
 
 
 def in_order(stills):
@@ -507,9 +508,9 @@ def on_white(image):
 
 
 def check_sides(a, b):
-    """Raises ValueError for a shape that Qwen2.5-VL's processor refuses."""
+    """Raises ValueError for a shape that the processors refuse."""
     if max(a, b) > 200 * min(a, b):
-        raise ValueError(f"{a} x {b} pixels: Qwen2.5-VL takes no picture more than 200 times as long as wide")
+        raise ValueError(f"{a} x {b} pixels: a Qwen-VL takes no picture more than 200 times as long as wide")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ Trained by `{stage}.py` of Video-R1{commit}: {steps} steps of {batch_size} recor
 (SHA-256 {records_hash}…).
 
 ```python
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = Qwen2_5_VLForConditionalGeneration.from_pretrained("FOLDER OR HUB NAME", dtype="auto", device_map="auto")
+model = AutoModelForImageTextToText.from_pretrained("FOLDER OR HUB NAME", dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained("FOLDER OR HUB NAME")
 ```
 

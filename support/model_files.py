@@ -13,10 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from support import checkpoints, distributed, lora, settings, storage, vision
+from support import checkpoints, distributed, families, lora, settings, storage, vision
 
 # The files of a checkpoint besides its weights.
 SMALL_FILES = "*config.json chat_template.* tokenizer* vocab.* merges.txt *_tokens*.json".split()
@@ -42,16 +42,25 @@ def usable(what):
         raise settings.UserError("; ".join([f"{what}: {text.split('. ')[0]:.200}", *hints])) from error
 
 
+def model_config(model):
+    """The config of a checkpoint. ValueError if its model cannot be trained."""
+    config = AutoConfig.from_pretrained(model)
+    families.check_type(config.model_type)
+    return config
+
+
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be used."""
     base = storage.adapter_chain(cfg.model)[0]
     check_hub(base)
     with usable(f"{cfg.model}: its processor cannot be loaded"):
-        config = Qwen2_5_VLConfig.from_pretrained(base)
+        config = model_config(base)
         processor = AutoProcessor.from_pretrained(base)
         # older folders have the template in the tokenizer's config only
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         end = generation_config(base, config).eos_token_id
+    if cfg.shuffle_stamps and not families.of(config).has_time_stamps:
+        raise settings.UserError(f"shuffle_stamps: true: the prompts of {cfg.model} have no time stamps")
     with usable(f"{cfg.model}: its chat template fails"):
         content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "?"}]
         question = [{"role": "user", "content": content}]
@@ -70,7 +79,7 @@ def try_processor(processor, config, prompt, ends):
     n_rows = config.text_config.vocab_size
     media = (processor.video_token_id, processor.image_token_id)
     problems = {
-        "its chat template opens <think>, which a completion has to do here": "<think>" in prompt,
+        "its chat template closes <think>, which a completion has to do": "</think>" in prompt,
         "its chat template leaves out the question": "?" not in prompt,
         "its tokenizer has no pad_token": tokenizer.pad_token is None,
         f"its eos_token is {tokenizer.eos_token}, but generation ends with {ends}": tokenizer.eos_token_id not in ends,
@@ -80,6 +89,7 @@ def try_processor(processor, config, prompt, ends):
     for problem, is_there in problems.items():
         if is_there:
             raise ValueError(problem)
+    families.of_processor(processor)
     clip = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
     # as data.encode passes them; the default prints a warning
     video_settings = {"cap_pixels_per_frame": False, "do_sample_frames": False}
@@ -105,13 +115,13 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
     base, *adapters = storage.adapter_chain(cfg.model)
     if accelerator and distributed.is_sharded(accelerator) and not accelerator.is_main_process:
         with init_empty_weights():
-            model = empty_model(Qwen2_5_VLConfig.from_pretrained(base), dtype)
+            model = empty_model(model_config(base), dtype)
         # init_empty_weights has untied them
         model.tie_weights()
         model.generation_config = generation_config(base, model.config)
     else:
         with usable(f"{base}: its weights cannot be read"):
-            model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model, report = AutoModelForImageTextToText.from_pretrained(
                 base,
                 dtype=dtype,
                 attn_implementation="sdpa",
@@ -166,7 +176,7 @@ def refuse_other_tensors(model, report):
 
 def empty_model(config, dtype):
     """The model without loaded weights."""
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def merge_adapter(model, folder):
@@ -222,9 +232,9 @@ def write_model(state, model, files, folder, dtype):
     has_adapter = bool(lora.adapted_layers(model))
     if has_adapter:
         state = lora.merged_state(state, model)
-    # the base class, empty: it knows the names of the weights in files
+    # transformers' own class, empty: it knows the names of the weights in files
     with torch.device("meta"):
-        shell = Qwen2_5_VLForConditionalGeneration(model.config)
+        shell = empty_model(model.config, dtype)
     # the tied head is the embedding; in gathered shards they no longer share memory
     for name in shell.all_tied_weights_keys:
         state.pop(name, None)
@@ -250,7 +260,7 @@ def write_model(state, model, files, folder, dtype):
 
 
 def check_model(cfg, stage, made_by=None):
-    """Raise UserError if `cfg.model` is a local path without a Qwen2.5-VL checkpoint. `made_by`: the script to run."""
+    """Raise UserError if `cfg.model` is a local path without a known checkpoint. `made_by`: the script to run."""
     if cfg.output_dir and Path(cfg.output_dir).resolve() == Path(cfg.model).resolve():
         raise settings.UserError(f"{stage}.output_dir: {cfg.output_dir} is the folder of the model")
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cfg.model) and not cfg.model.startswith(".")
@@ -275,9 +285,8 @@ def check_model(cfg, stage, made_by=None):
             with usable(f"{path}: not JSON with names and values"):
                 json.loads(path.read_text(encoding="utf-8")).keys()
     described = json.loads(config.read_text(encoding="utf-8"))
-    model_type = described.get("model_type")
-    if model_type != "qwen2_5_vl":
-        raise settings.UserError(f"{stage}.model: {cfg.model} holds a model of type {model_type}, not qwen2_5_vl")
+    with usable(f"{stage}.model: {cfg.model}"):
+        families.check_type(described.get("model_type"))
     if "quantization_config" in described:
         raise settings.UserError(f"{stage}.model: {cfg.model} is quantized, and such weights cannot be trained")
 

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL with random weights and its own tokenizer, in the layout of any other checkpoint (for toy.py)."""
+"""A tiny Qwen2.5-VL or Qwen3-VL for toy.py: random weights, a tokenizer of its own, the layout of any checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from support import parsing, storage
@@ -49,21 +52,13 @@ def make_tokenizer(records):
     )
 
 
-def make_model(folder, records, seed=0):
+def make_model(folder, records, seed=0, family="qwen2_5_vl"):
     """Write a checkpoint of 0.45 million random weights, with a tokenizer trained on the text of the records."""
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = make_tokenizer(records)
     token = tokenizer.convert_tokens_to_ids
-    # despite their names, areas: the largest is that of toy.py's frames
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixels, do_sample_frames=False),
-        chat_template=CHAT_TEMPLATE,
-    )
     # initializer_range 0.12: with the usual 0.02 so small a model learns nothing visual
     text_config = dict(
         hidden_size=96,
@@ -80,16 +75,28 @@ def make_model(folder, records, seed=0):
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4]),
     )
     vision_config = dict(
-        depth=1,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=2,
-        out_hidden_size=96,
-        fullatt_block_indexes=[0],
-        tokens_per_second=2,
-        initializer_range=0.12,
+        depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, initializer_range=0.12
     )
-    config = Qwen2_5_VLConfig(
+    if family == "qwen3_vl":
+        make_config = Qwen3VLConfig
+        make_processor = Qwen3VLProcessor
+        text_config |= {"head_dim": 24}
+        vision_config |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        video_processor = Qwen3VLVideoProcessor(do_sample_frames=False)
+        image_processor = Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    else:
+        make_config = Qwen2_5_VLConfig
+        make_processor = Qwen2_5_VLProcessor
+        vision_config |= {"fullatt_block_indexes": [0], "tokens_per_second": 2}
+        video_processor = Qwen2VLVideoProcessor(do_sample_frames=False)
+        image_processor = Qwen2VLImageProcessor()
+    processor = make_processor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=video_processor,
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = make_config(
         text_config=text_config,
         vision_config=vision_config,
         tie_word_embeddings=True,
@@ -99,7 +106,7 @@ def make_model(folder, records, seed=0):
         vision_end_token_id=token("<|vision_end|>"),
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = token("<|im_end|>")
     model.generation_config.pad_token_id = token("<|endoftext|>")
     model.save_pretrained(unfinished)

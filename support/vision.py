@@ -1,8 +1,9 @@
 """The vision tower's attention: its windows' lengths on the CPU, and all windows of a block in one call.
 
-A vision block attends within windows of at most 8 x 8 patches, every eighth block within whole frames. transformers
-calls the attention once per window in a loop: 2,720 calls per pass over a clip of 16 frames. With `vision_attention:
-fused` each of the 32 blocks makes one call. The loop is the plain form and the default.
+A vision block of Qwen2.5-VL attends within windows of at most 8 x 8 patches, every eighth block within whole frames, as
+all blocks of Qwen3-VL do. transformers calls the attention once per window in a loop: 2,720 calls per pass over a clip
+of 16 frames. With `vision_attention: fused` each of the 32 blocks makes one call. The loop is the plain form and the
+default.
 """
 
 import copy
@@ -13,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+
+from support import families
 
 # transformers passes whole blocks, with the bounds of their windows, to attentions with "flash" in their name
 FUSED = "fused_windows_like_flash"
@@ -28,18 +30,12 @@ def set_attention(model, name):
         block.attn.config = config
 
 
-def window_lengths(inputs, config):
-    """The lengths of the vision blocks' windows, on the CPU: on a GPU the host would wait for each block."""
+def lengths(inputs, config):
+    """How the vision blocks cut clips, as arguments of `config`'s model, on the CPU: on a GPU each block would wait."""
     grid = inputs.get("video_grid_thw")
     if grid is None:
         return {}
-    grid = grid.cpu()
-    index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-    return {
-        "video_cu_seqlens": get_vision_cu_seqlens(grid),
-        "video_window_index": index,
-        "video_cu_window_seqlens": windows,
-    }
+    return families.of(config).block_lengths(grid.cpu(), config.vision_config)
 
 
 class Layout(NamedTuple):

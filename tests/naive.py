@@ -107,7 +107,7 @@ def mixed_prompts():
 
 def batch_positions(model, prompts):
     """Positions (3, B, P) of several prompts, padded on the left as data.collate_prompts pads."""
-    rows = [mrope_positions(x, model.config.vision_config) for x in prompts]
+    rows = [mrope_positions(x, model.config) for x in prompts]
     longest = max(row.shape[1] for row in rows)
     return torch.stack([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows], 1)
 

@@ -297,7 +297,7 @@ def test_frame_times_reach_the_model(world, tmp_path):
         assert x["second_per_grid_ts"].tolist() == [2.0]
         model = policy.load_policy(settings(world))
         video = x["mm_token_type_ids"][0] == data.VIDEO
-        time = policy.mrope_positions(x, model.config.vision_config)[0, video]
+        time = policy.mrope_positions(x, model.config)[0, video]
         # tokens_per_second is 2
         assert (time - time[0]).unique().tolist() == [0, 4, 8, 12]
 

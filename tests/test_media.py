@@ -15,6 +15,7 @@ import struct
 import sys
 from bisect import bisect_right
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -122,6 +123,15 @@ def check_real_clip(name, n, reader="exact"):
     return metadata
 
 
+def check_times(times, shown, stamps, start=0):
+    """Assert that each of the `shown` frames is on display at its time stamp, counted from `start`; `times` of all."""
+    ends = [*times[1:], times[-1] + 0.04]
+    # tolerance: containers round to milliseconds
+    for i, stamp in zip(shown, stamps, strict=True):
+        assert times[i] - 0.002 <= times[0] + start + stamp < ends[i] + 0.002
+    assert all(a < b for a, b in pairwise(stamps))
+
+
 @pytest.mark.parametrize("n", [5, 64])
 @pytest.mark.parametrize("name", sorted(set(TRUTH) - {"fast_cut_60.mp4"}))
 def test_real_clips_show_the_frames_on_display(name, n):
@@ -131,7 +141,8 @@ def test_real_clips_show_the_frames_on_display(name, n):
     metadata = check_real_clip(name, n)
     times = TRUTH[name]["times"]
     expected = on_display(times, n)
-    assert metadata.frames_indices == expected and metadata.total_num_frames == len(times)
+    check_times(times, expected, metadata.timestamps)
+    assert metadata.total_num_frames == len(times)
     assert 1 / metadata.sampled_fps == pytest.approx((times[-1] - times[0] + 0.04) / len(expected), rel=1e-6)
 
 
@@ -250,7 +261,8 @@ def test_frames_are_chosen_by_time_not_by_count(tmp_path, name, ticks, options):
     for n in (5, 16):
         shown, metadata = data.load_media(record(name), config(tmp_path, max_frames=n))
         expected = on_display(times, n)
-        assert [number_of(frame) for frame in shown] == expected == metadata.frames_indices
+        assert [number_of(frame) for frame in shown] == expected
+        check_times(times, expected, metadata.timestamps)
         seconds = times[-1] - times[0] + 0.04
         assert 1 / metadata.sampled_fps == pytest.approx(seconds / len(expected), rel=1e-3)
 
@@ -260,8 +272,10 @@ def test_rounded_times_of_an_even_clip_change_no_frame(tmp_path, rate):
     """Guards: Matroska's whole milliseconds, which put a frame 0.3 ms after its moment."""
     write_clip(tmp_path / "a.mkv", range(120), rate=rate)
     for n in (8, 15, 60):
-        _, metadata = data.load_media(record("a.mkv"), config(tmp_path, max_frames=n))
-        assert metadata.frames_indices == [int((i + 0.5) * 120 / n) for i in range(n)]
+        shown, metadata = data.load_media(record("a.mkv"), config(tmp_path, max_frames=n))
+        expected = [int((i + 0.5) * 120 / n) for i in range(n)]
+        assert [number_of(frame) for frame in shown] == expected
+        assert metadata.timestamps == pytest.approx([i / rate for i in expected], abs=0.002)
         assert metadata.sampled_fps == pytest.approx(n * rate / 120, rel=0.01)
 
 
@@ -281,7 +295,9 @@ def test_start_and_end_are_seconds(tmp_path, ticks, part, n, expected, distance)
     """Guards: the whole clip for its part; a part counted at the mean rate; frames before it because 0.3 is rounded."""
     write_clip(tmp_path / "a.mkv", ticks)
     shown, metadata = data.load_media(record("a.mkv", start=part[0], end=part[1]), config(tmp_path, max_frames=n))
-    assert [number_of(frame) for frame in shown] == expected == metadata.frames_indices
+    assert [number_of(frame) for frame in shown] == expected
+    if len(expected) > 1:
+        check_times([tick / 25 for tick in ticks], expected, metadata.timestamps, part[0])
     assert distance is None or 1 / metadata.sampled_fps == pytest.approx(distance)
 
 
@@ -454,10 +470,11 @@ def test_the_decord_reader_returns_decords_frames(tmp_path):
 
     write_clip(tmp_path / "a.mp4", options={"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"})
     shown, metadata = data.load_media(record("a.mp4"), config(tmp_path, max_frames=8, video_reader="decord"))
-    assert metadata.frames_indices == [int((i + 0.5) * 150 / 8) for i in range(8)]
+    expected = [int((i + 0.5) * 150 / 8) for i in range(8)]
+    assert metadata.timestamps == pytest.approx([i / 25 for i in expected])
     assert metadata.sampled_fps == pytest.approx(8 / 6)
     decords = decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1)
-    assert np.array_equal(shown, decords.get_batch(metadata.frames_indices).asnumpy())
+    assert np.array_equal(shown, decords.get_batch(expected).asnumpy())
 
 
 def test_the_processor_derives_the_true_distance_between_frames(tmp_path, world):

@@ -35,7 +35,7 @@ def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
     theirs = {name: theirs[name] for name in theirs}
     assert (theirs["mm_token_type_ids"] == 1).sum() > 4
 
-    positions = policy.mrope_positions(ours, model.config.vision_config)
+    positions = policy.mrope_positions(ours, model.config)
     grid = theirs["image_grid_thw"]
     expected = model.model.get_rope_index(theirs["input_ids"], theirs["mm_token_type_ids"], image_grid_thw=grid)[0]
     assert torch.equal(positions, expected[:, 0])

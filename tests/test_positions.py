@@ -30,7 +30,7 @@ def model():
 
 def test_text_after_a_long_clip_starts_after_its_last_moment(model):
     """Guards: transformers 5.24's rule, which puts the text after a two-minute clip inside the clip, at position 30."""
-    positions = policy.mrope_positions(wide_prompt(120.0), model.config.vision_config)
+    positions = policy.mrope_positions(wide_prompt(120.0), model.config)
     clip = positions[:, 15:-5]
     after = positions[:, -5:]
     assert clip[0].unique().tolist() == [15, 45, 75, 105, 135, 165, 195, 225]
@@ -42,7 +42,7 @@ def test_text_after_a_long_clip_starts_after_its_last_moment(model):
 def test_frames_of_a_short_clip_share_time_positions(model):
     """Guards: a time axis with more positions per second than the 2 that the checkpoints were trained on."""
     for seconds, moments in ((1.0, 2), (2.0, 4), (4.0, 8), (60.0, 8)):
-        clip = policy.mrope_positions(wide_prompt(seconds), model.config.vision_config)[0, 15:-5]
+        clip = policy.mrope_positions(wide_prompt(seconds), model.config)[0, 15:-5]
         assert len(clip.unique()) == moments
 
 
@@ -60,7 +60,7 @@ def test_positions_equal_transformers_for_short_clips(model):
         W = 2 * draw(1, 9)
         kind = "image" if seed % 3 == 0 else "video"
         x = naive.prompt(kind, (1 if kind == "image" else T, H, W), draw(1, 20), seed, seconds=draw(1, 400) / 10)
-        ours = policy.mrope_positions(x, model.config.vision_config)
+        ours = policy.mrope_positions(x, model.config)
         picture = naive.as_picture(x)
         media = {k: v for k, v in picture.items() if k not in ("input_ids", "mm_token_type_ids") and "pixel" not in k}
         theirs = model.model.get_rope_index(picture["input_ids"], picture["mm_token_type_ids"], **media)[0][:, 0]
@@ -122,8 +122,7 @@ def test_media_of_a_batch_keep_their_own_positions(model):
     ]
     inputs = policy.pack(model, prompts, [[torch.tensor([5])]] * 3, naive.PAD).inputs
     for b, x in enumerate(prompts):
-        alone = policy.mrope_positions(x, model.config.vision_config)
+        alone = policy.mrope_positions(x, model.config)
         P = alone.shape[1]
         assert torch.equal(inputs["position_ids"][:, b, :P], alone)
         assert inputs["position_ids"][:, b, P].tolist() == [int(alone.max()) + 1] * 3
-    assert torch.equal(data.join_media(prompts)["second_per_grid_ts"], torch.tensor([15.0, 1.0, 0.75]))

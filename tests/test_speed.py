@@ -72,7 +72,7 @@ def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
             assert torch.equal(kwargs[name], value)
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
-    vision.window_lengths({"video_grid_thw": grid}, config)
+    vision.lengths({"video_grid_thw": grid}, model.config)
     assert len(moved) == 1 and moved[0] is grid
 
 
@@ -169,7 +169,7 @@ def test_a_vision_block_makes_one_attention_call(monkeypatch):
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
     grid = torch.tensor([[8, 18, 26]])
-    inputs = vision.window_lengths({"video_grid_thw": grid}, config.vision_config)
+    inputs = vision.lengths({"video_grid_thw": grid}, config)
     inputs = {name.removeprefix("video_"): tensor for name, tensor in inputs.items()}
     inputs |= {"position_ids": torch.empty(8 * 18 * 26, 2, dtype=torch.long, device="meta")}
     found = {}

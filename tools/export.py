@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate.utils.fsdp_utils import merge_fsdp_weights
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLConfig
 
 from policy import load_policy
 from support import checkpoints, distributed, model_files, settings, storage
@@ -46,7 +45,7 @@ def export(checkpoint, folder):
     else:
         with torch.device("meta"):
             base = storage.adapter_chain(cfg.model)[0]
-            model = model_files.empty_model(Qwen2_5_VLConfig.from_pretrained(base), dtype)
+            model = model_files.empty_model(model_files.model_config(base), dtype)
         state = saved_weights(checkpoint)
     missing = set(model.state_dict()) - set(state) - set(model.all_tied_weights_keys)
     unexpected = set(state) - set(model.state_dict())

@@ -1,0 +1,138 @@
+"""What depends on the model family, and nothing else does: one class per family, found by its `model_type`.
+
+All other code asks transformers' Auto classes or the model's config. To add a family, write its class here and run
+tests/test_families.py. Both families merge 2 x 2 patches of two consecutive frames into one token.
+
+A `run` is an uninterrupted sequence of video tokens in a prompt. `grids` are the (T, H, W) of clips in patches.
+"""
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+
+TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+
+
+class Qwen2_5_VL:
+    """A clip is one run. Its times are positions: seconds times tokens_per_second."""
+
+    processor = "Qwen2_5_VLProcessor"
+    has_time_stamps = False
+    # the published text models; the head of 3B is its embedding
+    sizes = {"3b": (2048, 11008, 36, 16, 2, 151936), "7b": (3584, 18944, 28, 28, 4, 152064)}
+
+    @classmethod
+    def published_config(cls, size):
+        """Config of the checkpoint on the hub."""
+        tied = size == "3b"
+        text = dict(zip(TEXT, cls.sizes[size])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
+        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
+        vision["out_hidden_size"] = text["hidden_size"]
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+    @staticmethod
+    def prompt(text):
+        """The chat template's text as the checkpoints were trained with it."""
+        return text
+
+    @staticmethod
+    def runs(prompt, config):
+        """Yields the times (T,), in positions, and the grid of each run of a prompt."""
+        # a picture is one moment, and has no seconds
+        seconds = prompt.get("second_per_grid_ts", torch.ones(1))
+        for grid, seconds_per_patch in zip(prompt.get("video_grid_thw", ()), seconds):
+            yield (torch.arange(int(grid[0])) * seconds_per_patch * config.tokens_per_second).long(), grid
+
+    @staticmethod
+    def clip_size(size, n_frames):
+        """`size`, in pixels of a frame, as the video processor takes it: also of a frame."""
+        return size
+
+    @staticmethod
+    def block_lengths(grids, config):
+        """How the vision tower cuts clips for its attention: frames, and windows of 8 x 8 patches within them."""
+        index, windows = get_vision_window_index(
+            grids, config.spatial_merge_size, config.window_size, config.patch_size
+        )
+        return {
+            "video_cu_seqlens": get_vision_cu_seqlens(grids),
+            "video_window_index": index,
+            "video_cu_window_seqlens": windows,
+        }
+
+
+class Qwen3VL:
+    """Each temporal patch is a run of its own, after a time stamp in the prompt's text: <1.2 seconds>."""
+
+    processor = "Qwen3VLProcessor"
+    has_time_stamps = True
+    # the heads of 2B and 4B are their embeddings
+    sizes = {
+        "2b": (2048, 6144, 28, 16, 8, 151936),
+        "4b": (2560, 9728, 36, 32, 8, 151936),
+        "8b": (4096, 12288, 36, 32, 8, 151936),
+    }
+
+    @classmethod
+    def published_config(cls, size):
+        """Config of the checkpoint on the hub."""
+        text = dict(zip(TEXT, cls.sizes[size]))
+        vision = {"out_hidden_size": text["hidden_size"]}
+        if size != "8b":
+            vision |= {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+            vision["deepstack_visual_indexes"] = [5, 11, 17]
+        return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size != "8b")
+
+    @staticmethod
+    def prompt(text):
+        """The chat template's text as the checkpoints were trained with it: with no frame around the whole clip.
+
+        transformers 4.57, with which they were released, replaces this frame; from 5.10 on it stays in the prompt.
+        """
+        return text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
+
+    @staticmethod
+    def runs(prompt, config):
+        """Yields the time (1,), which is 0, and the grid of each run of a prompt."""
+        for grid in prompt.get("video_grid_thw", ()):
+            for _ in range(int(grid[0])):
+                yield torch.zeros(1, dtype=torch.long), grid
+
+    @staticmethod
+    def clip_size(size, n_frames):
+        """`size`, in pixels of a frame, as the video processor takes it: of the whole clip (n_frames is even)."""
+        return {edge: pixels * n_frames for edge, pixels in size.items()}
+
+    @staticmethod
+    def block_lengths(grids, config):
+        """How the vision tower cuts clips for its attention: frames."""
+        return {"video_cu_seqlens": get_vision_cu_seqlens(grids)}
+
+
+FAMILIES = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3VL}
+
+
+def of(config):
+    """The family of a model, by its config."""
+    return FAMILIES[config.model_type]
+
+
+def of_processor(processor):
+    """The family of a processor. ValueError for one of no family."""
+    for family in FAMILIES.values():
+        if type(processor).__name__ == family.processor:
+            return family
+    names = " or ".join(family.processor for family in FAMILIES.values())
+    raise ValueError(f"its processor is a {type(processor).__name__}, not a {names}")
+
+
+def check_type(model_type):
+    """Raise ValueError if the code cannot train models of this type."""
+    if model_type in FAMILIES:
+        return
+    reason = ""
+    if str(model_type).startswith(("qwen3_5", "qwen3_next", "qwen4")):
+        reason = ": its linear layers take no attention mask, so the completions of a packed row would mix"
+    elif "moe" in str(model_type):
+        reason = ": its experts would be routed differently in sampling and in training"
+    raise ValueError(f"models of type {model_type} cannot be trained here, only {' and '.join(FAMILIES)}{reason}")
