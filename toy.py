@@ -36,7 +36,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from support import settings, storage, tables, tiny_model, toy_curves
+from support import families, settings, storage, tables, tiny_model, toy_curves
 
 ROOT = Path(__file__).parent
 
@@ -392,6 +392,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/toy", help="folder for all results; default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="seed of world, model and training; default: 0")
+    parser.add_argument("--model_family", choices=families.FAMILIES, default="qwen2_5_vl", help="default: qwen2_5_vl")
     args = parser.parse_args()
     out = args.out.resolve()
     world_file = out / "world/world.json"
@@ -399,6 +400,11 @@ def main():
         made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
         if made != args.seed:
             raise settings.UserError(f"{out} holds seed {made}, not {args.seed}; choose another --out, or delete it")
+    base_file = out / "base/config.json"
+    if base_file.exists():
+        made = json.loads(base_file.read_text(encoding="utf-8"))["model_type"]
+        if made != args.model_family:
+            raise settings.UserError(f"{out} holds a {made}, not a {args.model_family}; choose another --out")
     # short commands, which a reader can type in this folder
     if out.is_relative_to(ROOT):
         os.chdir(ROOT)
@@ -411,7 +417,7 @@ def main():
             make_world(out / "world", args.seed)
         if not (out / "base").exists():
             records = json.loads((out / "world/sft.json").read_text(encoding="utf-8"))
-            tiny_model.make_model(out / "base", records, args.seed)
+            tiny_model.make_model(out / "base", records, args.seed, args.model_family)
         for arguments, result in stages(out, args.seed):
             launch(arguments, result)
     except KeyboardInterrupt:
