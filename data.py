@@ -21,7 +21,6 @@ Axes: F frames · H height · W width · C channels · P tokens of a prompt · L
 import functools
 import math
 import random
-import re
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -265,27 +264,13 @@ def as_clip(inputs, processor):
     }
 
 
-@functools.cache
-def opening(processor):
-    """What the chat template writes of each answer: in Thinking variants "<think>" and a newline, else nothing."""
-    conversation = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return re.search(r"(<think>\s*)?$", prompt).group()
-
-
-def texts(processor, completions):
-    """The texts of completions (1-D tensors of token ids), with what the chat template has written of them."""
-    decoded = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return [opening(processor) + text for text in decoded]
-
-
 def target_ids(processor, record):
     """What SFT learns to generate after the prompt: process, newline, solution, end of turn. 1-D tensor of token ids.
 
     What the chat template writes is not learned: "<|im_start|>assistant", a newline, and the opening of the answer.
     """
     text = record["process"].strip() + "\n" + record["solution"].strip() + processor.tokenizer.eos_token
-    text = text.removeprefix(opening(processor).strip()).lstrip()
+    text = text.removeprefix(families.opening(processor).strip()).lstrip()
     return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 

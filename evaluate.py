@@ -25,7 +25,7 @@ import policy
 import rewards
 from benchmarks import NAMES, answers, load_benchmark, missing_media, score
 from benchmarks.shared import ORDERS
-from support import answer_files, checkpoints, distributed, model_files, parsing, settings, storage, workers
+from support import answer_files, checkpoints, distributed, families, model_files, parsing, settings, storage, workers
 
 # What the answers depend on. It is written into every row and into the summary.
 ANSWER_SETTINGS = (
@@ -232,7 +232,7 @@ def answer_in_order(model, samples, order, processor, cfg):
     completions = policy.rollout(
         model, prompts, counts, processor.tokenizer, cfg.temperature, cfg.max_new_tokens, cfg.top_p
     )
-    texts = data.texts(processor, completions)
+    texts = families.texts(processor, completions)
     ends = policy.eos_ids(model, processor.tokenizer)
     rows = []
     for sample, ids, text in zip(samples, completions, texts):

@@ -39,7 +39,7 @@ import data
 import policy
 from policy import completion_logps, pack, rollout
 from rewards import CORRECT, accuracy_reward, format_reward, length_reward, temporal_reward
-from support import distributed, lora, metrics, model_files, settings, training, workers
+from support import distributed, families, lora, metrics, model_files, settings, training, workers
 from support.settings import option
 
 
@@ -191,7 +191,7 @@ def sample_groups(model, samples, processor, cfg):
     def take(n):
         """The next n completions of the batch, and their texts."""
         taken = list(islice(completions, n))
-        return taken, data.texts(processor, taken)
+        return taken, families.texts(processor, taken)
 
     groups = [Group(sample, *take(cfg.num_generations)) for sample in samples]
     for group in groups:

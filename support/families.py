@@ -6,6 +6,9 @@ tests/test_families.py. Both families merge 2 x 2 patches of two consecutive fra
 A `run` is an uninterrupted sequence of video tokens in a prompt. `grids` are the (T, H, W) of clips in patches.
 """
 
+import functools
+import re
+
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
@@ -136,3 +139,17 @@ def check_type(model_type):
     elif "moe" in str(model_type):
         reason = ": its experts would be routed differently in sampling and in training"
     raise ValueError(f"models of type {model_type} cannot be trained here, only {' and '.join(FAMILIES)}{reason}")
+
+
+@functools.cache
+def opening(processor):
+    """What the chat template writes of each answer: in Thinking variants "<think>" and a newline, else nothing."""
+    conversation = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return re.search(r"(<think>\s*)?$", prompt).group()
+
+
+def texts(processor, completions):
+    """The texts of completions (1-D tensors of token ids), with what the chat template has written of them."""
+    decoded = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [opening(processor) + text for text in decoded]
