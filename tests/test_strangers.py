@@ -99,7 +99,7 @@ def test_an_adapter_on_itself_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template, line", [("{{ bos }}<think>", "opens <think>"), ("{% if %}", "its chat template fails")]
+    "template, line", [("<think></think>", "closes <think>"), ("{% if %}", "its chat template fails")]
 )
 def test_templates_that_no_completion_can_follow_are_refused(model, template, line):
     """Guards: a format reward that stays 0, because the prompt opens the think block; a template's traceback."""

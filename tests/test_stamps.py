@@ -1,0 +1,219 @@
+"""Qwen3-VL's prompts: time stamps, the orders of frames under them, pixel limits, clips of one frame; and, for both
+families, chat templates that open <think>.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from test_data import write_video
+from test_media import UNEVEN, write_clip
+
+import data
+import rewards
+import tgrpo
+from support import families, model_files, tiny_model
+from support.settings import SharedConfig, UserError
+from support.storage import read_jsonl
+
+ORDERS = ("ordered", "shuffled", "reversed", "single", "blind")
+CLIP = {
+    "problem": "Which way?", "problem_type": "multiple choice", "options": ["A. left", "B. right"],
+    "data_type": "video", "solution": "<answer>B</answer>", "path": "a.mp4",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    """A tiny Qwen3-VL."""
+    records = json.loads((world / "world/sft.json").read_text())
+    tiny_model.make_model(world / "qwen3_vl", records, family="qwen3_vl")
+    return world / "qwen3_vl"
+
+
+@pytest.fixture(scope="module")
+def processor(base):
+    return model_files.load_processor(SharedConfig(model=str(base)))
+
+
+def sample(processor, folder, record=CLIP, **settings):
+    """The Sample of a record, with frames in all orders."""
+    defaults = {"data_root": str(folder), "max_frames": 8, "min_pixels": 1024, "max_pixels": 4096}
+    cfg = SharedConfig(**(defaults | settings))
+    return data.Samples([record], processor, cfg, ORDERS, in_file_order=True)[0]
+
+
+def stamps(processor, inputs):
+    """The time stamps in a prompt, in seconds."""
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    return [float(stamp) for stamp in re.findall(r"<(\d+\.\d) seconds>", text)]
+
+
+def pairs(times):
+    """The mean time of each temporal patch, as it is printed."""
+    padded = [*times, times[-1]] if len(times) % 2 else times
+    return [float(f"{(a + b) / 2:.1f}") for a, b in zip(padded[::2], padded[1::2])]
+
+
+def brightness(inputs):
+    """The mean of each frame's pixels (F,)."""
+    grid_t, *_ = inputs["video_grid_thw"][0].tolist()
+    # a patch is channel, frame, row, column
+    return inputs["pixel_values_videos"].view(grid_t, -1, 3, 2, 256).mean((1, 2, 4)).flatten()
+
+
+def test_a_prompt_has_the_form_of_the_release(processor, tmp_path):
+    """Guards: the tokens round the whole clip that transformers 5.10 and later leave in the prompt; 4.57 does not."""
+    write_video(tmp_path / "a.mp4", 8)
+    text = processor.tokenizer.decode(sample(processor, tmp_path).inputs["ordered"]["input_ids"][0])
+    patch = "<|vision_start|>" + 4 * "<|video_pad|>" + "<|vision_end|>"
+    clip = "".join(f"<{seconds} seconds>{patch}" for seconds in ("0.1", "0.6", "1.1", "1.6"))
+    assert text.startswith(f"<|im_start|>user\n{clip}Which way?")
+
+
+@pytest.mark.parametrize("ticks", [range(150), UNEVEN, [0, 1, 2, 200], [7]])
+@pytest.mark.parametrize("n", [5, 16])
+def test_time_stamps_are_when_the_frames_are_on_display(processor, tmp_path, ticks, n):
+    """Guards: frame numbers over the mean rate, which are seconds off in clips of an uneven rate; a clip of one frame
+    that the processor refuses.
+    """
+    write_clip(tmp_path / "a.mp4", list(ticks))
+    x = sample(processor, tmp_path, max_frames=n)
+    _, metadata = data.load_media(CLIP, SharedConfig(data_root=str(tmp_path), max_frames=n))
+    assert stamps(processor, x.inputs["ordered"]) == pairs(metadata.timestamps)
+    last = (ticks[-1] - ticks[0]) / 25
+    assert 0 <= metadata.timestamps[0] and metadata.timestamps[-1] <= last + 1e-6
+    assert set(x.inputs) == ({"ordered", "blind"} if len(ticks) == 1 else set(ORDERS))
+
+
+def test_a_part_of_a_clip_is_timed_from_its_beginning(processor, tmp_path):
+    """Guards: a part that tells where in the file it was cut out, unlike the same part as a file of its own."""
+    write_video(tmp_path / "a.mp4", 40)
+    x = sample(processor, tmp_path, CLIP | {"start": 5, "end": 7})
+    assert stamps(processor, x.inputs["ordered"]) == [0.1, 0.6, 1.1, 1.6]
+
+
+@pytest.mark.parametrize("unit", ["frame", "patch"])
+@pytest.mark.parametrize("n_frames", [7, 8])
+def test_frames_move_under_fixed_time_stamps_or_with_theirs(processor, tmp_path, unit, n_frames):
+    """Guards: a shuffle whose order can be read in the text, so that p and p̃ hardly differ; stamps that do not move
+    although shuffle_stamps says so.
+    """
+    write_video(tmp_path / "a.mp4", n_frames)
+    times = [i / 4 for i in range(n_frames)]
+    for moves in (False, True):
+        x = sample(processor, tmp_path, shuffle_unit=unit, shuffle_stamps=moves)
+        in_order = brightness(x.inputs["ordered"])
+        assert (in_order[:n_frames].diff() > 0).all()
+        orders = {"shuffled": x.frame_order, "reversed": list(range(n_frames))[::-1]}
+        for name, order in orders.items():
+            shown = [*order, order[-1]] if len(order) % 2 else order
+            assert torch.equal(brightness(x.inputs[name]), in_order[shown])
+            expected = [times[i] for i in order] if moves else times
+            assert stamps(processor, x.inputs[name]) == pairs(expected)
+        if not moves:
+            # only the pixels differ
+            for name in ("shuffled", "reversed"):
+                assert torch.equal(x.inputs[name]["input_ids"], x.inputs["ordered"]["input_ids"])
+
+
+def test_a_single_frame_carries_its_own_time(processor, tmp_path):
+    """Guards: the middle frame under the time of the first."""
+    write_video(tmp_path / "a.mp4", 8)
+    x = sample(processor, tmp_path)
+    assert stamps(processor, x.inputs["single"]) == [1.0]
+    assert stamps(processor, x.inputs["blind"]) == []
+
+
+def test_metadata_is_not_changed(processor, tmp_path):
+    """Guards: transformers' processor, which lengthens a caller's list of frames if it is odd."""
+    write_video(tmp_path / "a.mp4", 7)
+    cfg = SharedConfig(data_root=str(tmp_path), min_pixels=1024, max_pixels=4096)
+    media, metadata = data.load_media(CLIP, cfg)
+    before = dataclasses.replace(metadata, frames_indices=list(metadata.frames_indices))
+    samples = data.Samples([CLIP], processor, cfg, ORDERS, in_file_order=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_media", lambda *_: (media, metadata))
+        samples[0]
+    assert metadata == before
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("n_frames", [1, 2, 5, 16])
+@pytest.mark.parametrize("limits", [(2**12, 2**14), (2**16, 2**18)])
+def test_pixel_limits_are_those_of_a_frame_for_both_families(world, processor, tmp_path, family, n_frames, limits):
+    """Guards: limits of the whole clip, so that a clip of 16 frames gets a sixteenth of the pixels."""
+    if family == "qwen2_5_vl":
+        processor = model_files.load_processor(SharedConfig(model=str(world / "base")))
+    side = {"qwen2_5_vl": 28, "qwen3_vl": 32}[family]
+    cfg = SharedConfig(min_pixels=limits[0], max_pixels=limits[1])
+    metadata = data.VideoMetadata(total_num_frames=n_frames, fps=1.0, frames_indices=list(range(n_frames)))
+    media = np.zeros((n_frames, 120, 200, 3), dtype=np.uint8)
+    grid_t, grid_h, grid_w = data.encode(processor, CLIP, media, metadata, cfg)["video_grid_thw"][0].tolist()
+    area = grid_h * grid_w * side * side / 4
+    assert grid_t == -(-n_frames // 2)
+    # rounded to whole tokens
+    assert 0.7 * limits[0] <= area <= limits[1]
+    if limits[1] < 120 * 200:
+        assert area > 0.7 * limits[1]
+
+
+def test_time_stamps_cannot_be_shuffled_where_there_are_none(world):
+    """Guards: a setting that does nothing."""
+    with pytest.raises(UserError, match="shuffle_stamps: true: the prompts of .*base have no time stamps"):
+        model_files.load_processor(SharedConfig(model=str(world / "base"), shuffle_stamps=True))
+
+
+# ------------------------------------------------------------------------------------------ templates that open <think>
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def thinking(request, world, base, tmp_path):
+    """A checkpoint whose chat template opens <think>, as those of Thinking variants do."""
+    start = {"qwen2_5_vl": world / "base", "qwen3_vl": base}[request.param]
+    shutil.copytree(start, tmp_path / "thinking")
+    template = tmp_path / "thinking/chat_template.jinja"
+    text = template.read_text()
+    assert "<|im_start|>assistant\n{% endif %}" in text
+    template.write_text(
+        text.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    )
+    return tmp_path / "thinking"
+
+
+def test_an_opened_think_block_counts_as_part_of_the_answer(thinking, world):
+    """Guards: SFT that learns <think><think>; a format reward of 0 for each completion of a Thinking variant."""
+    processor = model_files.load_processor(SharedConfig(model=str(thinking)))
+    plain = model_files.load_processor(SharedConfig(model=str(world / "base")))
+    record = CLIP | {"process": "<think> It moves. </think>", "solution": "<answer>B</answer>"}
+    target = data.target_ids(processor, record)
+    decode = processor.tokenizer.decode
+    assert decode(target) == "It moves. </think>\n<answer>B</answer><|im_end|>"
+    (text,) = families.texts(processor, [target])
+    assert text == "<think>\nIt moves. </think>\n<answer>B</answer>"
+    assert rewards.format_reward(text) == 1
+    assert decode(data.target_ids(plain, record)) == "<think> It moves. </think>\n<answer>B</answer><|im_end|>"
+    assert families.opening(plain) == ""
+
+
+def test_stages_of_a_thinking_variant_see_the_whole_answer(thinking, run, monkeypatch):
+    """Guards: the opening in one stage, but not in another."""
+    seen = []
+    monkeypatch.setattr(tgrpo, "format_reward", lambda text: seen.append(text) or 0.0)
+    run("tgrpo", model=thinking, steps=1, print_every=0)
+    out = run("evaluate", "eval", model=thinking)
+    seen += [row["prediction"] for row in read_jsonl(out / "predictions.jsonl")]
+    assert seen and all(text.startswith("<think>\n") for text in seen)
+
+
+def test_a_closed_think_block_is_refused(world, tmp_path):
+    """Guards: a template for answers without thoughts, whose completions all fail the format reward."""
+    shutil.copytree(world / "base", tmp_path / "closed")
+    template = tmp_path / "closed/chat_template.jinja"
+    template.write_text(template.read_text() + "<think>\n\n</think>\n\n")
+    with pytest.raises(UserError, match="its chat template closes <think>"):
+        model_files.load_processor(SharedConfig(model=str(tmp_path / "closed")))
