@@ -165,6 +165,14 @@ def test_another_seed_in_the_same_folder_is_one_clear_line(world, monkeypatch):
         toy.main()
 
 
+def test_another_family_in_the_same_folder_is_one_clear_line(world, monkeypatch):
+    """Guards: results of Qwen2.5-VL shown as those of Qwen3-VL."""
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(world), "--model_family", "qwen3_vl"])
+    monkeypatch.setattr(toy, "launch", lambda *_: pytest.fail("a stage was started"))
+    with pytest.raises(UserError, match="^.* holds a qwen2_5_vl, not a qwen3_vl; choose another --out$"):
+        toy.main()
+
+
 @pytest.mark.parametrize("program, status", [("false", 1), ("true", 0)])
 def test_stage_without_result_is_one_line_with_its_command(tmp_path, monkeypatch, program, status):
     """Guards: a stage that fails, or is stopped (with status 0), while the next one runs; a traceback of toy.py."""
