@@ -3,9 +3,10 @@
 import types
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from policy import Policy, mrope_positions
+from support import families
 from support.distributed import seed_everything
 from support.storage import read_jsonl
 
@@ -17,73 +18,104 @@ EOS = 1
 PAD = 2
 tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 
+TINY_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "initializer_range": 0.2,
+}
+TINY_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "initializer_range": 0.2,
+}
+# {family: (class of its config, what differs in its text model, in its vision tower)}
+TINY = {
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        {"patch_size": 14, "fullatt_block_indexes": [1], "window_size": 28, "tokens_per_second": 2},
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        # heads of 16, not 32 / 4; of their 8 frequencies time has 4, which lie between those of rows and columns
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        },
+        # a table of 4 x 4 positions, which is interpolated; features of both blocks are added in the text layers
+        {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    ),
+}
 
-def tiny_policy(seed=3, generation=None, **text):
-    """A random Qwen2.5-VL of about 100,000 parameters. Large initial weights, so that its distributions are not flat.
+
+def tiny_policy(seed=3, generation=None, family="qwen2_5_vl", **text):
+    """A random policy of about 100,000 parameters. Large initial weights, so that its distributions are not flat.
 
     `generation` is what its generation_config.json would say.
     """
     seed_everything(seed)
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            bos_token_id=0,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-            initializer_range=0.2,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
-        )
-        | text,
-        vision_config=dict(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=4,
-            out_hidden_size=32,
-            fullatt_block_indexes=[1],
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=28,
-            tokens_per_second=2,
-            initializer_range=0.2,
-        ),
+    make_config, text_of_family, vision_of_family = TINY[family]
+    config = make_config(
+        text_config=TINY_TEXT | text_of_family | text,
+        vision_config=TINY_VISION | vision_of_family,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
     config._attn_implementation = "sdpa"
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     for name, value in (generation or {}).items():
         setattr(model.generation_config, name, value)
     return Policy.of(model).eval()
 
 
-def prompt(kind, grid, n_text, seed, seconds=None):
+def prompt(kind, grid, n_text, seed, seconds=None, family="qwen2_5_vl"):
     """Inputs of a prompt with random pixels, as data.encode makes them (a picture is a clip of one moment).
 
     kind: "video" or "image"; grid: (T, H, W) in patches; `seconds` of the clip.
     """
     generator = torch.Generator().manual_seed(seed)
-    n_media = grid[0] * grid[1] * grid[2] // 4
     text = torch.randint(3, 50, (n_text,), generator=generator).tolist()
-    ids = torch.tensor([[5, START, *[VIDEO] * n_media, END, *text]])
-    pixels = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=generator)
     seconds_per_patch = seconds / grid[0] if seconds else 1.0 + seed % 3
-    return {
+    has_stamps = kind == "video" and families.FAMILIES[family].has_time_stamps
+    moment = [VIDEO] * (grid[1] * grid[2] // 4)
+    media = []
+    if has_stamps:
+        for t in range(grid[0]):
+            media += [*time_stamp((t + 0.25) * seconds_per_patch), START, *moment, END]
+    else:
+        media = [START, *moment * grid[0], END]
+    ids = torch.tensor([[5, *media, *text]])
+    patch_size = TINY[family][2]["patch_size"]
+    inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == VIDEO) * 2,
-        "pixel_values_videos": pixels,
+        "pixel_values_videos": torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * patch_size**2, generator=generator),
         "video_grid_thw": torch.tensor([grid]),
-        "second_per_grid_ts": torch.tensor([1.0 if kind == "image" else seconds_per_patch]),
     }
+    if kind == "video" and not has_stamps:
+        inputs["second_per_grid_ts"] = torch.tensor([seconds_per_patch])
+    return inputs
+
+
+def time_stamp(seconds):
+    """The tokens of a time: an opening, the digits and the point, a closing."""
+    digits = [9 if character == "." else 10 + int(character) for character in f"{seconds:.1f}"]
+    return [7, *digits, 8]
 
 
 def as_picture(x, image_token_id=IMAGE):
@@ -100,9 +132,13 @@ def as_picture(x, image_token_id=IMAGE):
     }
 
 
-def mixed_prompts():
+def mixed_prompts(family="qwen2_5_vl"):
     """One image and two videos, of different lengths."""
-    return [prompt("video", (2, 2, 4), 3, 1), prompt("image", (1, 4, 4), 9, 2), prompt("video", (4, 4, 2), 5, 3)]
+    return [
+        prompt("video", (2, 2, 4), 3, 1, family=family),
+        prompt("image", (1, 4, 4), 9, 2, family=family),
+        prompt("video", (4, 4, 2), 5, 3, family=family),
+    ]
 
 
 def batch_positions(model, prompts):
@@ -113,11 +149,13 @@ def batch_positions(model, prompts):
 
 
 @torch.no_grad()
-def generate(model, x, n=1, **sampling):
-    """HF generate on one prompt. Returns (sequences (n, T), per-step scores)."""
+def generate(model, x, n=1, own_positions=False, **sampling):
+    """HF generate on one prompt, at our positions or at its own. Returns (sequences (n, T), per-step scores)."""
+    inputs = as_picture(x, model.config.image_token_id)
+    if not own_positions:
+        inputs = inputs | {"position_ids": batch_positions(model, [x])}
     output = model.generate(
-        **as_picture(x, model.config.image_token_id),
-        position_ids=batch_positions(model, [x]),
+        **inputs,
         num_return_sequences=n,
         return_dict_in_generate=True,
         output_scores=True,
