@@ -49,12 +49,14 @@ TINY = {
     ),
     "qwen3_vl": (
         Qwen3VLConfig,
-        # heads of 16, not 32 / 4; of their 8 frequencies time has 4, which lie between those of rows and columns
+        # three layers, because what is added after the last one at a clip's tokens has no effect; heads of 16, not of
+        # 32 / 4; of their 8 frequencies time has 4, which lie between those of rows and columns
         {
+            "num_hidden_layers": 3,
             "head_dim": 16,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
         },
-        # a table of 4 x 4 positions, which is interpolated; features of both blocks are added in the text layers
+        # a table of 4 x 4 positions, which is interpolated; features of both blocks are added after two text layers
         {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
     ),
 }
