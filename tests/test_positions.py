@@ -8,6 +8,7 @@ import torch
 
 import data
 import policy
+from support import families
 
 # Rows of a hub-sized clip, 16 frames of 720p: 8 temporal patches of 16 x 30 (see the test of its positions).
 WIDE = (8, 16, 30)
@@ -73,11 +74,59 @@ def test_positions_equal_transformers_for_short_clips(model):
     assert 20 < agree < 60
 
 
-@pytest.mark.parametrize("seconds", [4, 40, 120, 600, None])
-def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, seconds):
+def random_prompt(generator):
+    """What positions depend on, of a prompt of Qwen3-VL with one to three clips and pictures, as we and as transformers
+    have it: there a picture is no clip.
+    """
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    ours = []
+    theirs = []
+    grids = {1: [], data.VIDEO: []}
+    in_order = []
+    for _ in range(draw(1, 4)):
+        kind = draw(1, 3)
+        grid = [1 if kind == 1 else draw(1, 9), 2 * draw(1, 9), 2 * draw(1, 9)]
+        grids[kind].append(grid)
+        in_order.append(grid)
+        n_tokens = grid[1] * grid[2] // 4
+        for _ in range(grid[0]):
+            n_text = draw(1, 9)
+            ours += [0] * n_text + [data.VIDEO] * n_tokens
+            theirs += [0] * n_text + [kind] * n_tokens
+    after = [0] * draw(1, 20)
+    prompt = {"mm_token_type_ids": torch.tensor([ours + after]), "video_grid_thw": torch.tensor(in_order)}
+    media = {
+        "image_grid_thw": torch.tensor(grids[1]) if grids[1] else None,
+        "video_grid_thw": torch.tensor(grids[data.VIDEO]) if grids[data.VIDEO] else None,
+    }
+    return prompt, torch.tensor([theirs + after]), media
+
+
+def test_positions_of_qwen3_vl_equal_transformers():
+    """Guards: text after a clip or between its moments at other positions than the checkpoints were trained with; the
+    grid of another clip, rows and columns swapped.
+    """
+    model = naive.tiny_policy(family="qwen3_vl")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        prompt, kinds, media = random_prompt(generator)
+        ours = policy.mrope_positions(prompt, model.config)
+        theirs, _ = model.model.get_rope_index(torch.zeros_like(kinds), kinds, **media)
+        assert torch.equal(ours, theirs[:, 0])
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("media", [[4], [40], [120], [600], [None], [4, None, 600]], ids=str)
+def test_sampling_training_and_sft_use_the_same_positions(media, family, monkeypatch):
     """Guards: training at other positions than sampling: 5 nats per token for a clip of 100 s."""
-    kind, grid = ("image", (1, 4, 4)) if seconds is None else ("video", (8, 2, 4))
-    x = naive.prompt(kind, grid, 7, 5, seconds)
+    model = naive.tiny_policy(family=family)
+    prompts = []
+    for seed, seconds in enumerate(media, 5):
+        kind, grid = ("image", (1, 4, 4)) if seconds is None else ("video", (8, 2, 4))
+        prompts.append(naive.prompt(kind, grid, 7, seed, seconds, family))
     seen = {}
     real = model.generate
 
@@ -87,20 +136,22 @@ def test_sampling_training_and_sft_use_the_same_positions(model, monkeypatch, se
 
     monkeypatch.setattr(model, "generate", watched)
     torch.manual_seed(1)
-    completions = policy.rollout(model, [x], [3], naive.tokenizer, 1.0, 12)
-    said_GTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
+    completions = policy.rollout(model, prompts, [3] * len(prompts), naive.tokenizer, 1.0, 12)
+    said_NTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
     banned = (naive.IMAGE, naive.VIDEO)
+    groups = [completions[i : i + 3] for i in range(0, len(completions), 3)]
+    prompt_of_row = [x for x in prompts for _ in range(3)]
     with torch.no_grad():
         # T-GRPO packs a group behind one prompt, SFT one target behind each prompt
-        packed = policy.pack(model, [x], [completions], naive.PAD)
-        packed_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
-        packed = policy.pack(model, [x] * len(completions), [[c] for c in completions], naive.PAD)
-        sft_GT, _ = policy.completion_logps(model, packed, 1.0, banned)
+        packed = policy.pack(model, prompts, groups, naive.PAD)
+        packed_NT, _ = policy.completion_logps(model, packed, 1.0, banned)
+        packed = policy.pack(model, prompt_of_row, [[c] for c in completions], naive.PAD)
+        sft_NT, _ = policy.completion_logps(model, packed, 1.0, banned)
         for row, completion in enumerate(completions):
             T = len(completion)
-            plain_T = naive.completion_logps(model, x, completion)
-            sampled_T = said_GTV[row, :T].gather(1, completion[:, None])[:, 0]
-            for other_T in (sampled_T, packed_GT[row, :T], sft_GT[row, :T]):
+            plain_T = naive.completion_logps(model, prompt_of_row[row], completion)
+            sampled_T = said_NTV[row, :T].gather(1, completion[:, None])[:, 0]
+            for other_T in (sampled_T, packed_NT[row, :T], sft_NT[row, :T]):
                 assert (other_T - plain_T).abs().max() < 1e-5
 
 
