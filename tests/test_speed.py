@@ -17,10 +17,10 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 
 import policy
 from bench import speed
-from support import decoding, model_files, vision
-from tools import plan_memory
+from support import decoding, families, model_files, vision
 
 ROOT = Path(__file__).parent.parent
+both_families = pytest.mark.parametrize("family", families.FAMILIES)
 
 
 def mixed_pack(model):
@@ -30,12 +30,17 @@ def mixed_pack(model):
         [torch.randint(3, 50, (n,), generator=generator) for n in lengths]
         for lengths in ((1, 60, 7), (12, 2, 3), (5, 5, 33))
     ]
-    return policy.pack(model, naive.mixed_prompts(), groups, naive.PAD)
+    return policy.pack(model, naive.mixed_prompts(model.config.model_type), groups, naive.PAD)
 
 
-def test_the_text_layers_never_read_a_value_from_the_device():
-    """Guards: int(tensor.max()) or a boolean index in a layer: the host would wait in each of 28 layers."""
-    model = naive.tiny_policy()
+@both_families
+def test_the_text_layers_never_read_a_value_from_the_device(family):
+    """Guards: int(tensor.max()) or a boolean index in a layer: the host would wait in each of 28 layers.
+
+    Adding DeepStack's features, which transformers does after three layers of Qwen3-VL, is left out: it has such an
+    index.
+    """
+    model = naive.tiny_policy(family=family)
     inputs = mixed_pack(model).inputs
     B, L = inputs["input_ids"].shape
     # tensors without values: reading one raises an error
@@ -51,24 +56,31 @@ def test_the_text_layers_never_read_a_value_from_the_device():
     assert output.last_hidden_state.shape == hidden_BLD.shape
 
 
-def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
+def lengths_of_blocks(grid, config):
+    """What transformers' vision tower computes itself if it is not passed."""
+    expected = {"cu_seqlens": get_vision_cu_seqlens(grid)}
+    if hasattr(config, "window_size"):
+        index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+        expected |= {"window_index": index, "cu_window_seqlens": windows}
+    return expected
+
+
+@both_families
+def test_vision_window_lengths_are_on_the_cpu(family, monkeypatch):
     """Guards: lengths that every vision block reads from the GPU, in the loss or in the prefill; lengths of another
     batch.
     """
-    model = naive.tiny_policy()
-    config = model.config.vision_config
+    model = naive.tiny_policy(family=family)
     packed = mixed_pack(model)
     seen = []
     model.model.visual.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     policy.completion_logps(model, packed)
-    policy.rollout(model, naive.mixed_prompts(), [1, 1, 1], naive.tokenizer, 1.0, 2)
+    policy.rollout(model, naive.mixed_prompts(family), [1, 1, 1], naive.tokenizer, 1.0, 2)
     # the loss and the prefill
     assert [len(kwargs["grid_thw"]) for kwargs in seen] == [3, 3]
     for kwargs in seen:
         grid = kwargs["grid_thw"]
-        index, windows = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-        expected = {"cu_seqlens": get_vision_cu_seqlens(grid), "window_index": index, "cu_window_seqlens": windows}
-        for name, value in expected.items():
+        for name, value in lengths_of_blocks(grid, model.config.vision_config).items():
             assert torch.equal(kwargs[name], value)
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
@@ -76,9 +88,10 @@ def test_vision_window_lengths_are_on_the_cpu(monkeypatch):
     assert len(moved) == 1 and moved[0] is grid
 
 
-def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypatch):
+@both_families
+def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(family, monkeypatch):
     """Guards: a new static cache per rollout, so that CUDA graphs are recorded again at every step."""
-    model = naive.tiny_policy()
+    model = naive.tiny_policy(family=family)
     graphs = []
     key_heads = set()
     addresses = {}
@@ -101,7 +114,7 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
     compiled_step = torch.compile(decoding.decode_step, backend=backend, dynamic=False)
     monkeypatch.setattr(decoding, "compiled_step", lambda device: compiled_step)
     for n_text in (3, 600, 9, 700):
-        x = naive.prompt("video", (2, 2, 4), n_text, n_text)
+        x = naive.prompt("video", (2, 2, 4), n_text, n_text, family=family)
         torch.manual_seed(n_text)
         model.compiled_rows = 4
         compiled = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)
@@ -110,7 +123,7 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
         torch.manual_seed(n_text)
         plain = policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)
         assert [c.tolist() for c in compiled] == [c.tolist() for c in plain]
-    layers = 2
+    layers = model.config.text_config.num_hidden_layers
     keys_and_values = 2
     found = {room: len(caches) for room, caches in addresses.items()}
     assert found == dict.fromkeys((512, 1024), layers * keys_and_values)
@@ -119,17 +132,20 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(monkeypa
     assert key_heads == {model.config.text_config.num_key_value_heads}
 
 
-def kinds_of_prompts():
-    """A clip, a picture, and a batch of both whose windows have many lengths."""
-    clip = naive.prompt("video", (4, 6, 10), 5, 3)
-    picture = naive.prompt("image", (1, 14, 6), 9, 2)
-    return [[clip], [picture], [clip, picture, naive.prompt("video", (2, 2, 4), 3, 1)]]
+def prompts_of_kind(kind, family):
+    """A clip, a picture, or a batch of both whose windows have many lengths."""
+    clip = naive.prompt("video", (4, 6, 10), 5, 3, family=family)
+    picture = naive.prompt("image", (1, 14, 6), 9, 2, family=family)
+    other = naive.prompt("video", (2, 2, 4), 3, 1, family=family)
+    return {"clip": [clip], "picture": [picture], "both": [clip, picture, other]}[kind]
 
 
-@pytest.mark.parametrize("prompts", kinds_of_prompts(), ids=["clip", "picture", "both"])
-def test_fused_vision_attention_equals_the_loop(prompts):
+@both_families
+@pytest.mark.parametrize("kind", ["clip", "picture", "both"])
+def test_fused_vision_attention_equals_the_loop(kind, family):
     """Guards: a patch that attends to another window or to padding, in the outputs or in the gradients."""
-    model = naive.tiny_policy()
+    model = naive.tiny_policy(family=family)
+    prompts = prompts_of_kind(kind, family)
     completions = [[torch.tensor([7, 8, 9])]] * len(prompts)
     found = {}
     for name in ("loop", "fused"):
@@ -156,29 +172,45 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_vision_block_makes_one_attention_call(monkeypatch):
-    """Guards: one call per window, which is 2,720 per pass over a clip of 16 frames at the shape of 7B."""
-    config = plan_memory.model_shape("7B")
-    # a quarter of the 32 blocks, of which every eighth attends within frames; the text layers are not run
-    config.vision_config.depth = 8
-    config.vision_config.fullatt_block_indexes = [7]
+@pytest.mark.parametrize("shape", ["Qwen2.5-VL-7B", "Qwen3-VL-8B"])
+def test_a_vision_block_makes_one_attention_call_and_never_reads_from_the_device(shape, monkeypatch):
+    """Guards: one call per window, which is 2,720 per pass over a clip of 16 frames at the shape of Qwen2.5-VL-7B;
+    lengths that a block reads from the device although they were passed.
+    """
+    grid = torch.tensor([[8, 18, 26]])
+    if shape == "Qwen3-VL-8B":
+        config = families.Qwen3VL.published_config("8b")
+        calls_expected = {"loop": 8 * 27, "fused": 27}
+    else:
+        config = families.Qwen2_5_VL.published_config("7b")
+        # a quarter of the 32 blocks, of which every eighth attends within frames
+        config.vision_config.depth = 8
+        config.vision_config.fullatt_block_indexes = [7]
+        calls_expected = {"loop": 2720 / 4, "fused": 32 / 4}
+    # the text layers are not run
     config.text_config.num_hidden_layers = 1
     with torch.device("meta"):
         model = model_files.empty_model(config, torch.float32)
+        n_patches = 8 * 18 * 26
+        pixels = torch.empty(n_patches, 3 * 2 * config.vision_config.patch_size**2)
+        # what the tower computes once per pass, before its blocks
+        inputs = {"position_ids": torch.empty(n_patches, 2, dtype=torch.long)}
+        if shape == "Qwen3-VL-8B":
+            inputs |= {"interp_indices": torch.empty(n_patches, 4, dtype=torch.long)}
+            inputs |= {"interp_weights": torch.empty(n_patches, 4)}
+    for name, tensor in vision.lengths({"video_grid_thw": grid}, config).items():
+        inputs[name.removeprefix("video_")] = tensor
     calls = []
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
-    grid = torch.tensor([[8, 18, 26]])
-    inputs = vision.lengths({"video_grid_thw": grid}, config)
-    inputs = {name.removeprefix("video_"): tensor for name, tensor in inputs.items()}
-    inputs |= {"position_ids": torch.empty(8 * 18 * 26, 2, dtype=torch.long, device="meta")}
     found = {}
     for name in ("loop", "fused"):
         calls.clear()
         vision.set_attention(model, name)
-        model.model.visual(torch.empty(8 * 18 * 26, 1176, device="meta"), grid_thw=grid, **inputs)
+        # tensors on "meta" have no values: reading one raises an error
+        model.model.visual(pixels, grid_thw=grid.to("meta"), **inputs)
         found[name] = len(calls)
-    assert found == {"loop": 2720 / 4, "fused": 32 / 4}
+    assert found == calls_expected
 
 
 def test_a_run_with_all_settings_for_a_gpu_trains_and_saves(run):
@@ -203,20 +235,21 @@ def test_fused_vision_attention_fits_torchs_packed_attention():
     assert output.shape == (1, 208, 16, 80) and output.device.type == "cuda"
 
 
-def with_decode():
+def with_decode(family="qwen2_5_vl"):
     """A model whose rollouts run through decode(), which compiles nothing on a CPU."""
-    model = naive.tiny_policy()
+    model = naive.tiny_policy(family=family)
     model.compiled_rows = 9
     return model
 
 
+@both_families
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
-def test_decode_samples_the_tokens_that_generate_samples(temperature):
+def test_decode_samples_the_tokens_that_generate_samples(temperature, family):
     """Guards: padding of unequal prompts that is attended to, wrong positions, tokens after the end of a turn, a banned
     token, another distribution.
     """
-    model = with_decode()
-    prompts = naive.mixed_prompts()
+    model = with_decode(family)
+    prompts = naive.mixed_prompts(family)
     found = {}
     for rows in (9, 0):
         model.compiled_rows = rows
@@ -246,10 +279,11 @@ def test_decode_samples_the_models_distribution():
     assert len(squares) > 20 and squares.sum() < len(squares) + 3.1 * (2 * len(squares)) ** 0.5 + 7
 
 
-def test_decoding_waits_for_the_device_every_16_tokens_and_does_not_repeat_keys(monkeypatch):
+@both_families
+def test_decoding_waits_for_the_device_every_16_tokens_and_does_not_repeat_keys(family, monkeypatch):
     """Guards: .item() or a boolean index in the loop, for which the GPU waits at every token; repeated keys."""
-    model = with_decode()
-    x = naive.prompt("video", (2, 2, 4), 3, 1)
+    model = with_decode(family)
+    x = naive.prompt("video", (2, 2, 4), 3, 1, family=family)
     real = decoding.decode
     calls = Calls()
     key_heads = set()
