@@ -2,20 +2,26 @@
 image.
 """
 
+import json
+
 import naive
+import pytest
 import torch
 from PIL import Image
 
 import data
 import policy
-from support import model_files
+from support import families, model_files, tiny_model
 from support.settings import SharedConfig
 
 
-def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
-    """Guards: other features, positions or logits for pictures than the checkpoint was trained with."""
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_picture_as_a_clip_equals_hugging_faces_image_path(family, world, tmp_path):
+    """Guards: other features, positions or logits for pictures than the checkpoint was trained with; a time stamp."""
+    base = tmp_path / "base"
+    tiny_model.make_model(base, json.loads((world / "world/sft.json").read_text()), family=family)
     Image.effect_mandelbrot((180, 120), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(tmp_path / "picture.png")
-    cfg = SharedConfig(model=str(world / "base"), data_root=str(tmp_path), min_pixels=784, max_pixels=20 * 784)
+    cfg = SharedConfig(model=str(base), data_root=str(tmp_path), min_pixels=1024, max_pixels=20 * 1024)
     record = {
         "problem": "What is it?",
         "problem_type": "free-form",
@@ -46,10 +52,22 @@ def test_a_picture_as_a_clip_equals_hugging_faces_image_path(world, tmp_path):
         logits = model(**ours, position_ids=positions[:, None], use_cache=False).logits
         expected = model(**theirs, position_ids=positions[:, None], use_cache=False).logits
         assert torch.equal(logits, expected)
+        # of an answer, as the loss computes them, and with transformers' own positions
+        answer = torch.arange(20, 30)
+        packed = policy.pack(model, [ours], [[answer]], processor.tokenizer.pad_token_id)
+        logps, _ = policy.completion_logps(model, packed)
+        theirs |= {
+            "input_ids": torch.cat([theirs["input_ids"], answer[None]], 1),
+            "attention_mask": torch.ones(1, len(positions[0]) + len(answer), dtype=torch.long),
+            "mm_token_type_ids": torch.nn.functional.pad(theirs["mm_token_type_ids"], (0, len(answer))),
+        }
+        expected = model(**theirs, use_cache=False).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        assert (logps[0] - expected.gather(1, answer[:, None])[:, 0]).abs().max() < 1e-5
 
 
-def test_as_picture_undoes_as_clip(world, tmp_path):
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_as_picture_undoes_as_clip(family):
     """Guards: a plain reference (naive.py) that takes the same path as the code it checks."""
-    x = naive.prompt("image", (1, 4, 4), 3, 1)
+    x = naive.prompt("image", (1, 4, 4), 3, 1, family=family)
     picture = naive.as_picture(x)
     assert "pixel_values_videos" not in picture and (picture["input_ids"] == naive.IMAGE).sum() == 4

@@ -15,7 +15,7 @@ import tgrpo
 import toy
 from data import Sample
 from policy import completion_logps, rollout
-from support import metrics, model_files, settings
+from support import families, metrics, model_files, settings, tiny_model
 from support.storage import read_jsonl
 from tgrpo import Group, TGRPOConfig, score
 
@@ -152,7 +152,8 @@ def test_shuffled_completions_come_from_shuffled_pixels(world, monkeypatch):
             number += 1
 
 
-def test_rollout_ignores_the_checkpoints_sampling_settings():
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_rollout_ignores_the_checkpoints_sampling_settings(family):
     """Guards: a top-k, a penalty or a minimum length in the checkpoint's generation_config; a temperature in one place
     only.
     """
@@ -167,7 +168,7 @@ def test_rollout_ignores_the_checkpoints_sampling_settings():
         bad_words_ids=[[7]],
         num_return_sequences=2,
     )
-    model = naive.tiny_policy(generation=hostile)
+    model = naive.tiny_policy(generation=hostile, family=family)
     T = 0.7
     kept = model.generation_config.to_dict()
     real = model.generate
@@ -180,11 +181,11 @@ def test_rollout_ignores_the_checkpoints_sampling_settings():
 
     model.generate = watched
     torch.manual_seed(1)
-    prompts = naive.mixed_prompts()
-    completions = rollout(model, prompts, [2, 2, 2], naive.tokenizer, T, 12)
-    assert model.generation_config.to_dict() == kept and len(completions) == 6 and min(map(len, completions)) < 9
+    prompts = naive.mixed_prompts(family)
+    completions = rollout(model, prompts, [4, 4, 4], naive.tokenizer, T, 12)
+    assert model.generation_config.to_dict() == kept and len(completions) == 12 and min(map(len, completions)) < 9
     said_BTV = torch.stack(seen["output"].scores, 1).log_softmax(-1)
-    packed = policy.pack(model, prompts, [completions[i : i + 2] for i in (0, 2, 4)], naive.PAD)
+    packed = policy.pack(model, prompts, [completions[i : i + 4] for i in (0, 4, 8)], naive.PAD)
     with torch.no_grad():
         logps_GT, _ = completion_logps(model, packed, T, (naive.IMAGE, naive.VIDEO))
     for row, completion in enumerate(completions):
@@ -215,7 +216,17 @@ def test_top_p_and_temperature_reach_the_sampler():
     assert len(many(1.0, 3)) > 20
 
 
-def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run, monkeypatch):
+@pytest.fixture(params=families.FAMILIES)
+def base(request, world, tmp_path):
+    """The folder of a tiny checkpoint of each family."""
+    if request.param == "qwen2_5_vl":
+        return world / "base"
+    records = json.loads((world / "world/sft.json").read_text())
+    tiny_model.make_model(tmp_path / "base", records, family=request.param)
+    return tmp_path / "base"
+
+
+def test_the_gradient_of_the_training_loop_equals_a_plain_computation(base, world, run, monkeypatch):
     """Guards: a loss with the wrong sign, at another temperature, over other tokens, or with another group's
     advantages.
     """
@@ -225,6 +236,7 @@ def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run
     monkeypatch.setattr(tgrpo, "sample_groups", lambda *args: kept.extend(real(*args)) or kept)
     out = run(
         "tgrpo",
+        model=base,
         steps=1,
         batch_size=3,
         micro_batch_size=1,
@@ -239,7 +251,7 @@ def test_the_gradient_of_the_training_loop_equals_a_plain_computation(world, run
         warmup_steps=0,
         records=world / "world/rl.json",
     )
-    model = policy.load_policy(settings.SharedConfig(model=str(world / "base")))
+    model = policy.load_policy(settings.SharedConfig(model=str(base)))
     assert len(kept) == 3 and max(g.advantages_G.abs().max() for g in kept) > 0.3
     banned = policy.placeholder_ids(model)
     losses = [
