@@ -92,24 +92,24 @@ def prompt(kind, grid, n_text, seed, seconds=None, family="qwen2_5_vl"):
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, 50, (n_text,), generator=generator).tolist()
     seconds_per_patch = seconds / grid[0] if seconds else 1.0 + seed % 3
-    has_stamps = kind == "video" and families.FAMILIES[family].has_time_stamps
+    vision = TINY[family][2]
     moment = [VIDEO] * (grid[1] * grid[2] // 4)
     media = []
-    if has_stamps:
+    if kind == "video" and families.FAMILIES[family].has_time_stamps:
         for t in range(grid[0]):
             media += [*time_stamp((t + 0.25) * seconds_per_patch), START, *moment, END]
     else:
         media = [START, *moment * grid[0], END]
     ids = torch.tensor([[5, *media, *text]])
-    patch_size = TINY[family][2]["patch_size"]
+    patch_pixels = 3 * 2 * vision["patch_size"] ** 2
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == VIDEO) * 2,
-        "pixel_values_videos": torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * patch_size**2, generator=generator),
+        "pixel_values_videos": torch.randn(grid[0] * grid[1] * grid[2], patch_pixels, generator=generator),
         "video_grid_thw": torch.tensor([grid]),
     }
-    if kind == "video" and not has_stamps:
+    if kind == "video" and "tokens_per_second" in vision:
         inputs["second_per_grid_ts"] = torch.tensor([seconds_per_patch])
     return inputs
 
