@@ -1,9 +1,9 @@
 """The vision tower's attention: its windows' lengths on the CPU, and all windows of a block in one call.
 
 A vision block of Qwen2.5-VL attends within windows of at most 8 x 8 patches, every eighth block within whole frames, as
-all blocks of Qwen3-VL do. transformers calls the attention once per window in a loop: 2,720 calls per pass over a clip
-of 16 frames. With `vision_attention: fused` each of the 32 blocks makes one call. The loop is the plain form and the
-default.
+all blocks of Qwen3-VL do. transformers calls the attention once per window or frame in a loop: per pass over a clip of
+16 frames 2,720 times for Qwen2.5-VL, 216 times for Qwen3-VL-8B. With `vision_attention: fused` each block makes one
+call. The loop is the plain form and the default.
 """
 
 import copy

@@ -223,16 +223,18 @@ def test_a_run_with_all_settings_for_a_gpu_trains_and_saves(run):
     run("tgrpo", "whole", bf16="true", steps=1, **fast)
 
 
-def test_fused_vision_attention_fits_torchs_packed_attention():
+# of Qwen3-VL-4B, Qwen3-VL-8B and Qwen2.5-VL
+@pytest.mark.parametrize("size", [64, 72, 80])
+def test_fused_vision_attention_fits_torchs_packed_attention(size):
     """Guards: arguments that torch's attention for packed sequences does not take, which only a GPU would show."""
     bounds = types.SimpleNamespace(tolist=lambda: [0, 64, 80, 208])
     with FakeTensorMode():
-        states = [torch.empty(1, 16, 208, 80, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+        states = [torch.empty(1, 16, 208, size, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
         with patch.object(
             vision, "layout", lambda bounds, device: vision.Layout(torch.empty(4), 128, None, None, None)
         ):
             output, _ = vision.fused_attention(None, *states, None, 0.1, bounds)
-    assert output.shape == (1, 208, 16, 80) and output.device.type == "cuda"
+    assert output.shape == (1, 208, 16, size) and output.device.type == "cuda"
 
 
 def with_decode(family="qwen2_5_vl"):
