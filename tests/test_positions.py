@@ -2,13 +2,15 @@
 is.
 """
 
+import json
+
 import naive
 import pytest
 import torch
 
 import data
 import policy
-from support import families
+from support import families, model_files, settings, tiny_model
 
 # Rows of a hub-sized clip, 16 frames of 720p: 8 temporal patches of 16 x 30 (see the test of its positions).
 WIDE = (8, 16, 30)
@@ -116,6 +118,26 @@ def test_positions_of_qwen3_vl_equal_transformers():
         ours = policy.mrope_positions(prompt, model.config)
         theirs, _ = model.model.get_rope_index(torch.zeros_like(kinds), kinds, **media)
         assert torch.equal(ours, theirs[:, 0])
+
+
+def test_positions_of_encoded_files_equal_transformers_for_qwen3_vl(world, tmp_path):
+    """Guards: token types of other tokens than those of the pixels; an order of frames with another number of runs."""
+    records = json.loads((world / "world/sft.json").read_text())
+    tiny_model.make_model(tmp_path / "base", records, family="qwen3_vl")
+    cfg = settings.SharedConfig(model=str(tmp_path / "base"), data_root=str(world / "world"))
+    model = policy.load_policy(cfg)
+    processor = model_files.load_processor(cfg)
+    orders = ("ordered", "shuffled", "reversed", "single", "blind")
+    seen = set()
+    samples = data.Samples(records, processor, cfg, orders, in_file_order=True)
+    for i in range(len(records)):
+        sample = samples[i]
+        for order, x in sample.inputs.items():
+            kinds = (x["input_ids"] == model.config.video_token_id) * data.VIDEO
+            theirs, _ = model.model.get_rope_index(x["input_ids"], kinds, video_grid_thw=x.get("video_grid_thw"))
+            assert torch.equal(policy.mrope_positions(x, model.config), theirs[:, 0])
+            seen.add((sample.record["data_type"], order))
+    assert seen == {("video", order) for order in orders} | {("image", "ordered"), ("image", "blind")}
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
