@@ -205,22 +205,6 @@ def test_an_adapter_has_all_linear_layers_of_the_text_layers_and_no_others(famil
     assert trained == {f"{name}.lora_{matrix}.default.weight" for name in found for matrix in "AB"}
 
 
-def test_no_gradient_enters_a_vision_tower_that_lora_freezes(family):
-    """Guards: features of DeepStack, a second way from the text layers into the tower, that keep its activations."""
-    model, _ = adapted(family)
-    model.train().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()
-    features = []
-    model.model.visual.register_forward_hook(lambda module, inputs, output: features.extend(output.values()))
-    assert logps(model).requires_grad
-    tensors = []
-    for feature in features:
-        tensors += [feature] if isinstance(feature, torch.Tensor) else feature
-    # the last hidden state, the merged one, and the features of two blocks
-    assert len(tensors) == (4 if family == "qwen3_vl" else 2)
-    assert not any(tensor.requires_grad for tensor in tensors)
-
-
 @pytest.mark.parametrize("how", ["merged_copy", "merged_in_place"])
 def test_rollouts_of_merged_weights_equal_those_of_the_adapter(how, family):
     """Guards: an adapter that the sampled model lacks, or has twice."""
