@@ -20,7 +20,7 @@ from support import tiny_model
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
-from hub_checkpoint import write_hub_checkpoint
+from hub_checkpoint import LAYOUTS, write_hub_checkpoint
 from processes import Forker, as_arguments
 
 # programs, not tests
@@ -46,13 +46,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hub(world):
-    """Folder with untied/ and tied/, checkpoints in the hub's layout: as of 7B, and as of 3B, whose head is its
-    embedding.
+    """Folder with checkpoints in the hub's layout: of Qwen2.5-VL in untied/ and tied/ (the head is the embedding), of
+    Qwen3-VL in qwen3_untied/ and qwen3_tied/.
     """
     records = json.loads((world / "world/sft.json").read_text())
     corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"]]) for r in records]
-    for name in ("untied", "tied"):
-        write_hub_checkpoint(world / "hub" / name, corpus, tied=name == "tied")
+    for name, settings in LAYOUTS.items():
+        write_hub_checkpoint(world / "hub" / name, corpus, **settings)
     return world / "hub"
 
 
