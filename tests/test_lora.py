@@ -1,6 +1,7 @@
 """LoRA: an adapter on frozen weights, which are the policy's base, the reference and the rollout model at once."""
 
 import json
+import re
 import shutil
 
 import naive
@@ -55,7 +56,7 @@ def clip_logps(model, folder, world, gradients=torch.no_grad()):
         return policy.completion_logps(model, packed)[0]
 
 
-@pytest.mark.parametrize("layout, bf16", [("untied", False), ("tied", True)])
+@pytest.mark.parametrize("layout, bf16", [("untied", False), ("tied", True), ("qwen3_untied", False)])
 def test_a_new_adapter_leaves_the_model_as_it_was(hub, world, layout, bf16):
     """Guards: an adapter that begins at random, or on the vision tower; frozen weights in the wrong dtype."""
     cfg = tgrpo.TGRPOConfig(model=str(hub / layout), bf16=bf16, lora_rank=4)
@@ -176,7 +177,7 @@ def test_merged_rollouts_come_from_the_trained_model_and_leave_it_as_it_was(how,
     assert all(torch.equal(frozen[name], dict(model.named_parameters())[name]) for name in frozen)
 
 
-@pytest.mark.parametrize("layout, bf16", [("untied", "false"), ("tied", "true")])
+@pytest.mark.parametrize("layout, bf16", [("untied", "false"), ("tied", "true"), ("qwen3_tied", "false")])
 def test_every_stage_trains_only_the_adapter_and_writes_a_merged_model(hub, world, run, monkeypatch, layout, bf16):
     """Guards: frozen weights that move; a KL that is not 0 at first, or stays 0; a `final` without the adapter, or one
     that only peft can load; a checkpoint with all weights; a resumed run that ends elsewhere.
@@ -237,7 +238,9 @@ def check_final(final, start, world, dtype):
     for name in before:
         expected = before[name].to(dtype)
         if ".layers." in name and "visual" not in name and name.endswith("_proj.weight"):
-            layer = name.removesuffix(".weight").replace("model.layers", "base_model.model.model.language_model.layers")
+            # Qwen2.5-VL's files have older names than its modules
+            layer = re.sub(r"^model\.layers", "model.language_model.layers", name.removesuffix(".weight"))
+            layer = f"base_model.model.{layer}"
             change = adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
             expected = (expected.float() + change * LORA["lora_alpha"] / LORA["lora_rank"]).to(dtype)
             assert not torch.equal(expected, before[name].to(dtype))
