@@ -14,6 +14,7 @@ from naive import without_times
 from processes import QUIET, ROOT, free_port
 from safetensors.torch import load_file
 from test_hub import checked_final
+from test_hub import weights as all_weights
 
 from data import record_of_draw
 from support.storage import read_jsonl
@@ -140,6 +141,18 @@ def test_two_sharded_processes_train_like_one_process(world, outputs, stage):
     same_metrics(one / stage, two / stage)
 
 
+def test_two_sharded_processes_train_qwen3_vl_like_one_process(hub, outputs):
+    """Guards: a vision tower whose DeepStack features are lost, or not trained, when its blocks are sharded."""
+    one, two = (folder / "qwen3" for folder in outputs)
+    trained = weights(two)
+    # as in the test above
+    assert difference(weights(one), trained) < 5e-5
+    same_metrics(one, two)
+    for name, tensor in all_weights(hub / "qwen3_untied").items():
+        if "deepstack" in name and "norm" not in name:
+            assert (trained[name] - tensor).abs().max() > 1e-4, name
+
+
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
 def test_an_adapter_trained_by_two_processes_equals_that_of_one(outputs, stage):
     """Guards: gradients that are not averaged; two ranks that write; an adapter that starts at random."""
@@ -168,7 +181,7 @@ def test_an_accelerate_config_with_fsdp_gives_the_same_training(outputs, name):
     assert difference(weights(two / name), weights(two / "tgrpo")) == 0
 
 
-@pytest.mark.parametrize("layout, stage", [("untied", "sft"), ("tied", "tgrpo")])
+@pytest.mark.parametrize("layout, stage", [("untied", "sft"), ("tied", "tgrpo"), ("qwen3_tied", "tgrpo")])
 def test_a_hub_checkpoint_passes_a_stage_sharded_in_bfloat16(hub, outputs, layout, stage):
     """Guards: mixed dtypes that fail in the first step on a GPU; a `final` whose config names float32 for bfloat16
     weights, that loses the tied head, or that differs after a resume.

@@ -129,12 +129,13 @@ def stopped_and_resumed(stage, output, **settings):
 
 
 def hub_stages():
-    """Stages on checkpoints in the hub's layout, sharded and in bfloat16: SFT on both, then the others on one."""
+    """Stages on checkpoints in the hub's layout, sharded and in bfloat16: all on Qwen2.5-VL, T-GRPO on Qwen3-VL."""
     settings = {"bf16": "true", "gradient_checkpointing": "true"}
     stopped_and_resumed(sft, "untied/sft", model=FOLDER / "hub/untied", **settings)
     run(sft, "tied/sft", model=FOLDER / "hub/tied", **settings)
     stopped_and_resumed(tgrpo, "tied/tgrpo", model=OUT / "tied/sft/final", max_new_tokens=8, **settings)
     run(evaluate, "tied/eval", model=OUT / "tied/tgrpo/final", bf16="true", max_new_tokens=8, orders="ordered")
+    stopped_and_resumed(tgrpo, "qwen3_tied/tgrpo", model=FOLDER / "hub/qwen3_tied", max_new_tokens=8, **settings)
 
 
 def lora_stages():
@@ -168,6 +169,7 @@ def main():
     for stage in (sft, tgrpo):
         run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
+    run(tgrpo, "qwen3", model=FOLDER / "hub/qwen3_untied", steps=1)
     lora_stages()
     if FSDP == "none":
         return
