@@ -20,6 +20,7 @@ class Qwen2_5_VL:
     """A clip is one run. Its times are positions: seconds times tokens_per_second."""
 
     processor = "Qwen2_5_VLProcessor"
+    video_processor = "Qwen2VLVideoProcessor"
     has_time_stamps = False
     # the published text models; the head of 3B is its embedding
     sizes = {"3b": (2048, 11008, 36, 16, 2, 151936), "7b": (3584, 18944, 28, 28, 4, 152064)}
@@ -68,6 +69,7 @@ class Qwen3VL:
     """Each temporal patch is a run of its own, after a time stamp in the prompt's text: <1.2 seconds>."""
 
     processor = "Qwen3VLProcessor"
+    video_processor = "Qwen3VLVideoProcessor"
     has_time_stamps = True
     # the heads of 2B and 4B are their embeddings
     sizes = {
@@ -121,12 +123,9 @@ def of(config):
 
 
 def of_processor(processor):
-    """The family of a processor. ValueError for one of no family."""
-    for family in FAMILIES.values():
-        if type(processor).__name__ == family.processor:
-            return family
-    names = " or ".join(family.processor for family in FAMILIES.values())
-    raise ValueError(f"its processor is a {type(processor).__name__}, not a {names}")
+    """The family of a checkpoint's processor, which model_files.load_processor has checked."""
+    by_name = {family.processor: family for family in FAMILIES.values()}
+    return by_name[type(processor).__name__]
 
 
 def check_type(model_type):
@@ -135,9 +134,9 @@ def check_type(model_type):
         return
     reason = ""
     if str(model_type).startswith(("qwen3_5", "qwen3_next", "qwen4")):
-        reason = ": its linear layers take no attention mask, so the completions of a packed row would mix"
+        reason = ": their linear layers take no attention mask, so the completions of a packed row would mix"
     elif "moe" in str(model_type):
-        reason = ": its experts would be routed differently in sampling and in training"
+        reason = ": their experts would be routed differently in sampling and in training"
     raise ValueError(f"models of type {model_type} cannot be trained here, only {' and '.join(FAMILIES)}{reason}")
 
 

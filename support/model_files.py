@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.video_utils import VideoMetadata
 
 from support import checkpoints, distributed, families, lora, settings, storage, vision
 
@@ -45,16 +46,24 @@ def usable(what):
 def model_config(model):
     """The config of a checkpoint. ValueError if its model cannot be trained."""
     config = AutoConfig.from_pretrained(model)
-    families.check_type(config.model_type)
+    check_config(config.to_dict())
     return config
+
+
+def check_config(config):
+    """Raise ValueError if the model of this config.json, as a dict, cannot be trained."""
+    families.check_type(config.get("model_type"))
+    if "quantization_config" in config:
+        raise ValueError("it is quantized, and such weights cannot be trained")
 
 
 def load_processor(cfg):
     """The checkpoint's own processor (tokenizer, image and video processor). UserError if it cannot be used."""
     base = storage.adapter_chain(cfg.model)[0]
     check_hub(base)
-    with usable(f"{cfg.model}: its processor cannot be loaded"):
+    with usable(cfg.model):
         config = model_config(base)
+    with usable(f"{cfg.model}: its processor cannot be loaded"):
         processor = AutoProcessor.from_pretrained(base)
         # older folders have the template in the tokenizer's config only
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
@@ -78,7 +87,12 @@ def try_processor(processor, config, prompt, ends):
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     n_rows = config.text_config.vocab_size
     media = (processor.video_token_id, processor.image_token_id)
+    family = families.of(config)
+    name = type(processor).__name__
+    video_name = type(processor.video_processor).__name__
     problems = {
+        f"its processor is a {name}, not a {family.processor}": name != family.processor,
+        f"its video processor is a {video_name}, not a {family.video_processor}": video_name != family.video_processor,
         "its chat template closes <think>, which a completion has to do": "</think>" in prompt,
         "its chat template leaves out the question": "?" not in prompt,
         "its tokenizer has no pad_token": tokenizer.pad_token is None,
@@ -89,10 +103,13 @@ def try_processor(processor, config, prompt, ends):
     for problem, is_there in problems.items():
         if is_there:
             raise ValueError(problem)
-    families.of_processor(processor)
     clip = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
-    # as data.encode passes them; the default prints a warning
-    video_settings = {"cap_pixels_per_frame": False, "do_sample_frames": False}
+    # as data.encode passes them; the defaults print warnings
+    video_settings = {
+        "cap_pixels_per_frame": False,
+        "video_metadata": [VideoMetadata(total_num_frames=2, fps=1.0, frames_indices=[0, 1])],
+        "do_sample_frames": False,
+    }
     # raises if the template has not one place for each
     inputs = processor(
         text=[prompt], images=[clip[0]], videos=[clip], videos_kwargs=video_settings, return_tensors="pt"
@@ -286,9 +303,7 @@ def check_model(cfg, stage, made_by=None):
                 json.loads(path.read_text(encoding="utf-8")).keys()
     described = json.loads(config.read_text(encoding="utf-8"))
     with usable(f"{stage}.model: {cfg.model}"):
-        families.check_type(described.get("model_type"))
-    if "quantization_config" in described:
-        raise settings.UserError(f"{stage}.model: {cfg.model} is quantized, and such weights cannot be trained")
+        check_config(described)
 
 
 def check_hub(model):

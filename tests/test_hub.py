@@ -188,3 +188,49 @@ def test_missing_preprocessor_is_one_clear_error(tmp_path):
     (tmp_path / "half/preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="half.*processor"):
         model_files.load_processor(SharedConfig(model=str(tmp_path / "half")))
+
+
+MIXED = "their linear layers take no attention mask, so the completions of a packed row would mix"
+ROUTED = "experts would be routed differently in sampling and in training"
+QWEN2_5_PROCESSOR = {"processor_class": "Qwen2_5_VLProcessor"}
+
+
+@pytest.mark.parametrize(
+    "file, values, line",
+    [
+        # 30B-A3B
+        (
+            "config",
+            {"model_type": "qwen3_vl_moe"},
+            f"type qwen3_vl_moe cannot be trained here, only .*: their {ROUTED}",
+        ),
+        ("config", {"model_type": "qwen3_5"}, f"type qwen3_5 cannot .*: {MIXED}"),
+        ("config", {"model_type": "qwen3_5_moe"}, f"type qwen3_5_moe cannot .*: {MIXED}"),
+        ("config", {"model_type": "qwen3_next"}, f"type qwen3_next cannot .*: {MIXED}"),
+        ("config", {"model_type": "qwen4_exp"}, f"type qwen4_exp cannot .*: {MIXED}"),
+        ("config", {"model_type": "qwen2_vl"}, "type qwen2_vl cannot be trained here, only qwen2_5_vl and qwen3_vl$"),
+        ("config", {"quantization_config": {"quant_method": "fp8"}}, "it is quantized, and such weights cannot be"),
+        ("preprocessor_config", QWEN2_5_PROCESSOR, "processor is a Qwen2_5_VLProcessor, not a Qwen3VLProcessor"),
+        (
+            "video_preprocessor_config",
+            {"video_processor_type": "Qwen2VLVideoProcessor"},
+            "its video processor is a Qwen2VLVideoProcessor, not a Qwen3VLVideoProcessor",
+        ),
+    ],
+)
+def test_other_models_and_processors_are_one_clear_line_before_a_model_is_loaded(
+    hub, run, monkeypatch, tmp_path, file, values, line
+):
+    """Guards: hybrids whose packed completions would read one another; FP8 weights by their hub name; clips whose size
+    and time stamps are made as for the other family.
+    """
+    folder = shutil.copytree(hub / "qwen3_tied", tmp_path / "start")
+    path = folder / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    monkeypatch.setattr(model_files, "load_weights", None)
+    with pytest.raises(UserError, match=f"start: .*{line}") as error:
+        run("sft", model=folder)
+    assert "\n" not in str(error.value)
+    # what a hub name passes through
+    with pytest.raises(UserError, match=f"start: .*{line}"):
+        model_files.load_processor(SharedConfig(model=str(folder)))
