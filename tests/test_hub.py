@@ -5,16 +5,20 @@ import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hub_checkpoint import LAYOUTS, write_hub_checkpoint
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
 
+import data
 import policy
 import tgrpo
-from support import model_files
+from support import families, model_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
 from tools import export, plan_memory
@@ -112,6 +116,7 @@ def test_plan_counts_a_separate_head_only_if_untied(hub):
         }
         assert sizes["untied"]["rollout copy"] - sizes["tied"]["rollout copy"] == head
         assert sizes["untied"]["gathered layers"] - sizes["tied"]["gathered layers"] == head
+        assert sizes["qwen3_untied"]["gathered layers"] - sizes["qwen3_tied"]["gathered layers"] == head
         layer = sizes["tied"]["gathered layers"] - (1 + heads) * head
         # two layers, and where there is a reference its head, which stays gathered
         assert layer == 2 * 4 * (96 * 96 * 2 + 96 + 2 * (96 * 48 + 48) + 3 * 96 * 256 + 2 * 96)
@@ -234,3 +239,45 @@ def test_other_models_and_processors_are_one_clear_line_before_a_model_is_loaded
     # what a hub name passes through
     with pytest.raises(UserError, match=f"start: .*{line}"):
         model_files.load_processor(SharedConfig(model=str(folder)))
+
+
+CLIP = {
+    "problem": "Which way?", "problem_type": "multiple choice", "options": ["A. left", "B. right"],
+    "data_type": "video", "solution": "<answer>B</answer>", "path": "a.mp4",
+}  # fmt: skip
+
+
+def clip_inputs(cfg):
+    """Model inputs of a clip of two seconds, and the processor of the checkpoint `cfg.model`."""
+    processor = model_files.load_processor(cfg)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
+    metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
+    return data.encode(processor, CLIP, frames, metadata, cfg), processor
+
+
+def test_qwen3_vl_prompts_have_the_token_ids_of_its_release(hub):
+    """Guards: prompts unlike those that transformers 4.57, which the hub's config names, made of clips and pictures
+    (compared by hand in November 2026): a frame round the whole clip, split time stamps, split tags.
+    """
+    cfg = SharedConfig(model=str(hub / "qwen3_tied"), min_pixels=1024, max_pixels=4096)
+    clip, processor = clip_inputs(cfg)
+    picture = data.encode(processor, CLIP | {"data_type": "image"}, Image.new("RGB", (64, 64)), None, cfg)
+    moment = "<|vision_start|>" + 4 * "<|video_pad|>" + "<|vision_end|>"
+    question = data.messages(CLIP, cfg)[0]["content"][1]["text"]
+    for inputs, media in ((clip, f"<0.2 seconds>{moment}<1.2 seconds>{moment}"), (picture, moment)):
+        text = f"<|im_start|>user\n{media}{question}<|im_end|>\n<|im_start|>assistant\n"
+        # by the tokenizer alone, in one piece
+        assert inputs["input_ids"][0].tolist() == processor.tokenizer(text)["input_ids"]
+    # one token each, which stay in the texts that are rewarded, although others are left out
+    tags = processor.tokenizer("<think></think><|im_end|>", return_tensors="pt")["input_ids"]
+    assert tags.shape == (1, 3)
+    assert families.texts(processor, tags) == ["<think></think>"]
+
+
+def test_a_qwen3_vl_folder_without_its_video_processor_s_config_gives_the_same_inputs(hub, tmp_path):
+    """Guards: clips with the pixel limits of pictures, or of the other family, where a file was not copied."""
+    folder = shutil.copytree(hub / "qwen3_tied", tmp_path / "start")
+    (folder / "video_preprocessor_config.json").unlink()
+    inputs, expected = (clip_inputs(SharedConfig(model=str(path)))[0] for path in (folder, hub / "qwen3_tied"))
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
