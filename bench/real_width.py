@@ -2,6 +2,7 @@
 
     python bench/real_width.py               # at most 11 minutes, 16 GB of memory, 20 GB of temporary disk space
     python bench/real_width.py --shape 3b    # the widths of 3B, whose head is its embedding
+    python bench/real_width.py --shape 4b    # of Qwen3-VL-4B: 3 of 36 text layers, 6 of 24 vision blocks
 
 A random checkpoint in the hub's layout, with the whole vocabulary, answers questions on a picture, a clip of 10 seconds
 and one of a minute:
@@ -16,6 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,15 +32,27 @@ from test_data import write_video
 
 import data
 import policy
-from support import model_files
+from support import families, model_files
 from support.settings import SharedConfig
-from tools import plan_memory
 
+# All kinds of layers that a family has. Qwen3-VL adds the features of three vision blocks after three text layers.
+TEXT_LAYERS = {"qwen2_5_vl": 2, "qwen3_vl": 3}
+VISION = {
+    "qwen2_5_vl": {"depth": 8, "fullatt_block_indexes": [3, 7]},
+    "qwen3_vl": {"depth": 6, "deepstack_visual_indexes": [1, 2, 4]},
+}
 QUESTION = {
     "problem_type": "multiple choice", "options": ["A. left", "B. right"], "problem": "Which way does the disc move?",
     "solution": "<answer>B</answer>",
 }  # fmt: skip
 FILES = {"picture": ("image", "picture.png"), "10 s": ("video", "10.mp4"), "60 s": ("video", "60.mp4")}
+
+
+def published(shape):
+    """The published config of this size."""
+    for family in families.FAMILIES.values():
+        if shape in family.sizes:
+            return family.published_config(shape)
 
 
 def make_files(folder, shape):
@@ -50,9 +64,13 @@ def make_files(folder, shape):
     records = [
         {**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())
     ]
-    text = dict(zip(plan_memory.TEXT, plan_memory.SHAPES[shape])) | {"num_hidden_layers": 2}
-    vision = {"depth": 8, "fullatt_block_indexes": [3, 7]}
-    write_hub_checkpoint(folder / "model", [" ".join(map(str, QUESTION.values()))] * 9, shape == "3b", text, vision)
+    corpus = [" ".join(map(str, QUESTION.values()))] * 9
+    config = published(shape)
+    text = dict(zip(families.TEXT, families.of(config).sizes[shape]))
+    text["num_hidden_layers"] = TEXT_LAYERS[config.model_type]
+    vision = {name: getattr(config.vision_config, name) for name in ("hidden_size", "intermediate_size", "num_heads")}
+    vision |= VISION[config.model_type]
+    write_hub_checkpoint(folder / "model", corpus, config.tie_word_embeddings, text, vision, family=config.model_type)
     return records
 
 
@@ -97,7 +115,9 @@ def compare(folder, records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(plan_memory.SHAPES), default="7b", help="default: 7b")
+    # no two families share a size
+    shapes = list(chain(*(family.sizes for family in families.FAMILIES.values())))
+    parser.add_argument("--shape", choices=shapes, default="7b", help="default: 7b")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

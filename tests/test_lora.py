@@ -106,19 +106,24 @@ def test_adapter_gradients_of_packed_rows_equal_those_of_whole_rows():
             assert torch.allclose(gradient, other[name], atol=1e-4 * gradient.abs().max() + 1e-6), name
 
 
+@pytest.mark.parametrize("layout", ["tied", "qwen3_tied"])
 @pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"freeze_vision": True}], ids=str)
-def test_nothing_runs_backwards_through_a_frozen_vision_tower(hub, world, settings):
+def test_nothing_runs_backwards_through_a_frozen_vision_tower(hub, world, layout, settings):
     """Guards: hooks of gradient checkpointing (or of peft) that make frozen vision blocks keep their activations."""
-    cfg = TrainConfig(model=str(hub / "tied"), gradient_checkpointing=True, **settings)
+    cfg = TrainConfig(model=str(hub / layout), gradient_checkpointing=True, **settings)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = distributed.make_accelerator(cfg)
     model, _ = distributed.prepare(accelerator, policy.load_trainable(cfg, accelerator), cfg)
     features = []
     model.model.visual.register_forward_hook(lambda module, inputs, output: features.append(output))
-    logps = clip_logps(model, hub / "tied", world, torch.enable_grad())
+    logps = clip_logps(model, hub / layout, world, torch.enable_grad())
     assert logps.requires_grad
     (output,) = features
-    assert not any(tensor.requires_grad for tensor in (output.last_hidden_state, *output.pooler_output))
+    # Qwen3-VL's tower has these too
+    deepstack = getattr(output, "deepstack_features", [])
+    assert bool(deepstack) == layout.startswith("qwen3")
+    tensors = (output.last_hidden_state, *output.pooler_output, *deepstack)
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_adapter_off_is_the_starting_model_and_ends():
