@@ -29,8 +29,8 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
-def make_tokenizer(records):
-    """Byte-level BPE trained on the text of the records. Each of the four tags is one token."""
+def make_tokenizer(records, other_text=()):
+    """Byte-level BPE trained on the text of the records and on `other_text`. Each of the four tags is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def make_tokenizer(records):
         show_progress=False,
     )
     corpus = [" ".join([r["problem"], *r["options"], r["process"], r["solution"], "user assistant"]) for r in records]
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.train_from_iterator([*corpus, *other_text], trainer)
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in parsing.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -57,7 +57,8 @@ def make_model(folder, records, seed=0, family="qwen2_5_vl"):
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer = make_tokenizer(records)
+    time_stamps = [f"<{tenths / 10} seconds>" for tenths in range(100)]
+    tokenizer = make_tokenizer(records, time_stamps if family == "qwen3_vl" else ())
     token = tokenizer.convert_tokens_to_ids
     # initializer_range 0.12: with the usual 0.02 so small a model learns nothing visual
     text_config = dict(

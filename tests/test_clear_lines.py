@@ -95,7 +95,8 @@ def test_video_mme_is_read_from_json_without_pyarrow(tmp_path, monkeypatch):
 
 def test_the_shuffle_of_a_question_does_not_depend_on_other_questions(monkeypatch):
     """Guards: a p̃ that changes if another benchmark is evaluated first, or a question is left out."""
-    monkeypatch.setattr(data, "load_media", lambda record, cfg: (np.zeros(16), "metadata"))
+    metadata = data.VideoMetadata(total_num_frames=16, frames_indices=list(range(16)))
+    monkeypatch.setattr(data, "load_media", lambda record, cfg: (np.zeros(16), metadata))
     monkeypatch.setattr(data, "encode", lambda *_: {})
     records = [{"benchmark": "mine", "id": number} for number in range(6)]
 
