@@ -327,7 +327,7 @@ def test_a_clip_whose_clock_jumps_is_named(tmp_path, jump):
         with pytest.raises(ValueError, match="its clock jumps: one of 40 frames"):
             frames.read_clip(tmp_path / "clip.mkv", choose)
     else:
-        assert len(frames.read_clip(tmp_path / "clip.mkv", choose).seconds) == 8
+        assert len(np.unique(frames.read_clip(tmp_path / "clip.mkv", choose).frames_FHWC, axis=0)) == 8
 
 
 def test_the_default_stream_of_several_is_the_clip(tmp_path):
