@@ -22,6 +22,11 @@ class Qwen2_5_VL:
     processor = "Qwen2_5_VLProcessor"
     video_processor = "Qwen2VLVideoProcessor"
     has_time_stamps = False
+    # norms of queries and keys, per head
+    has_head_norms = False
+    # what a vision block saves per patch for its backward pass, in tensors as wide as its hidden state and as its
+    # feed-forward part (counted with saved-tensor hooks)
+    vision_widths = (13, 4)
     # the published text models; the head of 3B is its embedding
     sizes = {"3b": (2048, 11008, 36, 16, 2, 151936), "7b": (3584, 18944, 28, 28, 4, 152064)}
 
@@ -71,6 +76,8 @@ class Qwen3VL:
     processor = "Qwen3VLProcessor"
     video_processor = "Qwen3VLVideoProcessor"
     has_time_stamps = True
+    has_head_norms = True
+    vision_widths = (11, 2)
     # the heads of 2B and 4B are their embeddings
     sizes = {
         "2b": (2048, 6144, 28, 16, 8, 151936),

@@ -13,64 +13,75 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig
 
 from evaluate import EvalConfig
 from policy import LOGITS_CHUNK
 from sft import SFTConfig
-from support import distributed, settings, storage, tables
+from support import distributed, families, settings, storage, tables
 from support.decoding import compiled_length
 from support.lora import add_adapter
-from support.model_files import check_model, empty_model, usable
+from support.model_files import check_model, empty_model, model_config, usable
 from tgrpo import TGRPOConfig
 
 CONFIGS = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}
 # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
 FLOAT32 = 4
-# What a layer saves per token or patch for its backward pass, in tensors as wide as the hidden state; with bfloat16
-# more, because norms compute in float32; with LoRA less, because frozen norms do not save their outputs.
-TEXT_LAYER_WIDTHS = 11
-VISION_LAYER_WIDTHS = 13
-BF16_NORM_WIDTHS = 2
-FROZEN_NORM_WIDTHS = 2
-# the same in tensors as wide as its feed-forward part, and, per adapted matrix, in tensors as wide as the LoRA rank
+# What a text layer saves per token for its backward pass, beside what its norms save, in tensors as wide as: its
+# feed-forward part; its attention heads (queries, output, and keys and values, which are repeated for all heads because
+# of the mask); the hidden state (outputs of norms); and, per adapted matrix, the LoRA rank.
 FEED_FORWARD_WIDTHS = 4
+HEADS_WIDTHS = 4
+HIDDEN_WIDTHS = 2
 ADAPTED_MATRICES = 7
+# with bfloat16 a vision block saves more, because norms compute in float32
+BF16_NORM_WIDTHS = 2
+# what merging patches into tokens saves per patch, in tensors as wide as the hidden state of a vision block
+MERGER_WIDTHS = 4
 # held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state
 OUTER_WIDTHS = 6
 # float32 copies of one chunk of logits: logits, log-softmax and the gradients of both
 LOGITS_COPIES = 4
-# one patch is 14 x 14 pixels of two frames; four patches become one token
-PATCH_PIXELS = 14 * 14
-# prompt tokens that are not video, and tokens of an SFT target
+# prompt tokens that are not video, those of a time stamp as <123.4 seconds> around a moment, and those of an SFT target
 TEXT_PROMPT_TOKENS = 200
+STAMP_TOKENS = 10
 TARGET_TOKENS = 1024
-# what a layer holds per token or patch without a backward pass, in tensors as wide as its feed-forward part and as the
-# hidden state
+# What a text layer holds per token without a backward pass, in tensors as wide as its feed-forward part and as the hidden
+# state; a vision block per patch, in float32 tensors as wide as its hidden state (queries and keys turn in float32).
 FORWARD_FEED_FORWARD_WIDTHS = 3
 FORWARD_WIDTHS = 6
-
-# The published shapes, for a checkpoint that is not downloaded yet.
-TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
-SHAPES = {"7b": (3584, 18944, 28, 28, 4, 152064), "3b": (2048, 11008, 36, 16, 2, 151936)}
-VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
+FORWARD_VISION_WIDTHS = 12
 
 
 def model_shape(name):
-    """Config of the checkpoint `name`, or the published one if the name contains 3B or 7B; else raises UserError."""
+    """Config of the checkpoint `name`, or the published one of the size in the name; UserError if there is neither."""
     name = storage.adapter_chain(name)[0]
     if (Path(name) / "config.json").is_file():
         check_model(settings.SharedConfig(model=name), "plan")
         with usable(f"{name}: config.json cannot be used"):
-            return Qwen2_5_VLConfig.from_pretrained(name)
-    size = re.search(r"(?<![0-9])[37]b(?![a-z])", name.lower())
-    if not size:
-        raise settings.UserError(f"model: no checkpoint at {name}, and its name contains neither 3B nor 7B")
-    # the head of 3B is its embedding
-    tied = size.group() == "3b"
-    text = dict(zip(TEXT, SHAPES[size.group()])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
-    vision = VISION | {"out_hidden_size": text["hidden_size"]}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+            return model_config(name)
+    plain = re.sub("[^a-z0-9]", "", name.lower())
+    known = []
+    for model_type, family in families.FAMILIES.items():
+        # a name without a family, as runs/7b/sft/final, has that of its size: no two families share one
+        is_family = model_type.replace("_", "") in plain or "qwen" not in plain
+        for size in family.sizes:
+            known.append(f"{model_type} {size}")
+            if is_family and re.search(rf"(?<![a-z0-9.]){size}(?![a-z0-9])", name.lower()):
+                return family.published_config(size)
+    raise settings.UserError(f"model: no checkpoint at {name}, and its name is of no known size: {', '.join(known)}")
+
+
+def longest_prompt(cfg, config):
+    """(tokens, patches) of the longest prompt that cfg allows."""
+    vision = config.vision_config
+    moments = (cfg.max_frames + 1) // 2
+    patches = moments * cfg.max_pixels // vision.patch_size**2
+    stamps = moments * STAMP_TOKENS if families.of(config).has_time_stamps else 0
+    return patches // vision.spatial_merge_size**2 + stamps + TEXT_PROMPT_TOKENS, patches
+
+
+def head_width(text):
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
@@ -79,8 +90,8 @@ def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
     prompt_tokens and patches of a prompt: by default the most that cfg allows. The KV cache, the activations with the
     logits, and the optimizer step are never alive at the same time: the peak counts only the largest of the three.
     """
-    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // PATCH_PIXELS
-    prompt_tokens = prompt_tokens or patches // 4 + TEXT_PROMPT_TOKENS
+    if not prompt_tokens:
+        prompt_tokens, patches = longest_prompt(cfg, config)
     prompts = max(1, cfg.batch_size // gpus)
     shards = gpus if cfg.fsdp == "full_shard" else 1
     with torch.device("meta"):
@@ -123,14 +134,16 @@ def resident_bytes(cfg, model, weights, trained, shards):
         embedding = model.get_input_embeddings().weight
         matrices = (1 if model.lm_head.weight is embedding else 2) + (1 if cfg.beta else 0)
         resident["gathered layers"] = (2 * layer + matrices * embedding.numel()) * number
+    elif cfg.bf16:
+        # autocast casts a trained weight once per forward pass and keeps the copy for the backward pass
+        resident["autocast copy"] = number * trained
     return resident
 
 
 def cache_bytes(cfg, text, prompts, prompt_tokens):
     """(bytes that stay allocated between rollouts, bytes of the rollout alone) of the KV caches, by name."""
-    head_width = text.hidden_size // text.num_attention_heads
     number = distributed.compute_dtype(cfg).itemsize
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width * number
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * number
     completions = prompts * (cfg.num_generations + cfg.shuffled_generations)
     row_tokens = prompt_tokens + cfg.max_new_tokens
     # each frame order of a prompt is computed once and then copied for its completions
@@ -147,22 +160,27 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     """Bytes of activations and logits during the forward and backward pass of one micro-batch."""
     text = config.get_text_config()
     vision = config.vision_config
+    family = families.of(config)
+    number = distributed.compute_dtype(cfg).itemsize
     width = text.hidden_size
-    norm_widths = BF16_NORM_WIDTHS if cfg.bf16 else 0
+    heads_width = text.num_attention_heads * head_width(text)
     packed_tokens = prompt_tokens + cfg.num_generations * cfg.max_new_tokens
-    text_widths = TEXT_LAYER_WIDTHS + norm_widths
-    if cfg.lora_rank:
-        text_widths -= FROZEN_NORM_WIDTHS
-    per_text_token = text_widths * width + FEED_FORWARD_WIDTHS * text.intermediate_size
-    per_text_token += ADAPTED_MATRICES * cfg.lora_rank
-    # With a mask, keys and values are repeated for all heads, and the mask becomes a bias per pair of tokens.
-    attention = 2 * packed_tokens * width + packed_tokens**2
-    text_layer = packed_tokens * per_text_token + attention
+    normed = 2 * width
+    if family.has_head_norms:
+        normed += heads_width + text.num_key_value_heads * head_width(text)
+    # a norm saves its input in float32, and a trained one also the normed input
+    norms = normed * (FLOAT32 // number + (0 if cfg.lora_rank else 1))
+    per_text_token = norms + FEED_FORWARD_WIDTHS * text.intermediate_size + HEADS_WIDTHS * heads_width
+    per_text_token += HIDDEN_WIDTHS * width + ADAPTED_MATRICES * cfg.lora_rank
+    # the mask becomes a bias per pair of tokens
+    text_layer = packed_tokens * (per_text_token + packed_tokens)
 
     # a frozen vision tower saves nothing
     patches = 0 if cfg.freeze_vision or cfg.lora_rank else patches
-    vision_widths = VISION_LAYER_WIDTHS + norm_widths
-    vision_layer = patches * (vision_widths * vision.hidden_size + FEED_FORWARD_WIDTHS * vision.intermediate_size)
+    vision_widths, feed_forward_widths = family.vision_widths
+    vision_widths += BF16_NORM_WIDTHS if cfg.bf16 else 0
+    vision_layer = patches * (vision_widths * vision.hidden_size + feed_forward_widths * vision.intermediate_size)
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
 
     if cfg.gradient_checkpointing:
         # the inputs of all layers, and everything that one layer saves
@@ -170,10 +188,10 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
         activations = inputs + max(text_layer, vision_layer)
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
-    activations += OUTER_WIDTHS * packed_tokens * width
+    activations += OUTER_WIDTHS * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
     return {
         # and a mask of one byte per pair of tokens
-        "activations": micro_prompts * (distributed.compute_dtype(cfg).itemsize * activations + packed_tokens**2),
+        "activations": micro_prompts * (number * activations + packed_tokens**2),
         "logits": FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size,
     }
 
@@ -193,8 +211,8 @@ def evaluation_plan(cfg, config, prompt_tokens=None, patches=None):
     text = config.get_text_config()
     vision = config.vision_config
     number = distributed.compute_dtype(cfg).itemsize
-    patches = patches or cfg.max_frames // 2 * cfg.max_pixels // PATCH_PIXELS
-    prompt_tokens = prompt_tokens or patches // 4 + TEXT_PROMPT_TOKENS
+    if not prompt_tokens:
+        prompt_tokens, patches = longest_prompt(cfg, config)
     with torch.device("meta"):
         weights = number * empty_model(config, torch.float32).num_parameters()
     like = TGRPOConfig(
@@ -202,10 +220,11 @@ def evaluation_plan(cfg, config, prompt_tokens=None, patches=None):
     )
     _, caches = cache_bytes(like, text, cfg.batch_size, prompt_tokens)
 
-    # of the vision tower, then of the language model
-    widths = FORWARD_FEED_FORWARD_WIDTHS * vision.intermediate_size + FORWARD_WIDTHS * vision.hidden_size
-    text_widths = FORWARD_FEED_FORWARD_WIDTHS * text.intermediate_size + FORWARD_WIDTHS * text.hidden_size
-    prefill = number * cfg.batch_size * max(patches * widths, prompt_tokens * text_widths)
+    # in the vision tower, then in the language model; the pixels stay
+    patch_bytes = FLOAT32 * FORWARD_VISION_WIDTHS * vision.hidden_size
+    token_widths = FORWARD_FEED_FORWARD_WIDTHS * text.intermediate_size + FORWARD_WIDTHS * text.hidden_size
+    pixels = FLOAT32 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    prefill = cfg.batch_size * (pixels + max(patches * patch_bytes, number * prompt_tokens * token_widths))
     parts = {"weights": weights, **caches, "activations of the prompts": prefill}
     return parts, sum(parts.values())
 
