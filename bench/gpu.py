@@ -1,10 +1,10 @@
-"""Measures speed and memory of one T-GRPO step of Qwen2.5-VL-7B on one GPU. Random weights; nothing is downloaded.
+"""Measures speed and memory of one T-GRPO step of a Qwen-VL on one GPU. Random weights; nothing is downloaded.
 
-    python bench/gpu.py                      # the 7B shape: a GPU of 80 GB, 40 GB of host memory, a few minutes
-    python bench/gpu.py --shape 3b
+    python bench/gpu.py                      # Qwen2.5-VL-7B: a GPU of 80 GB, 40 GB of host memory, a few minutes
+    python bench/gpu.py --shape 8b           # Qwen3-VL-8B; each published size belongs to one family
     python bench/gpu.py --lora_rank 16 --lora_rollout merged_copy       # an adapter on this GPU alone
     python bench/gpu.py --vision_attention fused
-    python bench/gpu.py --shape tiny         # seconds, also on a CPU: does the script run?
+    python bench/gpu.py --shape tiny_qwen3_vl           # seconds, also on a CPU: does the script run?
 
     1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
     2. update: reference, model, loss, backward and AdamW, as one rank of --gpus
@@ -34,20 +34,24 @@ from transformers.initialization import no_init_weights
 
 import policy
 import tgrpo
-from support import distributed, lora, model_files, vision
+from support import distributed, families, lora, model_files, vision
 from tools import plan_memory
+
+TINY = [f"tiny_{model_type}" for model_type in families.FAMILIES]
 
 
 def shape(name):
-    """The model's config: the published shape, or a tiny one."""
-    return naive.tiny_policy().config if name == "tiny" else plan_memory.model_shape(f"Qwen2.5-VL-{name}")
+    """The model's config: the published shape of this size, or a tiny one."""
+    return (
+        naive.tiny_policy(family=name.removeprefix("tiny_")).config if name in TINY else plan_memory.model_shape(name)
+    )
 
 
 def clip_prompt(config, grid, n_tokens):
-    """A prompt of `n_tokens` tokens with one clip of random pixels; grid (T, H, W) in patches of 14 x 14 pixels."""
-    # around the clip naive.prompt puts three tokens
-    n_text = n_tokens - 3 - grid[0] * grid[1] * grid[2] // 4
-    prompt = naive.prompt("video", grid, n_text, seed=0, seconds=10)
+    """A prompt of `n_tokens` tokens with one clip of random pixels; grid (T, H, W) in patches."""
+    clip = {"kind": "video", "grid": grid, "seed": 0, "seconds": 10, "family": config.model_type}
+    n_clip = naive.prompt(n_text=0, **clip)["input_ids"].shape[1]
+    prompt = naive.prompt(n_text=n_tokens - n_clip, **clip)
     prompt["input_ids"].masked_fill_(prompt["mm_token_type_ids"] > 0, config.video_token_id)
     return prompt
 
@@ -64,7 +68,8 @@ def random_model(config, cfg, dtype):
     with no_init_weights():
         model = model_files.empty_model(config, dtype)
     model.tie_weights()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     vision.set_attention(model, cfg.vision_attention)
     return policy.Policy.of(model)
 
@@ -146,7 +151,8 @@ def compare_memory(cfg, config, gpus, prompt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["7b", "3b", "tiny"], default="7b", help="default: 7b")
+    sizes = [size for family in families.FAMILIES.values() for size in family.sizes]
+    parser.add_argument("--shape", choices=[*sizes, *TINY], default="7b", help="default: 7b")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, of which this is one; default: 8")
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
     parser.add_argument("--lora_rank", type=int, default=0, help="train an adapter; then each GPU is on its own")
@@ -154,7 +160,7 @@ def main():
     parser.add_argument("--vision_attention", default="loop", help="as in tgrpo.py")
     args = parser.parse_args()
     gpus = 1 if args.lora_rank else args.gpus
-    is_tiny = args.shape == "tiny"
+    is_tiny = args.shape in TINY
     cfg = tgrpo.TGRPOConfig(
         fsdp="none" if args.lora_rank else "full_shard",
         lora_rank=args.lora_rank,
@@ -168,7 +174,7 @@ def main():
         rollout_compile=True,
     )
     config = shape(args.shape)
-    prompt = clip_prompt(config, (4, 4, 4), 40) if is_tiny else clip_prompt(config, (8, 16, 30), 1300)
+    prompt = clip_prompt(config, (4, 4, 4), 60) if is_tiny else clip_prompt(config, (8, 16, 30), 1300)
     # <|im_end|> and <|endoftext|> are this far before <|image_pad|>
     tokenizer = types.SimpleNamespace(eos_token_id=config.image_token_id - 10, pad_token_id=config.image_token_id - 12)
 

@@ -45,8 +45,9 @@ LOGITS_COPIES = 4
 TEXT_PROMPT_TOKENS = 200
 STAMP_TOKENS = 10
 TARGET_TOKENS = 1024
-# What a text layer holds per token without a backward pass, in tensors as wide as its feed-forward part and as the hidden
-# state; a vision block per patch, in float32 tensors as wide as its hidden state (queries and keys turn in float32).
+# What a text layer holds per token without a backward pass, in tensors as wide as its feed-forward part and as the
+# hidden state; a vision block per patch, in float32 tensors as wide as its hidden state, whatever the dtype, because it
+# rotates queries and keys in float32.
 FORWARD_FEED_FORWARD_WIDTHS = 3
 FORWARD_WIDTHS = 6
 FORWARD_VISION_WIDTHS = 12
