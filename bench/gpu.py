@@ -4,7 +4,7 @@
     python bench/gpu.py --shape 8b           # Qwen3-VL-8B; each published size belongs to one family
     python bench/gpu.py --lora_rank 16 --lora_rollout merged_copy       # an adapter on this GPU alone
     python bench/gpu.py --vision_attention fused
-    python bench/gpu.py --shape tiny_qwen3_vl           # seconds, also on a CPU: does the script run?
+    python bench/gpu.py --shape tiny_qwen3_vl    # seconds, also on a CPU: does the script run?
 
     1. rollout: G + S completions of a clip of 16 frames, with rollout_compile off and on
     2. update: reference, model, loss, backward and AdamW, as one rank of --gpus
@@ -42,9 +42,9 @@ TINY = [f"tiny_{model_type}" for model_type in families.FAMILIES]
 
 def shape(name):
     """The model's config: the published shape of this size, or a tiny one."""
-    return (
-        naive.tiny_policy(family=name.removeprefix("tiny_")).config if name in TINY else plan_memory.model_shape(name)
-    )
+    if name in TINY:
+        return naive.tiny_policy(family=name.removeprefix("tiny_")).config
+    return plan_memory.model_shape(name)
 
 
 def clip_prompt(config, grid, n_tokens):

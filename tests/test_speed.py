@@ -311,10 +311,16 @@ def test_decoding_waits_for_the_device_every_16_tokens_and_does_not_repeat_keys(
     assert key_heads == {model.config.text_config.num_key_value_heads}
 
 
-@pytest.mark.parametrize("options", ["", "--lora_rank 4 --lora_rollout merged_in_place --vision_attention fused"])
-def test_the_gpu_benchmark_runs_on_a_cpu(options, forker, tmp_path):
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ("tiny_qwen2_5_vl", ""),
+        ("tiny_qwen3_vl", "--lora_rank 4 --lora_rollout merged_in_place --vision_attention fused"),
+    ],
+)
+def test_the_gpu_benchmark_runs_on_a_cpu(shape, options, forker, tmp_path):
     """Guards: a GPU script that has never run before someone has a GPU, and fails there."""
-    arguments = ["--shape", "tiny", "--repeats", "1", *options.split()]
+    arguments = ["--shape", shape, "--repeats", "1", *options.split()]
     status = forker.wait(forker.start(tmp_path / "said", "bench/gpu.py", *arguments))
     said = (tmp_path / "said").read_text()
     assert status == 0, said[-2000:]
