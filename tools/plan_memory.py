@@ -37,6 +37,8 @@ ADAPTED_MATRICES = 7
 BF16_NORM_WIDTHS = 2
 # what merging patches into tokens saves per patch, in tensors as wide as the hidden state of a vision block
 MERGER_WIDTHS = 4
+# gradients that the backward pass of a layer holds per token, in tensors as wide as its feed-forward part
+GRADIENT_WIDTHS = 2
 # held per token outside the layers: embeddings, final norm and their gradients, in tensors as wide as the hidden state
 OUTER_WIDTHS = 6
 # float32 copies of one chunk of logits: logits, log-softmax and the gradients of both
@@ -183,17 +185,21 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     vision_layer = patches * (vision_widths * vision.hidden_size + feed_forward_widths * vision.intermediate_size)
     mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
 
+    backward = GRADIENT_WIDTHS * packed_tokens * text.intermediate_size
     if cfg.gradient_checkpointing:
-        # the inputs of all layers, and everything that one layer saves
-        inputs = text.num_hidden_layers * packed_tokens * width + vision.depth * patches * vision.hidden_size
-        activations = inputs + max(text_layer, vision_layer)
+        # the inputs of all layers; the backward pass then computes one layer again, with everything that it saves
+        activations = text.num_hidden_layers * packed_tokens * width + vision.depth * patches * vision.hidden_size
+        backward = max(text_layer + backward, vision_layer)
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
     activations += OUTER_WIDTHS * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
     return {
         # and a mask of one byte per pair of tokens
         "activations": micro_prompts * (number * activations + packed_tokens**2),
-        "logits": FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size,
+        # the logits are gone when the backward pass reaches the layers
+        "logits, or a layer": max(
+            FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size, micro_prompts * number * backward
+        ),
     }
 
 
@@ -201,7 +207,7 @@ def sft_plan(cfg, config, gpus):
     """Like memory_plan, for a step of SFT: one target of TARGET_TOKENS per prompt, no reference and no rollout."""
     like = TGRPOConfig(**vars(cfg), beta=0.0, num_generations=1, max_new_tokens=TARGET_TOKENS)
     parts, peak = memory_plan(like, config, gpus)
-    training = parts["activations"] + parts["logits"]
+    training = parts["activations"] + parts["logits, or a layer"]
     later = max(parts["KV cache (rollout)"], training, parts["optimizer step"])
     peak += max(training, parts["optimizer step"]) - later - parts["rollout copy"]
     return parts | {"rollout copy": 0, "KV cache (rollout)": 0}, peak
