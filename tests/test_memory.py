@@ -15,7 +15,7 @@ import tgrpo
 from bench import gpu
 from evaluate import EvalConfig
 from sft import SFTConfig
-from support import distributed, families, model_files, settings
+from support import distributed, families, lora, model_files, settings
 from support.settings import load_config
 from tools import plan_memory
 
@@ -56,15 +56,15 @@ class Peak(TorchDispatchMode):
         return results
 
 
-def small_config(family, width):
+def small_config(family, width, layers=2, depth=2):
     """Config of a small model. The heads of Qwen3-VL are together twice as wide as its hidden state."""
     make_config, of_text, of_vision = naive.TINY[family]
     head_dim = width // 2 if "head_dim" in of_text else width // 4
-    text = dict(zip(families.TEXT, (width, 4 * width, 2, 4, 2, 320)))
+    text = dict(zip(families.TEXT, (width, 4 * width, layers, 4, 2, 320)))
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head_dim // 6] * 3}
     if "head_dim" in of_text:
         text["head_dim"] = head_dim
-    vision = {"hidden_size": width * 2 // 3, "intermediate_size": 2 * width, "num_heads": 2, "depth": 2}
+    vision = {"hidden_size": width * 2 // 3, "intermediate_size": 2 * width, "num_heads": 2, "depth": depth}
     return make_config(
         text_config=text,
         vision_config=of_vision | vision | {"out_hidden_size": width},
@@ -86,7 +86,7 @@ def small_config(family, width):
     ],
     ids=str,
 )
-def test_the_plan_is_within_15_percent_of_a_measured_step(monkeypatch, family, checkpointing, G, T, settings):
+def test_the_plan_is_within_10_percent_of_a_measured_step(monkeypatch, family, checkpointing, G, T, settings):
     """Guards: a plan that omits memory of a real step, so that a run fails after an hour in a queue."""
     cfg = tgrpo.TGRPOConfig(
         gradient_checkpointing=checkpointing,
@@ -121,7 +121,40 @@ def test_the_plan_is_within_15_percent_of_a_measured_step(monkeypatch, family, c
     parts, planned = plan_memory.memory_plan(cfg, config, 1, prompt_tokens=80, patches=4 * 4 * 6)
     # nothing is sampled here
     planned -= parts["rollout copy"]
-    assert planned == pytest.approx(measured.peak, rel=0.15)
+    assert planned == pytest.approx(measured.peak, rel=0.1)
+
+
+@both_families
+@pytest.mark.parametrize("lora_rank, bf16", [(0, False), (4, False), (4, True)])
+@pytest.mark.parametrize("part", ["layers", "depth"])
+def test_the_plan_counts_what_one_more_layer_saves(family, lora_rank, bf16, part):
+    """Guards: the count of another family, or of another version of transformers."""
+    cfg = tgrpo.TGRPOConfig(lora_rank=lora_rank, bf16=bf16, num_generations=2, max_new_tokens=40)
+    prompt = gpu.clip_prompt(small_config(family, 96), (4, 8, 12), 150)
+    completions = [[torch.randint(100, 300, (40,)) for _ in range(2)]]
+
+    def found_and_planned(**layers):
+        config = small_config(family, 96, **layers)
+        model = gpu.random_model(config, cfg, distributed.compute_dtype(cfg))
+        if lora_rank:
+            lora.add_adapter(model, cfg)
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        saved = {}
+
+        def save(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                policy.completion_logps(model, policy.pack(model, [prompt], completions, 0))
+        planned = plan_memory.training_bytes(cfg, config, 1, 150, 4 * 8 * 12)["activations"]
+        return torch.tensor([sum(storage.nbytes() for storage in saved.values()), planned])
+
+    found, planned = (found_and_planned(**{part: 3}) - found_and_planned()).tolist()
+    assert planned == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("path, gpus, card_gb, fits", [("7b", 8, 80, True), ("7b_one_gpu", 1, 24, False)])
@@ -197,7 +230,7 @@ def test_the_published_shapes_have_the_published_number_of_parameters(name, para
 
 @pytest.mark.parametrize(
     "name",
-    ["some/other-13b", "Qwen/Qwen3-VL-7B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3.5-4B", "some/1.7B"],
+    ["some/other-13b", "Qwen/Qwen3-VL-7B-Instruct", "some/30B-A3B", "Qwen/Qwen3.5-4B", "some/1.7B"],
 )
 def test_an_unknown_size_names_the_known_ones(name):
     """Guards: the plan of another model: of the size in the other family, or of the experts' 3B."""
@@ -218,7 +251,7 @@ def test_the_longest_prompt_has_the_time_stamps_that_the_family_writes():
 
 @both_families
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_plan_of_evaluation_is_within_15_percent_of_a_measured_prefill(family, bf16):
+def test_the_plan_of_evaluation_is_within_10_percent_of_a_measured_prefill(family, bf16):
     """Guards: a batch of long prompts that does not fit, in the stage that runs last."""
     config = small_config(family, 240)
     cfg = EvalConfig(batch_size=4, max_new_tokens=1, bf16=bf16)
@@ -229,7 +262,7 @@ def test_the_plan_of_evaluation_is_within_15_percent_of_a_measured_prefill(famil
     parts, planned = plan_memory.evaluation_plan(cfg, config, prompt_tokens=250, patches=4 * 12 * 12)
     # half of the caches belong to decoding
     planned -= parts["KV cache (rollout)"] / 2
-    assert planned == pytest.approx(measured.peak, rel=0.15)
+    assert planned == pytest.approx(measured.peak, rel=0.1)
 
 
 def test_the_plan_of_sft_has_neither_reference_nor_rollout():
