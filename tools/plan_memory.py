@@ -193,13 +193,12 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
     activations += OUTER_WIDTHS * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
+    logits = FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size
     return {
         # and a mask of one byte per pair of tokens
         "activations": micro_prompts * (number * activations + packed_tokens**2),
         # the logits are gone when the backward pass reaches the layers
-        "logits, or a layer": max(
-            FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size, micro_prompts * number * backward
-        ),
+        "logits, or a layer": max(logits, micro_prompts * number * backward),
     }
 
 
