@@ -395,16 +395,12 @@ def main():
     parser.add_argument("--model_family", choices=families.FAMILIES, default="qwen2_5_vl", help="default: qwen2_5_vl")
     args = parser.parse_args()
     out = args.out.resolve()
-    world_file = out / "world/world.json"
-    if world_file.exists():
-        made = json.loads(world_file.read_text(encoding="utf-8"))["seed"]
-        if made != args.seed:
-            raise settings.UserError(f"{out} holds seed {made}, not {args.seed}; choose another --out, or delete it")
-    base_file = out / "base/config.json"
-    if base_file.exists():
-        made = json.loads(base_file.read_text(encoding="utf-8"))["model_type"]
-        if made != args.model_family:
-            raise settings.UserError(f"{out} holds a {made}, not a {args.model_family}; choose another --out")
+    asked = {"world/world.json": ("seed", args.seed), "base/config.json": ("model_type", args.model_family)}
+    for file, (name, value) in asked.items():
+        if (out / file).exists():
+            made = json.loads((out / file).read_text(encoding="utf-8"))[name]
+            if made != value:
+                raise settings.UserError(f"{out} holds {name} {made}, not {value}; choose another --out, or delete it")
     # short commands, which a reader can type in this folder
     if out.is_relative_to(ROOT):
         os.chdir(ROOT)

@@ -169,7 +169,9 @@ def test_another_family_in_the_same_folder_is_one_clear_line(world, monkeypatch)
     """Guards: results of Qwen2.5-VL shown as those of Qwen3-VL."""
     monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(world), "--model_family", "qwen3_vl"])
     monkeypatch.setattr(toy, "launch", lambda *_: pytest.fail("a stage was started"))
-    with pytest.raises(UserError, match="^.* holds a qwen2_5_vl, not a qwen3_vl; choose another --out$"):
+    with pytest.raises(
+        UserError, match="^.* holds model_type qwen2_5_vl, not qwen3_vl; choose another --out, or delete it$"
+    ):
         toy.main()
 
 
