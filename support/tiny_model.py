@@ -53,7 +53,7 @@ def make_tokenizer(records, other_text=()):
 
 
 def make_model(folder, records, seed=0, family="qwen2_5_vl"):
-    """Write a checkpoint of about half a million random weights, with a tokenizer trained on the text of the records."""
+    """Write a checkpoint of half a million random weights, with a tokenizer trained on the text of the records."""
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
