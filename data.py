@@ -175,6 +175,8 @@ def frame_orders(names, n_frames, keep_last, rng, unit):
     question's own picture, which stays at the end. A clip of one frame has only the order "ordered".
     """
     n_moving = n_frames - 1 if keep_last else n_frames
+    # where pairs move, the last frame's pair stays whole
+    n_in_last_pair = n_moving % TEMPORAL_PATCH if keep_last and unit == "patch" else 0
     orders = {}
     for name in names:
         order = None
@@ -183,7 +185,9 @@ def frame_orders(names, n_frames, keep_last, rng, unit):
         elif n_moving < 2:
             continue
         elif name.startswith("shuffled"):
-            order = shuffled_order(n_moving, rng, unit)
+            order = shuffled_order(n_moving - n_in_last_pair, rng, unit)
+            if order is not None:
+                order += range(len(order), n_moving)
         elif name == "reversed":
             order = reversed(range(n_moving))
         elif name == "single":

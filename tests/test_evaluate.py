@@ -1,6 +1,7 @@
 """evaluate.py as a user runs it: the benchmarks with rendered media, killed runs, two processes, files that changed."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import data
 import evaluate
 from benchmarks import load_benchmark
 from benchmarks.shared import ORDERS
-from evaluate import EvalConfig, by_length
+from evaluate import ANSWER_SETTINGS, EvalConfig, by_length
 from support import model_files
 from support.settings import SharedConfig, UserError
 from support.storage import read_jsonl
@@ -252,6 +253,12 @@ def test_questions_of_one_length_are_asked_together(run, world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_answers_name_every_setting_that_they_depend_on():
+    """Guards: a new setting that may change when an evaluation is resumed, so that its answers are mixed."""
+    no_effect = {"output_dir", "root", "max_unreadable", "num_workers", "fsdp", "gradient_checkpointing"}
+    assert {field.name for field in dataclasses.fields(EvalConfig)} == no_effect | set(ANSWER_SETTINGS)
 
 
 def test_root_is_the_folder_of_media_only_for_benchmarks():

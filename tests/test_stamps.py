@@ -121,6 +121,21 @@ def test_frames_move_under_fixed_time_stamps_or_with_theirs(processor, tmp_path,
                 assert torch.equal(x.inputs[name]["input_ids"], x.inputs["ordered"]["input_ids"])
 
 
+@pytest.mark.parametrize("unit", ["frame", "patch"])
+@pytest.mark.parametrize("n_frames", [6, 7, 8])
+def test_the_questions_last_frame_stays_in_its_pair(processor, tmp_path, unit, n_frames):
+    """Guards: one temporal patch more in a shuffled clip than in the ordered one, for which there is no time stamp."""
+    write_video(tmp_path / "a.mp4", n_frames)
+    x = sample(processor, tmp_path, CLIP | {"last_frame": True}, shuffle_unit=unit)
+    assert sorted(x.frame_order) == list(range(n_frames)) and x.frame_order[-1] == n_frames - 1
+    if unit == "patch":
+        firsts = x.frame_order[::2]
+        assert all(first % 2 == 0 for first in firsts)
+        assert x.frame_order[1::2] == [first + 1 for first in firsts if first + 1 < n_frames]
+    for name in ("shuffled", "reversed"):
+        assert torch.equal(x.inputs[name]["input_ids"], x.inputs["ordered"]["input_ids"])
+
+
 def test_a_single_frame_carries_its_own_time(processor, tmp_path):
     """Guards: the middle frame under the time of the first."""
     write_video(tmp_path / "a.mp4", 8)
