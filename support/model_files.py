@@ -45,7 +45,8 @@ def usable(what):
 
 def model_config(model):
     """The config of a checkpoint. ValueError if its model cannot be trained."""
-    config = AutoConfig.from_pretrained(model)
+    # by default transformers asks on a terminal whether to run the repository's own code
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     check_config(config.to_dict())
     return config
 
@@ -64,7 +65,7 @@ def load_processor(cfg):
     with usable(cfg.model):
         config = model_config(base)
     with usable(f"{cfg.model}: its processor cannot be loaded"):
-        processor = AutoProcessor.from_pretrained(base)
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
         # older folders have the template in the tokenizer's config only
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         end = generation_config(base, config).eos_token_id

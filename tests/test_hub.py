@@ -241,6 +241,24 @@ def test_other_models_and_processors_are_one_clear_line_before_a_model_is_loaded
         model_files.load_processor(SharedConfig(model=str(folder)))
 
 
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("config", {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}}),
+        ("preprocessor_config", {"processor_class": "Theirs", "auto_map": {"AutoProcessor": "theirs.Theirs"}}),
+    ],
+)
+def test_code_of_a_repository_is_never_run(hub, monkeypatch, tmp_path, file, values):
+    """Guards: transformers' question on a terminal whether to run it, which one key answers."""
+    folder = shutil.copytree(hub / "qwen3_tied", tmp_path / "start")
+    path = folder / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    (folder / "theirs.py").write_text("raise AssertionError('this code was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="start: .*contains custom code"):
+        model_files.load_processor(SharedConfig(model=str(folder)))
+
+
 CLIP = {
     "problem": "Which way?", "problem_type": "multiple choice", "options": ["A. left", "B. right"],
     "data_type": "video", "solution": "<answer>B</answer>", "path": "a.mp4",

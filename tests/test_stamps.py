@@ -211,6 +211,7 @@ def test_an_opened_think_block_counts_as_part_of_the_answer(thinking, world):
     (text,) = families.texts(processor, [target])
     assert text == "<think>\nIt moves. </think>\n<answer>B</answer>"
     assert rewards.format_reward(text) == 1
+    decode = plain.tokenizer.decode
     assert decode(data.target_ids(plain, record)) == "<think> It moves. </think>\n<answer>B</answer><|im_end|>"
     assert families.opening(plain) == ""
 
