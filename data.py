@@ -85,11 +85,8 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
     last = max(first, frames.frame_at(ticks, math.ceil(high) - 1))
     total = last - first + 1
     length = high - low
-    # a frame that stays on display is shown again at a later time
-    earliest = [low + i * length / n for i in range(n)]
     if total < n:
         indices = list(range(first, last + 1))
-        earliest = [low] * total
         length = Fraction(int(display_ends[last] - ticks[first]))
     elif start is None and frames.evenly_spaced(ticks):
         # picked by number, not by time: a container that rounds times (Matroska: to ms) may put a frame just after its
@@ -99,7 +96,11 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
         indices = [frames.frame_at(ticks, low + (2 * i + 1) * length / (2 * n)) for i in range(n)]
     if last_frame:
         indices[-1] = len(ticks) - 1
-    times = [max(moment, int(ticks[i])) for moment, i in zip(earliest, indices)]
+    times = [max(low, int(ticks[i])) for i in indices]
+    for i in range(1, len(indices)):
+        # a frame that is still on display is shown at a later time
+        if indices[i] == indices[i - 1]:
+            times[i] = low + i * length / n
     seconds = [float((moment - low) * tick_seconds) for moment in times]
     return indices, total, float(total / (length * tick_seconds)), seconds
 
@@ -108,8 +109,7 @@ def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
     From the metadata the processor derives the seconds between two frames, total_num_frames / fps / F, or for Qwen3-VL
-    when they are on display, frames_indices / fps. SFT, rollout, loss and evaluation all use these.
-    Raises Unusable with the file and the reason.
+    when they are on display, frames_indices / fps. All stages use these. Raises Unusable with the file and the reason.
     """
     try:
         path = record_files.existing_path(record["path"], cfg.data_root)

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import re
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import write_video
 from test_media import UNEVEN, write_clip
 
@@ -88,6 +90,22 @@ def test_time_stamps_are_when_the_frames_are_on_display(processor, tmp_path, tic
     last = (ticks[-1] - ticks[0]) / 25
     assert 0 <= metadata.timestamps[0] and metadata.timestamps[-1] <= last + 1e-6
     assert set(x.inputs) == ({"ordered", "blind"} if len(ticks) == 1 else set(ORDERS))
+
+
+@pytest.mark.parametrize("n_frames", [16, 17, 24, 31, 40])
+def test_a_frame_that_is_shown_once_counts_from_when_it_appears(n_frames):
+    """Guards: 1.06 seconds for a frame that appears after one second, in clips of few more frames than are shown."""
+    indices, _, _, seconds = data.even_frames(range(n_frames), Fraction(1), 16)
+    assert seconds == indices
+
+
+def test_a_picture_of_the_question_comes_after_the_clip(processor, tmp_path):
+    """Guards: a picture at the time of the last frame, or of the first."""
+    write_video(tmp_path / "a.mp4", 7)
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    x = sample(processor, tmp_path, CLIP | {"image_path": "a.png"})
+    assert stamps(processor, x.inputs["ordered"]) == pairs([i / 4 for i in range(8)])
+    assert stamps(processor, x.inputs["single"]) == pairs([3 / 4, 3 / 4, 7 / 4])
 
 
 def test_a_part_of_a_clip_is_timed_from_its_beginning(processor, tmp_path):
