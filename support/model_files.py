@@ -94,7 +94,7 @@ def try_processor(processor, config, prompt, ends):
     problems = {
         f"its processor is a {name}, not a {family.processor}": name != family.processor,
         f"its video processor is a {video_name}, not a {family.video_processor}": video_name != family.video_processor,
-        "its chat template closes <think>, which a completion has to do": "</think>" in prompt,
+        "its chat template closes <think>, which a completion has to do": prompt.rstrip().endswith("</think>"),
         "its chat template leaves out the question": "?" not in prompt,
         "its tokenizer has no pad_token": tokenizer.pad_token is None,
         f"its eos_token is {tokenizer.eos_token}, but generation ends with {ends}": tokenizer.eos_token_id not in ends,

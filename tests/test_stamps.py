@@ -244,6 +244,22 @@ def test_stages_of_a_thinking_variant_see_the_whole_answer(thinking, run, monkey
     assert seen and all(text.startswith("<think>\n") for text in seen)
 
 
+@pytest.mark.parametrize("opening", ["", "<think>", "<think>\n", "<think> \n\n"])
+def test_the_opening_is_what_the_template_writes_last(world, tmp_path, opening):
+    """Guards: an opening that is lost because it ends otherwise than that of Qwen3-VL; a system turn that asks for
+    <think> and </think>, taken for an opening or refused.
+    """
+    shutil.copytree(world / "base", tmp_path / "asks")
+    template = tmp_path / "asks/chat_template.jinja"
+    asking = "<|im_start|>system\nThink between <think> and </think>.<|im_end|>\n"
+    template.write_text(asking + template.read_text() + f"{{{{ {opening!r} }}}}")
+    processor = model_files.load_processor(SharedConfig(model=str(tmp_path / "asks")))
+    assert families.opening(processor) == opening
+    record = CLIP | {"process": "<think>\n\nIt moves.</think>"}
+    learned = processor.tokenizer.decode(data.target_ids(processor, record))
+    assert learned.startswith("It moves." if opening else "<think>\n\nIt moves.")
+
+
 def test_a_closed_think_block_is_refused(world, tmp_path):
     """Guards: a template for answers without thoughts, whose completions all fail the format reward."""
     shutil.copytree(world / "base", tmp_path / "closed")
