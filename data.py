@@ -238,6 +238,8 @@ def encode(processor, record, media, metadata, cfg, n_target=0):
             "cap_pixels_per_frame": False,
             "video_metadata": [metadata],
             "do_sample_frames": False,
+            # a clip three pixels high would be taken for channels
+            "input_data_format": "channels_last",
         }
         inputs = processor(text=[text], videos=[media], videos_kwargs=video_settings, return_tensors="pt")
     inputs = dict(inputs)

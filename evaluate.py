@@ -30,8 +30,8 @@ from support import answer_files, checkpoints, distributed, families, model_file
 # What the answers depend on. It is written into every row and into the summary.
 ANSWER_SETTINGS = (
     "model max_frames video_reader min_pixels max_pixels max_prompt_tokens prompt shuffle_unit shuffle_stamps "
-    "temperature top_p max_new_tokens batch_size seed bf16 vision_attention records data_root benchmarks clip_segments "
-    "orders"
+    "temperature top_p max_new_tokens batch_size seed bf16 vision_attention records data_root benchmarks "
+    "clip_segments orders"
 ).split()
 
 

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import write_video
 from test_media import UNEVEN, write_clip
 
@@ -173,14 +174,25 @@ def test_pairs_move_before_a_last_frame_that_stays(processor, tmp_path, n_frames
     assert stamps(processor, x.inputs["shuffled"]) == pairs([i / 4 for i in moved])
 
 
-@pytest.mark.parametrize("record", [CLIP, CLIP | {"last_frame": True}])
-def test_seconds_between_frames_are_those_of_the_clip_in_every_order(world, tmp_path, record):
+@pytest.mark.parametrize("record, n_frames", [(CLIP, 7), (CLIP | {"last_frame": True}, 8)])
+def test_seconds_between_frames_are_those_of_the_clip_in_every_order(world, tmp_path, record, n_frames):
     """Guards: Qwen2.5-VL's seconds from the number of frames shown, which "single" and shuffled pairs change."""
     write_video(tmp_path / "a.mp4", 30)
     processor = model_files.load_processor(SharedConfig(model=str(world / "base")))
-    x = sample(processor, tmp_path, record, shuffle_unit="patch", max_frames=7 if record is CLIP else 8)
+    x = sample(processor, tmp_path, record, shuffle_unit="patch", max_frames=n_frames)
     seconds = [x.inputs[order]["second_per_grid_ts"].item() for order in ORDERS if order != "blind"]
-    assert seconds == pytest.approx([2 * 30 / 4 / len(x.frame_order[:-1])] * 4)
+    assert seconds == pytest.approx([2 * 30 / 4 / n_frames] * 4)
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_a_clip_as_high_as_there_are_colours_stays_upright(processor, tmp_path, height):
+    """Guards: rows of pixels that are taken for the channels, so that width becomes height."""
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        Image.new("RGB", (100, height), (50 * i, 0, 250)).save(tmp_path / f"a/{i}.png")
+    x = sample(processor, tmp_path, CLIP | {"path": "a", "data_type": "frame"})
+    grid_t, grid_h, grid_w = x.inputs["ordered"]["video_grid_thw"][0].tolist()
+    assert grid_h == 2 < grid_w
 
 
 def test_answers_under_other_time_stamps_are_not_continued(base, run):
