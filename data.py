@@ -242,6 +242,8 @@ def encode(processor, record, media, metadata, cfg, n_target=0):
             "cap_pixels_per_frame": False,
             "video_metadata": [metadata],
             "do_sample_frames": False,
+            # a clip three pixels high would be taken for channels
+            "input_data_format": "channels_last",
         }
         inputs = processor(text=[text], videos=[media], videos_kwargs=video_settings, return_tensors="pt")
     inputs = dict(inputs)
@@ -344,9 +346,12 @@ class Samples(Dataset):
         keep_last = bool(record.get("image_path") or record.get("last_frame"))
         orders = frame_orders(self.orders, len(media), keep_last, rng, self.cfg.shuffle_unit)
         for name, order in orders.items():
-            # by default the pixels move, and time stamps stay where they are
-            moved = order if self.cfg.shuffle_stamps or name == "single" else range(len(media))
-            stamps = replace(metadata, frames_indices=[metadata.frames_indices[i] for i in moved])
+            # by default the pixels move, and time stamps stay where they are, one for each frame shown
+            moved = order if self.cfg.shuffle_stamps or name == "single" else sorted(order)
+            # the seconds between two frames do not depend on how many are shown
+            total = metadata.total_num_frames * (len(moved) / len(media))
+            indices = [metadata.frames_indices[i] for i in moved]
+            stamps = replace(metadata, total_num_frames=total, frames_indices=indices)
             sample.inputs[name] = encode(self.processor, record, media[order], stamps, self.cfg, len(target))
         sample.frame_order = orders.get("shuffled")
         return sample

@@ -88,6 +88,8 @@ def try_processor(processor, config, prompt, ends):
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     n_rows = config.text_config.vocab_size
     media = (processor.video_token_id, processor.image_token_id)
+    merge = config.vision_config.spatial_merge_size
+    merges = {processor.image_processor.merge_size, processor.video_processor.merge_size}
     family = families.of(config)
     name = type(processor).__name__
     video_name = type(processor.video_processor).__name__
@@ -99,12 +101,15 @@ def try_processor(processor, config, prompt, ends):
         "its tokenizer has no pad_token": tokenizer.pad_token is None,
         f"its eos_token is {tokenizer.eos_token}, but generation ends with {ends}": tokenizer.eos_token_id not in ends,
         f"its tokenizer has {n_tokens} tokens, vocab_size is {n_rows}": n_tokens > n_rows,
+        f"its merge_size is not the model's, {merge}": merges != {merge},
         "video_token_id or image_token_id is wrong": media != (config.video_token_id, config.image_token_id),
     }
     for problem, is_there in problems.items():
         if is_there:
             raise ValueError(problem)
+    # black above white
     clip = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    clip[:, :, 28:] = 255
     # as data.encode passes them; the defaults print warnings
     video_settings = {
         "cap_pixels_per_frame": False,
@@ -120,9 +125,9 @@ def try_processor(processor, config, prompt, ends):
     for kind in ("pixel_values", "pixel_values_videos"):
         if inputs[kind].shape[1] != patch_pixels:
             raise ValueError(f"its patches have {inputs[kind].shape[1]} values, the model's have {patch_pixels}")
-        # black is about -2 in each channel
-        if not inputs[kind].abs().max() < 10:
-            raise ValueError("image_mean, image_std or rescale_factor is wrong")
+        # each channel is about -2 or -1 for black and 2 or 1 for white
+        if not (inputs[kind].min() < -0.5 and inputs[kind].max() < 10):
+            raise ValueError("image_mean, image_std or rescale_factor is wrong, or do_rescale or do_normalize is false")
 
 
 def load_weights(cfg, dtype, accelerator=None, device=None):

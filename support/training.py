@@ -70,7 +70,9 @@ class Run:
         ranks = self.accelerator.num_processes
         state = {"step": 0, "skipped": {}, "processes": ranks}
         if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
+            # with resume_changed the weights may be another model's
+            with model_files.usable(f"{self.checkpoint}: cannot be loaded"):
+                self.accelerator.load_state(str(self.checkpoint))
             self.accelerator.print(f"resumed from {self.checkpoint}")
             state |= json.loads((Path(self.checkpoint) / "state.json").read_text(encoding="utf-8"))
         if state["processes"] != ranks:

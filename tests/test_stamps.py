@@ -195,6 +195,45 @@ def test_pixel_limits_are_those_of_a_frame_for_both_families(world, processor, t
         assert area > 0.7 * limits[1]
 
 
+@pytest.mark.parametrize("n_frames", [5, 8])
+@pytest.mark.parametrize("moves", [False, True])
+def test_pairs_move_before_a_last_frame_that_stays(processor, tmp_path, n_frames, moves):
+    """Guards: an IndexError for a clip that is shuffled in pairs, with an odd frame before the one that stays."""
+    write_video(tmp_path / "a.mp4", n_frames)
+    x = sample(processor, tmp_path, CLIP | {"last_frame": True}, shuffle_unit="patch", shuffle_stamps=moves)
+    moved = x.frame_order if moves else sorted(x.frame_order)
+    assert x.frame_order[-1] == n_frames - 1
+    assert stamps(processor, x.inputs["shuffled"]) == pairs([i / 4 for i in moved])
+
+
+@pytest.mark.parametrize("record, n_frames", [(CLIP, 7), (CLIP | {"last_frame": True}, 8)])
+def test_seconds_between_frames_are_those_of_the_clip_in_every_order(world, tmp_path, record, n_frames):
+    """Guards: Qwen2.5-VL's seconds from the number of frames shown, which "single" and shuffled pairs change."""
+    write_video(tmp_path / "a.mp4", 30)
+    processor = model_files.load_processor(SharedConfig(model=str(world / "base")))
+    x = sample(processor, tmp_path, record, shuffle_unit="patch", max_frames=n_frames)
+    seconds = [x.inputs[order]["second_per_grid_ts"].item() for order in ORDERS if order != "blind"]
+    assert seconds == pytest.approx([2 * 30 / 4 / n_frames] * 4)
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_a_clip_as_high_as_there_are_colours_stays_upright(processor, tmp_path, height):
+    """Guards: rows of pixels that are taken for the channels, so that width becomes height."""
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        Image.new("RGB", (100, height), (50 * i, 0, 250)).save(tmp_path / f"a/{i}.png")
+    x = sample(processor, tmp_path, CLIP | {"path": "a", "data_type": "frame"})
+    grid_t, grid_h, grid_w = x.inputs["ordered"]["video_grid_thw"][0].tolist()
+    assert grid_h == 2 < grid_w
+
+
+def test_answers_under_other_time_stamps_are_not_continued(base, run):
+    """Guards: rows of two kinds of shuffling in one file, both said to be of the second kind."""
+    run("evaluate", model=base, orders="shuffled")
+    with pytest.raises(UserError, match="has answers made with shuffle_stamps False"):
+        run("evaluate", model=base, orders="shuffled", shuffle_stamps=True)
+
+
 def test_time_stamps_cannot_be_shuffled_where_there_are_none(world):
     """Guards: a setting that does nothing."""
     with pytest.raises(UserError, match="shuffle_stamps: true: the prompts of .*base have no time stamps"):

@@ -12,7 +12,7 @@ import pytest
 from processes import ROOT, children, is_alive
 
 import data
-from support import checkpoints, distributed, record_files, storage, training
+from support import checkpoints, distributed, model_files, record_files, storage, training
 from support.settings import TrainConfig, UserError
 
 
@@ -223,3 +223,23 @@ def test_steps_without_a_checkpoint_are_kept_and_another_stage_is_refused(run):
     shutil.rmtree(out / "checkpoint-1")
     run("sft", steps=1)
     assert len(storage.read_jsonl(out / "earlier-1/metrics.jsonl")) == 2
+
+
+def test_a_checkpoint_of_another_family_is_one_line(run, world, hub):
+    """Guards: a traceback of torch if resume_changed is true and the weights have other shapes."""
+    run("sft", steps=2, save_every=1, model=world / "base")
+    with pytest.raises(UserError, match="checkpoint-1: cannot be loaded: .*size mismatch"):
+        run("sft", steps=3, model=hub / "qwen3_tied", resume_changed=True)
+
+
+@pytest.mark.parametrize("layout", ["untied", "qwen3_tied"])
+@pytest.mark.parametrize("changed", [{"merge_size": 1}, {"do_rescale": False}, {"do_normalize": False}], ids=str)
+def test_a_processor_that_makes_other_pixels_is_refused(hub, tmp_path, layout, changed):
+    """Guards: a traceback in the first step, and pixels from 0 to 255 without a word."""
+    shutil.copytree(hub / layout, tmp_path / "model")
+    for path in (tmp_path / "model").glob("*preprocessor_config.json"):
+        content = path.read_text()
+        path.write_text(json.dumps(json.loads(content) | changed))
+        with pytest.raises(UserError, match="its merge_size is not the model's, 2|do_rescale or do_normalize is false"):
+            model_files.load_processor(TrainConfig(model=str(tmp_path / "model")))
+        path.write_text(content)
