@@ -215,9 +215,8 @@ def messages(record, cfg, with_media=True):
 
 
 def encode(processor, record, media, metadata, cfg, n_target=0):
-    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels, the
-    patch grid and, for Qwen2.5-VL, the seconds per temporal patch of its clip. For Qwen3-VL the text has time stamps,
-    from the metadata. With `media` None the prompt is the question alone.
+    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels and the
+    patch grid of its clip, for Qwen2.5-VL with the seconds per temporal patch. `media` None: the question alone.
 
     Raises Unusable if these and the `n_target` tokens that SFT learns exceed max_prompt_tokens; nothing is truncated.
     """

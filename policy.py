@@ -190,22 +190,18 @@ def mrope_positions(prompt, config):
     position s has position s + (floor(t · tokens_per_second · seconds between temporal patches), row, column). So the
     answer to a two-minute clip begins after the clip's last moment. transformers 4.49 and 4.51 compute the same.
     4.57 rounds the seconds between patches down to a whole number first. 5.24 continues after a clip at
-    s + max(rows, columns), which lies inside any clip of more than a few seconds. With tokens_per_second 2, patches
-    less than half a second apart may share a time position; this happens with 16 frames of less than 4 seconds.
+    s + max(rows, columns), which lies inside any clip of more than a few seconds.
 
     This is Qwen2.5-VL's rule. For Qwen3-VL each temporal patch is a clip of its own, after a time stamp in the text.
     `prompt` holds mm_token_type_ids (1, P), the patch grid and Qwen2.5-VL's seconds; `config` is the model's.
     """
     runs = families.of(config).runs(prompt, config.vision_config)
-    merge = config.vision_config.spatial_merge_size
     kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
     positions = []
     start = 0
     for kind, length in zip(kinds.tolist(), lengths.tolist()):
         if kind == data.VIDEO:
-            times, (_, grid_h, grid_w) = next(runs)
-            rows = torch.arange(grid_h // merge)
-            columns = torch.arange(grid_w // merge)
+            times, rows, columns = next(runs)
             part = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij")).flatten(1)
         else:
             part = torch.arange(length).expand(3, -1)

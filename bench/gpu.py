@@ -151,8 +151,7 @@ def compare_memory(cfg, config, gpus, prompt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [size for family in families.FAMILIES.values() for size in family.sizes]
-    parser.add_argument("--shape", choices=[*sizes, *TINY], default="7b", help="default: 7b")
+    parser.add_argument("--shape", choices=[*families.SIZES, *TINY], default="7b", help="default: 7b")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, of which this is one; default: 8")
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions after a first one; default: 3")
     parser.add_argument("--lora_rank", type=int, default=0, help="train an adapter; then each GPU is on its own")

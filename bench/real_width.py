@@ -17,7 +17,6 @@ import argparse
 import sys
 import tempfile
 import time
-from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +33,7 @@ import data
 import policy
 from support import families, model_files
 from support.settings import SharedConfig
+from tools import plan_memory
 
 # All kinds of layers that a family has. Qwen3-VL adds the features of three vision blocks after three text layers.
 TEXT_LAYERS = {"qwen2_5_vl": 2, "qwen3_vl": 3}
@@ -48,13 +48,6 @@ QUESTION = {
 FILES = {"picture": ("image", "picture.png"), "10 s": ("video", "10.mp4"), "60 s": ("video", "60.mp4")}
 
 
-def published(shape):
-    """The published config of this size."""
-    for family in families.FAMILIES.values():
-        if shape in family.sizes:
-            return family.published_config(shape)
-
-
 def make_files(folder, shape):
     """Writes folder/model and the media. Returns the records that name them."""
     write_video(folder / "10.mp4", 80, fps=8, size=(640, 360))
@@ -65,8 +58,8 @@ def make_files(folder, shape):
         {**QUESTION, "problem_id": i, "data_type": kind, "path": path} for i, (kind, path) in enumerate(FILES.values())
     ]
     corpus = [" ".join(map(str, QUESTION.values()))] * 9
-    config = published(shape)
-    text = dict(zip(families.TEXT, families.of(config).sizes[shape]))
+    config = plan_memory.model_shape(shape)
+    text = dict(zip(families.TEXT, families.SIZES[shape]))
     text["num_hidden_layers"] = TEXT_LAYERS[config.model_type]
     vision = {name: getattr(config.vision_config, name) for name in ("hidden_size", "intermediate_size", "num_heads")}
     vision |= VISION[config.model_type]
@@ -115,9 +108,7 @@ def compare(folder, records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # no two families share a size
-    shapes = list(chain(*(family.sizes for family in families.FAMILIES.values())))
-    parser.add_argument("--shape", choices=shapes, default="7b", help="default: 7b")
+    parser.add_argument("--shape", choices=families.SIZES, default="7b", help="default: 7b")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -1,4 +1,4 @@
-"""What depends on the model family, and nothing else does: one class per family, found by its `model_type`.
+"""What depends on the model family: one class per family, found by its `model_type`.
 
 All other code asks transformers' Auto classes or the model's config. To add a family, write its class here and run
 tests/test_families.py. Both families merge 2 x 2 patches of two consecutive frames into one token.
@@ -16,8 +16,18 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 
 
+def rows_and_columns(grid, config):
+    """The rows and columns of the tokens of a grid (T, H, W) of patches."""
+    _, height, width = (grid // config.spatial_merge_size).tolist()
+    return torch.arange(height), torch.arange(width)
+
+
 class Qwen2_5_VL:
-    """A clip is one run. Its times are positions: seconds times tokens_per_second."""
+    """A clip is one run of tokens. Its times are positions: seconds times tokens_per_second.
+
+    With tokens_per_second 2, patches less than half a second apart may share a time position; this happens with 16
+    frames (8 patches) of a clip shorter than 4 seconds.
+    """
 
     processor = "Qwen2_5_VLProcessor"
     video_processor = "Qwen2VLVideoProcessor"
@@ -46,11 +56,12 @@ class Qwen2_5_VL:
 
     @staticmethod
     def runs(prompt, config):
-        """Yields the times (T,), in positions, and the grid of each run of a prompt."""
+        """Yields the positions (times, rows, columns) of each run of a prompt, from its beginning."""
         # a picture is one moment, and has no seconds
         seconds = prompt.get("second_per_grid_ts", torch.ones(1))
         for grid, seconds_per_patch in zip(prompt.get("video_grid_thw", ()), seconds):
-            yield (torch.arange(int(grid[0])) * seconds_per_patch * config.tokens_per_second).long(), grid
+            times = torch.arange(int(grid[0])) * seconds_per_patch * config.tokens_per_second
+            yield times.long(), *rows_and_columns(grid, config)
 
     @staticmethod
     def clip_size(size, n_frames):
@@ -97,18 +108,18 @@ class Qwen3VL:
 
     @staticmethod
     def prompt(text):
-        """The chat template's text as the checkpoints were trained with it: with no frame around the whole clip.
+        """The chat template's text as the checkpoints were trained with it: without tokens around the whole clip.
 
-        transformers 4.57, with which they were released, replaces this frame; from 5.10 on it stays in the prompt.
+        transformers 4.57, with which they were released, replaces these two tokens; from 5.10 on they stay.
         """
         return text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
 
     @staticmethod
     def runs(prompt, config):
-        """Yields the time (1,), which is 0, and the grid of each run of a prompt."""
+        """Yields the positions (time, rows, columns) of each run of a prompt; the time is 0."""
         for grid in prompt.get("video_grid_thw", ()):
             for _ in range(int(grid[0])):
-                yield torch.zeros(1, dtype=torch.long), grid
+                yield torch.zeros(1, dtype=torch.long), *rows_and_columns(grid, config)
 
     @staticmethod
     def clip_size(size, n_frames):
@@ -122,6 +133,8 @@ class Qwen3VL:
 
 
 FAMILIES = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3VL}
+# all published sizes; no two families share one
+SIZES = Qwen2_5_VL.sizes | Qwen3VL.sizes
 
 
 def of(config):

@@ -257,7 +257,7 @@ def write_model(state, model, files, folder, dtype):
         state = lora.merged_state(state, model)
     # transformers' own class, empty: it knows the names of the weights in files
     with torch.device("meta"):
-        shell = empty_model(model.config, dtype)
+        shell = empty_model(model.config, model.dtype)
     # the tied head is the embedding; in gathered shards they no longer share memory
     for name in shell.all_tied_weights_keys:
         state.pop(name, None)

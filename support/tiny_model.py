@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
-    Qwen3VLConfig,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -79,14 +78,12 @@ def make_model(folder, records, seed=0, family="qwen2_5_vl"):
         depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, initializer_range=0.12
     )
     if family == "qwen3_vl":
-        make_config = Qwen3VLConfig
         make_processor = Qwen3VLProcessor
         text_config |= {"head_dim": 24}
         vision_config |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
         video_processor = Qwen3VLVideoProcessor(do_sample_frames=False)
         image_processor = Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     else:
-        make_config = Qwen2_5_VLConfig
         make_processor = Qwen2_5_VLProcessor
         vision_config |= {"fullatt_block_indexes": [0], "tokens_per_second": 2}
         video_processor = Qwen2VLVideoProcessor(do_sample_frames=False)
@@ -97,7 +94,8 @@ def make_model(folder, records, seed=0, family="qwen2_5_vl"):
         video_processor=video_processor,
         chat_template=CHAT_TEMPLATE,
     )
-    config = make_config(
+    config = AutoConfig.for_model(
+        family,
         text_config=text_config,
         vision_config=vision_config,
         tie_word_embeddings=True,
