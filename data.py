@@ -215,13 +215,13 @@ def messages(record, cfg, with_media=True):
 
 
 def encode(processor, record, media, metadata, cfg, n_target=0):
-    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels and the
+    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels and
     patch grid of its clip, for Qwen2.5-VL with the seconds per temporal patch. `media` None: the question alone.
 
     Raises Unusable if these and the `n_target` tokens that SFT learns exceed max_prompt_tokens; nothing is truncated.
     """
     conversation = messages(record, cfg, with_media=media is not None)
-    family = families.of_processor(processor)
+    family = families.PROCESSORS[type(processor).__name__]
     text = family.prompt(processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
     # despite their names, these are the smallest and the largest area of a frame, in pixels
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}

@@ -133,6 +133,8 @@ class Qwen3VL:
 
 
 FAMILIES = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3VL}
+# by the class of the processor, which model_files.load_processor checks
+PROCESSORS = {family.processor: family for family in FAMILIES.values()}
 # all published sizes; no two families share one
 SIZES = Qwen2_5_VL.sizes | Qwen3VL.sizes
 
@@ -140,12 +142,6 @@ SIZES = Qwen2_5_VL.sizes | Qwen3VL.sizes
 def of(config):
     """The family of a model, by its config."""
     return FAMILIES[config.model_type]
-
-
-def of_processor(processor):
-    """The family of a checkpoint's processor, which model_files.load_processor has checked."""
-    by_name = {family.processor: family for family in FAMILIES.values()}
-    return by_name[type(processor).__name__]
 
 
 def check_type(model_type):
