@@ -146,15 +146,15 @@ def load_clip(record, path, cfg):
 # ------------------------------------------------------------------------------------------------- orders of the frames
 
 
-def shuffled_order(n_frames, rng, unit="frame"):
+def shuffled_order(n_frames, rng, unit="frame", whole_units=False):
     """A random order of the frames that differs from the given one, as a list of frame numbers; None for one unit.
 
     unit="frame" permutes single frames (paper): a temporal patch then blends two distant moments. unit="patch" (ours)
     moves whole pairs, which keeps the motion inside a pair. An odd last frame then fills its pair by repeating itself,
-    as the processor would pad it.
+    as the processor would pad it; with `whole_units` it stays at the end, to share its pair with a frame that follows.
     """
     size = TEMPORAL_PATCH if unit == "patch" else 1
-    n_units = -(-n_frames // size)
+    n_units = n_frames // size if whole_units else -(-n_frames // size)
     if n_units < 2:
         return None
     in_order = list(range(n_units))
@@ -165,7 +165,7 @@ def shuffled_order(n_frames, rng, unit="frame"):
     for i in unit_order:
         for frame in range(i * size, (i + 1) * size):
             frame_order.append(min(frame, n_frames - 1))
-    return frame_order
+    return [*frame_order, *range(len(frame_order), n_frames)]
 
 
 def frame_orders(names, n_frames, keep_last, rng, unit):
@@ -175,8 +175,6 @@ def frame_orders(names, n_frames, keep_last, rng, unit):
     question's own picture, which stays at the end. A clip of one frame has only the order "ordered".
     """
     n_moving = n_frames - 1 if keep_last else n_frames
-    # where pairs move, the last frame's pair stays whole
-    n_in_last_pair = n_moving % TEMPORAL_PATCH if keep_last and unit == "patch" else 0
     orders = {}
     for name in names:
         order = None
@@ -185,9 +183,7 @@ def frame_orders(names, n_frames, keep_last, rng, unit):
         elif n_moving < 2:
             continue
         elif name.startswith("shuffled"):
-            order = shuffled_order(n_moving - n_in_last_pair, rng, unit)
-            if order is not None:
-                order += range(len(order), n_moving)
+            order = shuffled_order(n_moving, rng, unit, whole_units=keep_last)
         elif name == "reversed":
             order = reversed(range(n_moving))
         elif name == "single":
@@ -403,6 +399,6 @@ def pad(rows, value, side):
 def collate_prompts(prompts, pad_id):
     """Prompts of unequal length as one left-padded batch, ready for generate()."""
     batch = join_media(prompts)
-    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("mm_token_type_ids", 0)):
+    for name, fill in (("input_ids", pad_id), ("attention_mask", 0)):
         batch[name] = pad([prompt[name][0] for prompt in prompts], fill, "left")
     return batch

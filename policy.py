@@ -254,8 +254,6 @@ def read_prompts(model, prompts, pad_id):
     batch = send_to_device(data.collate_prompts(prompts, pad_id), model.device, non_blocking=True)
     prompt_BP = batch.pop("input_ids")
     mask_BP = batch.pop("attention_mask")
-    # only mrope_positions needs it
-    batch.pop("mm_token_type_ids")
     positions = [mrope_positions(prompt, model.config).T for prompt in prompts]
     positions_3BP = data.pad(positions, 0, "left").permute(2, 0, 1).to(model.device)
     cache = DynamicCache(config=model.config.get_text_config())
