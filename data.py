@@ -65,8 +65,8 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
 
     ticks: when each frame appears, increasing, in units of tick_seconds (a Fraction) · last_frame: if true, the last
     frame shown is the clip's last · last_duration: for how many ticks that one is on display (None: the others' median)
-    Returns (their numbers, how many frames of the file they are spread over, the mean rate of those, when they are on
-    display in seconds from the beginning of the clip or part).
+    Returns (frame numbers, total, fps, seconds). The frames are spread over `total` frames of the file, whose mean rate
+    is fps. seconds: when each appears, from the beginning of the clip or part; when it is shown again, a later moment.
 
     At 4 frames per second; a clip that shows its first frame for three of its four seconds; the part from 0.5 to 1.25 s
     of the first clip, which has fewer than 16 frames:
@@ -96,20 +96,20 @@ def even_frames(ticks, tick_seconds, n, start=None, end=None, last_frame=False, 
         indices = [frames.frame_at(ticks, low + (2 * i + 1) * length / (2 * n)) for i in range(n)]
     if last_frame:
         indices[-1] = len(ticks) - 1
-    times = [max(low, int(ticks[i])) for i in indices]
+    moments = [max(low, int(ticks[i])) for i in indices]
     for i in range(1, len(indices)):
-        # a frame that is still on display is shown at a later time
+        # shown again: it is still on display where the i-th of n equal parts begins
         if indices[i] == indices[i - 1]:
-            times[i] = low + i * length / n
-    seconds = [float((moment - low) * tick_seconds) for moment in times]
+            moments[i] = low + i * length / n
+    seconds = [float((moment - low) * tick_seconds) for moment in moments]
     return indices, total, float(total / (length * tick_seconds)), seconds
 
 
 def load_media(record, cfg):
     """(frames, metadata) of a video: uint8 (F, H, W, C), F <= max_frames; of an image: (PIL image, None).
 
-    From the metadata the processor derives the seconds between two frames, total_num_frames / fps / F, or for Qwen3-VL
-    when they are on display, frames_indices / fps. All stages use these. Raises Unusable with the file and the reason.
+    From the metadata, Qwen2.5-VL's processor computes the seconds between two frames, total_num_frames / fps / F, and
+    Qwen3-VL's the time of each frame, frames_indices / fps. All stages use these. Raises Unusable with file and reason.
     """
     try:
         path = record_files.existing_path(record["path"], cfg.data_root)
@@ -138,7 +138,7 @@ def load_clip(record, path, cfg):
         clip = frames.read_clip(path, choose, cfg.video_reader)
     if picture_path:
         clip = frames.with_picture(clip, record_files.existing_path(picture_path, cfg.data_root))
-    # fractions of frames, so that also at an uneven rate frames_indices / fps are the times
+    # fractions, because the processor computes a frame's time as index / fps, even if the rate is uneven
     indices = [seconds * clip.fps for seconds in clip.seconds]
     return clip.frames_FHWC, VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=indices)
 
@@ -211,14 +211,16 @@ def messages(record, cfg, with_media=True):
 
 
 def encode(processor, record, media, metadata, cfg, n_target=0):
-    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); the pixels and
-    patch grid of its clip, for Qwen2.5-VL with the seconds per temporal patch. `media` None: the question alone.
+    """Model inputs of one prompt, as tensors: input_ids, attention_mask and mm_token_type_ids (1, P); of its clip,
+    pixel_values_videos (patches, values of a patch), video_grid_thw (1, 3) in patches and, for Qwen2.5-VL,
+    second_per_grid_ts (1,), the seconds per temporal patch. With `media` None the prompt is the question alone.
 
     Raises Unusable if these and the `n_target` tokens that SFT learns exceed max_prompt_tokens; nothing is truncated.
     """
     conversation = messages(record, cfg, with_media=media is not None)
-    family = families.PROCESSORS[type(processor).__name__]
-    text = family.prompt(processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    family = families.BY_PROCESSOR[type(processor).__name__]
+    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    text = text.replace(families.CLIP, family.clip)
     # despite their names, these are the smallest and the largest area of a frame, in pixels
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
     if media is None:
@@ -228,11 +230,11 @@ def encode(processor, record, media, metadata, cfg, n_target=0):
         inputs = processor(text=[text], images=[media], images_kwargs={"size": size}, return_tensors="pt")
         inputs = as_clip(inputs, processor)
     else:
-        # an odd last frame fills its temporal patch, as the processor would pad it
+        # an odd last frame fills its temporal patch here, because Qwen3-VL's processor refuses a single frame
         if len(media) % TEMPORAL_PATCH:
             media = np.concatenate([media, media[-1:]])
         video_settings = {
-            "size": family.clip_size(size, len(media)),
+            "size": family.area_limits(size, len(media)),
             # the processor would give the frames of long clips fewer pixels than max_pixels
             "cap_pixels_per_frame": False,
             "video_metadata": [metadata],
@@ -268,7 +270,7 @@ def as_clip(inputs, processor):
 def target_ids(processor, record):
     """What SFT learns to generate after the prompt: process, newline, solution, end of turn. 1-D tensor of token ids.
 
-    What the chat template writes is not learned: "<|im_start|>assistant", a newline, and the opening of the answer.
+    What the chat template writes is not learned: "<|im_start|>assistant", a newline and, in Thinking variants, <think>.
     """
     text = record["process"].strip() + "\n" + record["solution"].strip() + processor.tokenizer.eos_token
     text = text.removeprefix(families.opening(processor).strip()).lstrip()
@@ -341,13 +343,13 @@ class Samples(Dataset):
         keep_last = bool(record.get("image_path") or record.get("last_frame"))
         orders = frame_orders(self.orders, len(media), keep_last, rng, self.cfg.shuffle_unit)
         for name, order in orders.items():
-            # by default the pixels move, and time stamps stay where they are, one for each frame shown
-            moved = order if self.cfg.shuffle_stamps or name == "single" else sorted(order)
-            # the seconds between two frames do not depend on how many are shown
-            total = metadata.total_num_frames * (len(moved) / len(media))
-            indices = [metadata.frames_indices[i] for i in moved]
-            stamps = replace(metadata, total_num_frames=total, frames_indices=indices)
-            sample.inputs[name] = encode(self.processor, record, media[order], stamps, self.cfg, len(target))
+            # by default only the pixels move: the times stay in order, one per frame shown
+            time_order = order if self.cfg.shuffle_stamps or name == "single" else sorted(order)
+            indices = [metadata.frames_indices[i] for i in time_order]
+            # so that the seconds between two frames, total / fps / F, do not depend on F, the number of frames shown
+            total = metadata.total_num_frames * (len(order) / len(media))
+            times = replace(metadata, total_num_frames=total, frames_indices=indices)
+            sample.inputs[name] = encode(self.processor, record, media[order], times, self.cfg, len(target))
         sample.frame_order = orders.get("shuffled")
         return sample
 

@@ -73,7 +73,7 @@ class LogpHead(nn.Linear):
 
 
 class Policy:
-    """Added to transformers' class of the model: its forward can return log-probs of chosen tokens.
+    """Mixed into the model's class by Policy.of: its forward can also return log-probs of chosen tokens.
 
     forward(**inputs, source=, targets=) returns (logps_M, entropy_M) in nats: `targets` (M,) are tokens, and `source`
     (M,) points to the token before each of them in the flattened (B·L) rows. The head runs inside forward, because
@@ -92,7 +92,7 @@ class Policy:
         """
 
         class ModelAsPolicy(cls, type(model)):
-            # with `wraps`, generate() sees the arguments of the model's class when it inspects the signature
+            # generate() learns from the signature which arguments the model takes; `wraps` shows it the former class's
             @functools.wraps(type(model).forward)
             def forward(self, *args, **inputs):
                 return super().forward(*args, **inputs)
@@ -103,7 +103,7 @@ class Policy:
         return model
 
     def forward(self, *args, source=None, targets=None, temperature=1.0, banned=(), **inputs):
-        # only for speed: lengths on the CPU, so that no vision block waits for the GPU
+        # only for speed: the lengths of frames and windows on the CPU, so that no vision block waits for the GPU
         inputs |= vision.lengths(inputs, self.config)
         if targets is None:
             return super().forward(*args, **inputs)
@@ -186,15 +186,16 @@ def refresh(copy, policy):
 def mrope_positions(prompt, config):
     """M-RoPE positions (3, P) of a prompt's tokens (time, row, column) by the rule the checkpoints were trained with.
 
-    Text continues at (largest position so far, of all three axes) + 1. Patch (t, row, column) of a clip that starts at
-    position s has position s + (floor(t · tokens_per_second · seconds between temporal patches), row, column). So the
-    answer to a two-minute clip begins after the clip's last moment. transformers 4.49 and 4.51 compute the same.
-    4.57 rounds the seconds between patches down to a whole number first. 5.24 continues after a clip at
-    s + max(rows, columns), which lies inside any clip of more than a few seconds.
+    Each text and each clip starts at s = (largest position so far, of all three axes) + 1. Token i of a text has s + i
+    on all axes. In Qwen2.5-VL, token (t, row, column) of a clip has s + (floor(t · tokens_per_second · seconds between
+    temporal patches), row, column), so the answer to a two-minute clip begins after the clip's last moment.
+    transformers 4.49 and 4.51 compute the same; 4.57 first rounds the seconds down to a whole number; 5.24 continues
+    after a clip at s + max(rows, columns), which lies inside any clip of more than a few seconds.
 
-    This is Qwen2.5-VL's rule. For Qwen3-VL each temporal patch is a clip of its own, after a time stamp in the text.
+    In Qwen3-VL each temporal patch is a clip of its own with t = 0, after a time stamp in the text.
     `prompt` holds mm_token_type_ids (1, P), the patch grid and Qwen2.5-VL's seconds; `config` is the model's.
     """
+    # of each run of video tokens: (times, rows, columns), without s
     runs = families.of(config).runs(prompt, config.vision_config)
     kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
     positions = []

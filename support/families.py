@@ -13,11 +13,14 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
+# what a chat template writes for a clip
+CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
+# the fields of a text model's config that `sizes` give
 TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 
 
 def rows_and_columns(grid, config):
-    """The rows and columns of the tokens of a grid (T, H, W) of patches."""
+    """The rows and columns of a moment's tokens, for a grid (T, H, W) of patches."""
     _, height, width = (grid // config.spatial_merge_size).tolist()
     return torch.arange(height), torch.arange(width)
 
@@ -31,6 +34,8 @@ class Qwen2_5_VL:
 
     processor = "Qwen2_5_VLProcessor"
     video_processor = "Qwen2VLVideoProcessor"
+    # what the checkpoints were trained with in place of CLIP
+    clip = CLIP
     has_time_stamps = False
     # norms of queries and keys, per head
     has_head_norms = False
@@ -50,13 +55,8 @@ class Qwen2_5_VL:
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
     @staticmethod
-    def prompt(text):
-        """The chat template's text as the checkpoints were trained with it."""
-        return text
-
-    @staticmethod
     def runs(prompt, config):
-        """Yields the positions (times, rows, columns) of each run of a prompt, from its beginning."""
+        """Yields the times, rows and columns of each run of a prompt, as positions counted from where it starts."""
         # a picture is one moment, and has no seconds
         seconds = prompt.get("second_per_grid_ts", torch.ones(1))
         for grid, seconds_per_patch in zip(prompt.get("video_grid_thw", ()), seconds):
@@ -64,8 +64,8 @@ class Qwen2_5_VL:
             yield times.long(), *rows_and_columns(grid, config)
 
     @staticmethod
-    def clip_size(size, n_frames):
-        """`size`, in pixels of a frame, as the video processor takes it: also of a frame."""
+    def area_limits(size, n_frames):
+        """What the video processor takes for `size`, the limits of a frame's area in pixels: the same."""
         return size
 
     @staticmethod
@@ -86,6 +86,8 @@ class Qwen3VL:
 
     processor = "Qwen3VLProcessor"
     video_processor = "Qwen3VLVideoProcessor"
+    # without tokens around the whole clip: transformers 4.57, which the release used, removes them, 5.10 does not
+    clip = "<|video_pad|>"
     has_time_stamps = True
     has_head_norms = True
     vision_widths = (11, 2)
@@ -107,23 +109,15 @@ class Qwen3VL:
         return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size != "8b")
 
     @staticmethod
-    def prompt(text):
-        """The chat template's text as the checkpoints were trained with it: without tokens around the whole clip.
-
-        transformers 4.57, with which they were released, replaces these two tokens; from 5.10 on they stay.
-        """
-        return text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
-
-    @staticmethod
     def runs(prompt, config):
-        """Yields the positions (time, rows, columns) of each run of a prompt; the time is 0."""
+        """Like those of Qwen2.5-VL. A run has one time, which is 0."""
         for grid in prompt.get("video_grid_thw", ()):
             for _ in range(int(grid[0])):
                 yield torch.zeros(1, dtype=torch.long), *rows_and_columns(grid, config)
 
     @staticmethod
-    def clip_size(size, n_frames):
-        """`size`, in pixels of a frame, as the video processor takes it: of the whole clip (n_frames is even)."""
+    def area_limits(size, n_frames):
+        """What the video processor takes for `size`: limits of the sum over all frames, an even number."""
         return {edge: pixels * n_frames for edge, pixels in size.items()}
 
     @staticmethod
@@ -133,8 +127,8 @@ class Qwen3VL:
 
 
 FAMILIES = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3VL}
-# by the class of the processor, which model_files.load_processor checks
-PROCESSORS = {family.processor: family for family in FAMILIES.values()}
+# by the name of the processor's class, which model_files.load_processor checks
+BY_PROCESSOR = {family.processor: family for family in FAMILIES.values()}
 # all published sizes; no two families share one
 SIZES = Qwen2_5_VL.sizes | Qwen3VL.sizes
 
