@@ -142,7 +142,7 @@ def compare_memory(cfg, config, gpus, prompt):
     """Numbers of the peak memory: planned, and measured on a GPU."""
     n_prompt = prompt["input_ids"].shape[1]
     n_patches = len(prompt["pixel_values_videos"])
-    _, planned = plan_memory.memory_plan(cfg, config, gpus, prompt_tokens=n_prompt, patches=n_patches)
+    _, planned = plan_memory.memory_plan(cfg, config, gpus, prompt=(n_prompt, n_patches))
     measured = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     measured_text = "only on a GPU" if measured is None else f"{measured:.1f} GB"
     print(f"peak memory: planned {planned / 1e9:.1f} GB, measured {measured_text}")

@@ -52,7 +52,7 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class Shown(NamedTuple):
-    """Frames of a clip, and what their times follow from: on average they are total / fps / F seconds apart."""
+    """Frames of a clip and their times. On average the frames are total / fps / F seconds apart."""
 
     # uint8, 0 to 255, RGB
     frames_FHWC: np.ndarray
@@ -60,7 +60,7 @@ class Shown(NamedTuple):
     total: int
     # the mean rate of these `total` frames
     fps: float
-    # when each is on display, from the beginning of the clip or part (F,)
+    # when each appears or, shown again, is still on display; from the beginning of the clip or part (F,)
     seconds: list
 
 
@@ -441,8 +441,8 @@ def with_picture(clip, path):
     picture_HWC = np.asarray(ImageOps.pad(read_picture(path), (width, height)))
     frames_FHWC = np.concatenate([clip.frames_FHWC, picture_HWC[None]])
     n_frames = len(clip.seconds)
-    end = clip.seconds[-1] + clip.total / clip.fps / n_frames
-    return Shown(frames_FHWC, clip.total * (1 + 1 / n_frames), clip.fps, [*clip.seconds, end])
+    next_moment = clip.seconds[-1] + clip.total / clip.fps / n_frames
+    return Shown(frames_FHWC, clip.total * (1 + 1 / n_frames), clip.fps, [*clip.seconds, next_moment])
 
 
 def in_order(stills):

@@ -125,7 +125,7 @@ def try_processor(processor, config, prompt, ends):
     for kind in ("pixel_values", "pixel_values_videos"):
         if inputs[kind].shape[1] != patch_pixels:
             raise ValueError(f"its patches have {inputs[kind].shape[1]} values, the model's have {patch_pixels}")
-        # each channel is about -2 or -1 for black and 2 or 1 for white
+        # black is about -2 or -1 in each channel, white about 2 or 1
         if not (inputs[kind].min() < -0.5 and inputs[kind].max() < 10):
             raise ValueError("image_mean, image_std or rescale_factor is wrong, or do_rescale or do_normalize is false")
 

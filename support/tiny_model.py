@@ -78,22 +78,16 @@ def make_model(folder, records, seed=0, family="qwen2_5_vl"):
         depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, initializer_range=0.12
     )
     if family == "qwen3_vl":
-        make_processor = Qwen3VLProcessor
         text_config |= {"head_dim": 24}
         vision_config |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
         video_processor = Qwen3VLVideoProcessor(do_sample_frames=False)
         image_processor = Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        processor = Qwen3VLProcessor(image_processor, tokenizer, video_processor, CHAT_TEMPLATE)
     else:
-        make_processor = Qwen2_5_VLProcessor
         vision_config |= {"fullatt_block_indexes": [0], "tokens_per_second": 2}
         video_processor = Qwen2VLVideoProcessor(do_sample_frames=False)
         image_processor = Qwen2VLImageProcessor()
-    processor = make_processor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        video_processor=video_processor,
-        chat_template=CHAT_TEMPLATE,
-    )
+        processor = Qwen2_5_VLProcessor(image_processor, tokenizer, video_processor, CHAT_TEMPLATE)
     config = AutoConfig.for_model(
         family,
         text_config=text_config,

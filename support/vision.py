@@ -1,9 +1,9 @@
 """The vision tower's attention: its windows' lengths on the CPU, and all windows of a block in one call.
 
-A vision block of Qwen2.5-VL attends within windows of at most 8 x 8 patches, every eighth block within whole frames, as
-all blocks of Qwen3-VL do. transformers calls the attention once per window or frame in a loop: per pass over a clip of
-16 frames 2,720 times for Qwen2.5-VL, 216 times for Qwen3-VL-8B. With `vision_attention: fused` each block makes one
-call. The loop is the plain form and the default.
+In Qwen2.5-VL, vision blocks attend within windows of at most 8 x 8 patches, every eighth within whole frames; in
+Qwen3-VL all blocks attend within whole frames. transformers calls the attention once per window or frame, in a loop:
+2,720 calls per pass over a clip of 16 frames in Qwen2.5-VL, 216 in Qwen3-VL-8B. With `vision_attention: fused` each
+block makes one call. The loop is the plain form and the default.
 """
 
 import copy
@@ -23,7 +23,7 @@ FUSED = "fused_windows_like_flash"
 
 def set_attention(model, name):
     """Let the vision tower of `model` compute its attention in a "loop" over windows, or "fused"."""
-    # the attention's own copy: from the model's config no other model could be made, which looks for the kernel
+    # a copy: transformers could make no other model from a config with FUSED, because it would look for that kernel
     config = copy.copy(model.config.vision_config)
     config._attn_implementation = FUSED if name == "fused" else "sdpa"
     for block in model.model.visual.blocks:
@@ -31,7 +31,7 @@ def set_attention(model, name):
 
 
 def lengths(inputs, config):
-    """How the vision blocks cut clips, as arguments of `config`'s model, on the CPU: on a GPU each block would wait."""
+    """Where vision blocks cut clips, as arguments of forward, on the CPU: each block would wait for them on a GPU."""
     grid = inputs.get("video_grid_thw")
     if grid is None:
         return {}

@@ -118,7 +118,7 @@ def test_the_plan_is_within_10_percent_of_a_measured_step(monkeypatch, family, c
     moments = [moment for state in optimizer.optimizer.state.values() for moment in state.values()]
     with Peak([*model.parameters(), *moments]) as measured:
         step()
-    parts, planned = plan_memory.memory_plan(cfg, config, 1, prompt_tokens=80, patches=4 * 4 * 6)
+    parts, planned = plan_memory.memory_plan(cfg, config, 1, prompt=(80, 4 * 4 * 6))
     # nothing is sampled here
     planned -= parts["rollout copy"]
     assert planned == pytest.approx(measured.peak, rel=0.1)
@@ -259,7 +259,7 @@ def test_the_plan_of_evaluation_is_within_10_percent_of_a_measured_prefill(famil
     prompts = [gpu.clip_prompt(config, (4, 12, 12), 250)] * 4
     with Peak(model.parameters()) as measured, torch.no_grad():
         policy.read_prompts(model, prompts, 601)
-    parts, planned = plan_memory.evaluation_plan(cfg, config, prompt_tokens=250, patches=4 * 12 * 12)
+    parts, planned = plan_memory.evaluation_plan(cfg, config, prompt=(250, 4 * 12 * 12))
     # half of the caches belong to decoding
     planned -= parts["KV cache (rollout)"] / 2
     assert planned == pytest.approx(measured.peak, rel=0.1)

@@ -43,7 +43,7 @@ GRADIENT_WIDTHS = 2
 OUTER_WIDTHS = 6
 # float32 copies of one chunk of logits: logits, log-softmax and the gradients of both
 LOGITS_COPIES = 4
-# prompt tokens that are not video, those of a time stamp as <123.4 seconds> around a moment, and those of an SFT target
+# tokens of a prompt without its video; of a time stamp <123.4 seconds> and the two around its moment; of an SFT target
 TEXT_PROMPT_TOKENS = 200
 STAMP_TOKENS = 10
 TARGET_TOKENS = 1024
@@ -65,7 +65,7 @@ def model_shape(name):
     plain = re.sub("[^a-z0-9]", "", name.lower())
     known = []
     for model_type, family in families.FAMILIES.items():
-        # a name without a family, as runs/7b/sft/final, has that of its size: no two families share one
+        # a name without a family, such as runs/7b/sft/final: the size determines it, because no two families share one
         is_family = model_type.replace("_", "") in plain or "qwen" not in plain
         for size in family.sizes:
             known.append(f"{model_type} {size}")
@@ -87,14 +87,13 @@ def head_width(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def memory_plan(cfg, config, gpus, prompt_tokens=None, patches=None):
+def memory_plan(cfg, config, gpus, prompt=None):
     """(bytes that one of `gpus` GPUs holds in a T-GRPO step, by name; their peak), for the longest completions.
 
-    prompt_tokens and patches of a prompt: by default the most that cfg allows. The KV cache, the activations with the
-    logits, and the optimizer step are never alive at the same time: the peak counts only the largest of the three.
+    prompt: its (tokens, patches), by default the most that cfg allows. The KV cache, the activations with the logits,
+    and the optimizer step are never alive at the same time: the peak counts only the largest of the three.
     """
-    if not prompt_tokens:
-        prompt_tokens, patches = longest_prompt(cfg, config)
+    prompt_tokens, patches = prompt or longest_prompt(cfg, config)
     prompts = max(1, cfg.batch_size // gpus)
     shards = gpus if cfg.fsdp == "full_shard" else 1
     with torch.device("meta"):
@@ -212,13 +211,12 @@ def sft_plan(cfg, config, gpus):
     return parts | {"rollout copy": 0, "KV cache (rollout)": 0}, peak
 
 
-def evaluation_plan(cfg, config, prompt_tokens=None, patches=None):
+def evaluation_plan(cfg, config, prompt=None):
     """Like memory_plan, for evaluation: whole weights, and a batch of the longest prompts and answers."""
     text = config.get_text_config()
     vision = config.vision_config
     number = distributed.compute_dtype(cfg).itemsize
-    if not prompt_tokens:
-        prompt_tokens, patches = longest_prompt(cfg, config)
+    prompt_tokens, patches = prompt or longest_prompt(cfg, config)
     with torch.device("meta"):
         weights = number * empty_model(config, torch.float32).num_parameters()
     like = TGRPOConfig(
