@@ -195,15 +195,15 @@ def mrope_positions(prompt, config):
     In Qwen3-VL each temporal patch is a clip of its own with t = 0, after a time stamp in the text.
     `prompt` holds mm_token_type_ids (1, P), the patch grid and Qwen2.5-VL's seconds; `config` is the model's.
     """
-    # of each run of video tokens: (times, rows, columns), without s
     runs = families.of(config).runs(prompt, config.vision_config)
     kinds, lengths = torch.unique_consecutive(prompt["mm_token_type_ids"][0], return_counts=True)
     positions = []
     start = 0
     for kind, length in zip(kinds.tolist(), lengths.tolist()):
         if kind == data.VIDEO:
-            times, rows, columns = next(runs)
-            part = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij")).flatten(1)
+            (n_times, n_rows, n_columns), seconds_per_patch, tokens_per_second = next(runs)
+            times = (torch.arange(n_times) * seconds_per_patch * tokens_per_second).long()
+            part = torch.cartesian_prod(times, torch.arange(n_rows), torch.arange(n_columns)).T
         else:
             part = torch.arange(length).expand(3, -1)
         positions.append(start + part)

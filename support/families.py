@@ -19,10 +19,10 @@ CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 TEXT = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 
 
-def rows_and_columns(grid, config):
-    """The rows and columns of a moment's tokens, for a grid (T, H, W) of patches."""
-    _, height, width = (grid // config.spatial_merge_size).tolist()
-    return torch.arange(height), torch.arange(width)
+def in_tokens(grid, config):
+    """A grid (T, H, W) of patches as one of tokens."""
+    n_times, height, width = grid.tolist()
+    return n_times, height // config.spatial_merge_size, width // config.spatial_merge_size
 
 
 class Qwen2_5_VL:
@@ -56,12 +56,11 @@ class Qwen2_5_VL:
 
     @staticmethod
     def runs(prompt, config):
-        """Yields the times, rows and columns of each run of a prompt, as positions counted from where it starts."""
+        """Yields the grid in tokens, the seconds per temporal patch and the positions per second of each run."""
         # a picture is one moment, and has no seconds
         seconds = prompt.get("second_per_grid_ts", torch.ones(1))
         for grid, seconds_per_patch in zip(prompt.get("video_grid_thw", ()), seconds):
-            times = torch.arange(int(grid[0])) * seconds_per_patch * config.tokens_per_second
-            yield times.long(), *rows_and_columns(grid, config)
+            yield in_tokens(grid, config), seconds_per_patch, config.tokens_per_second
 
     @staticmethod
     def area_limits(size, n_frames):
@@ -110,10 +109,11 @@ class Qwen3VL:
 
     @staticmethod
     def runs(prompt, config):
-        """Like those of Qwen2.5-VL. A run has one time, which is 0."""
+        """Like those of Qwen2.5-VL. A run has only time 0, so any number of seconds would do."""
         for grid in prompt.get("video_grid_thw", ()):
-            for _ in range(int(grid[0])):
-                yield torch.zeros(1, dtype=torch.long), *rows_and_columns(grid, config)
+            n_times, n_rows, n_columns = in_tokens(grid, config)
+            for _ in range(n_times):
+                yield (1, n_rows, n_columns), 0, 0
 
     @staticmethod
     def area_limits(size, n_frames):
