@@ -144,10 +144,10 @@ def check_type(model_type):
         return
     reason = ""
     if str(model_type).startswith(("qwen3_5", "qwen3_next", "qwen4")):
-        reason = ": their linear layers take no attention mask, so the completions of a packed row would mix"
+        reason = " (their linear layers take no attention mask, so the completions of a packed row would mix)"
     elif "moe" in str(model_type):
-        reason = ": their experts would be routed differently in sampling and in training"
-    raise ValueError(f"models of type {model_type} cannot be trained here, only {' and '.join(FAMILIES)}{reason}")
+        reason = " (their experts would be routed differently in sampling and in training)"
+    raise ValueError(f"models of type {model_type} cannot be trained here{reason}, only {' and '.join(FAMILIES)}")
 
 
 @functools.cache

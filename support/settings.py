@@ -50,7 +50,7 @@ class SharedConfig:
     shuffle_unit: str = option(
         "frame", "what shuffling moves: frames, or temporal patches (pairs of frames)", choices=("frame", "patch")
     )
-    shuffle_stamps: bool = option(False, "Qwen3-VL: frames move with their time stamps, which tell the order")
+    shuffle_stamps: bool = option(False, "Qwen3-VL: if frames are shuffled or reversed, their time stamps move, too")
     max_unreadable: float = option(
         0.01, "past this share of bad rows, or of recent draws without media, the run stops", low=0, high=1
     )
