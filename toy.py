@@ -1,10 +1,11 @@
-"""The whole method on a CPU in minutes: a small world of rendered videos, a tiny Qwen2.5-VL, and every stage.
+"""The whole method on a CPU in minutes: a small world of rendered videos, a tiny Qwen-VL, and every stage.
 
     python toy.py                            # world, SFT, T-GRPO, evaluation; results in runs/toy. What exists is kept
     python toy.py --seed 1 --out runs/one    # another seed, in another folder
 
     1. render clips and pictures with questions about them, as records in the released format
-    2. train a tokenizer on their text and build a random Qwen2.5-VL of 0.45 million parameters (support/tiny_model.py)
+    2. train a tokenizer on their text and build a random Qwen2.5-VL of 0.45 million parameters (support/tiny_model.py),
+       or with --model_family qwen3_vl a Qwen3-VL
     3. run sft.py, tgrpo.py and evaluate.py, the same scripts that train the 7B model
     4. compare the SFT model with the trained policy: frames in order, frames shuffled, misleading backgrounds
 

@@ -147,7 +147,7 @@ def check_type(model_type):
         reason = " (their linear layers take no attention mask, so the completions of a packed row would mix)"
     elif "moe" in str(model_type):
         reason = " (their experts would be routed differently in sampling and in training)"
-    raise ValueError(f"models of type {model_type} cannot be trained here{reason}, only {' and '.join(FAMILIES)}")
+    raise ValueError(f"models of type {model_type} cannot be used here{reason}, only {' and '.join(FAMILIES)}")
 
 
 @functools.cache

@@ -207,13 +207,13 @@ QWEN2_5_PROCESSOR = {"processor_class": "Qwen2_5_VLProcessor"}
         (
             "config",
             {"model_type": "qwen3_vl_moe"},
-            f"type qwen3_vl_moe cannot be trained here .their {ROUTED}., only ",
+            f"type qwen3_vl_moe cannot be used here .their {ROUTED}., only ",
         ),
         ("config", {"model_type": "qwen3_5"}, f"type qwen3_5 cannot .*{MIXED}"),
         ("config", {"model_type": "qwen3_5_moe"}, f"type qwen3_5_moe cannot .*{MIXED}"),
         ("config", {"model_type": "qwen3_next"}, f"type qwen3_next cannot .*{MIXED}"),
         ("config", {"model_type": "qwen4_exp"}, f"type qwen4_exp cannot .*{MIXED}"),
-        ("config", {"model_type": "qwen2_vl"}, "type qwen2_vl cannot be trained here, only qwen2_5_vl and qwen3_vl$"),
+        ("config", {"model_type": "qwen2_vl"}, "type qwen2_vl cannot be used here, only qwen2_5_vl and qwen3_vl$"),
         ("config", {"quantization_config": {"quant_method": "fp8"}}, "it is quantized, and such weights cannot be"),
         ("preprocessor_config", QWEN2_5_PROCESSOR, "processor is a Qwen2_5_VLProcessor, not a Qwen3VLProcessor"),
         (

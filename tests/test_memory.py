@@ -274,3 +274,10 @@ def test_the_plan_of_sft_has_neither_reference_nor_rollout():
     assert peak == pytest.approx(
         resident + max(parts["optimizer step"], parts["activations"] + parts["logits, or a layer"])
     )
+
+
+def test_a_batch_that_the_gpus_cannot_share_has_no_plan(monkeypatch):
+    """Guards: "it fits" for a run that does not start."""
+    monkeypatch.setattr("sys.argv", ["plan_memory", "--config", "configs/qwen3vl_4b_one_gpu.yaml"])
+    with pytest.raises(settings.UserError, match="batch_size 2 does not divide over 8 processes"):
+        plan_memory.main()

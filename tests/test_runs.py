@@ -261,7 +261,7 @@ def test_missing_and_unexpected_tensors_are_named(world, tmp_path, run):
             policy.load_policy(tgrpo.TGRPOConfig(model=str(tmp_path / "base")))
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    with pytest.raises(UserError, match="sft.model: .*base: models of type qwen2_vl cannot be trained here"):
+    with pytest.raises(UserError, match="sft.model: .*base: models of type qwen2_vl cannot be used here"):
         run("sft", model=tmp_path / "base")
 
 

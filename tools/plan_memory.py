@@ -17,7 +17,7 @@ import torch
 from evaluate import EvalConfig
 from policy import LOGITS_CHUNK
 from sft import SFTConfig
-from support import distributed, families, settings, storage, tables
+from support import distributed, families, settings, storage, tables, training
 from support.decoding import compiled_length
 from support.lora import add_adapter
 from support.model_files import check_model, empty_model, model_config, usable
@@ -244,6 +244,7 @@ def main():
     if args.stage == "evaluate":
         parts, peak = evaluation_plan(cfg, config)
     else:
+        training.check_batch_size(cfg, args.gpus)
         plan = sft_plan if args.stage == "sft" else memory_plan
         parts, peak = plan(cfg, config, args.gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in [*parts.items(), ("peak", peak)]]
