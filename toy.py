@@ -4,8 +4,7 @@
     python toy.py --seed 1 --out runs/one    # another seed, in another folder
 
     1. render clips and pictures with questions about them, as records in the released format
-    2. train a tokenizer on their text and build a random Qwen2.5-VL of 0.45 million parameters (support/tiny_model.py),
-       or with --model_family qwen3_vl a Qwen3-VL
+    2. train a tokenizer on their text and build a random Qwen-VL of half a million parameters (support/tiny_model.py)
     3. run sft.py, tgrpo.py and evaluate.py, the same scripts that train the 7B model
     4. compare the SFT model with the trained policy: frames in order, frames shuffled, misleading backgrounds
 
