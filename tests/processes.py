@@ -92,6 +92,9 @@ def main():
     import sft  # noqa: F401
     import tgrpo  # noqa: F401
 
+    # a suite that runs in the background or under nohup ignores these, and so would its runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for line in sys.stdin:
         task = json.loads(line)
         if isinstance(task, int):

@@ -74,7 +74,7 @@ def outputs(world, hub, forker, tmp_path_factory):
         placed = [None] * 8
         for place, r in zip(order, picked):
             placed[place] = r
-        (world / f"world/mixed_{stage}.json").write_text(json.dumps(placed))
+        (world / f"mixed_{stage}.json").write_text(json.dumps(placed))
     runs = [forker.start(one / "said", "tests/two_ranks.py", world, one, "none")]
     port = free_port()
     for rank in ("0", "1"):

@@ -202,6 +202,8 @@ def test_the_end_of_a_terminal_and_slurms_signal_save_like_sigterm(number):
     """Guards: steps since the last checkpoint that are lost when an ssh session ends."""
     kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     try:
+        # under nohup it is ignored
+        signal.signal(number, signal.SIG_DFL)
         stop = training.StopSignal()
         assert not stop.asked
         os.kill(os.getpid(), number)

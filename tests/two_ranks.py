@@ -167,7 +167,7 @@ def main():
     run(tgrpo, "tgrpo", updates_per_rollout=2)
     # micro-batches of pictures beside videos on one rank, videos alone on the other
     for stage in (sft, tgrpo):
-        run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"world/mixed_{stage.__name__}.json")
+        run(stage, f"mixed {stage.__name__}", micro_batch_size=2, records=FOLDER / f"mixed_{stage.__name__}.json")
     run(tgrpo, "frozen", freeze_vision="true", gradient_checkpointing="true", steps=1)
     run(tgrpo, "qwen3", model=FOLDER / "hub/qwen3_untied", steps=1)
     lora_stages()
