@@ -121,7 +121,7 @@ def read_clip(path, choose, reader="exact"):
         raise ValueError(f"not a video, or only a part of one: it begins with {beginning[:15]}") from None
     check_sides(*frames_FHWC.shape[1:3])
     indices, total, fps, seconds = chosen
-    if len(set(indices)) == 1 < len(indices) <= total / 4:
+    if len(set(indices)) == 1 < len(indices) <= total / 2:
         raise ValueError(f"its clock jumps: one of {total} frames is on display at all {len(indices)} moments")
     return Shown(frames_FHWC, total, fps, seconds)
 
