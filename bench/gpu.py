@@ -34,7 +34,7 @@ from transformers.initialization import no_init_weights
 
 import policy
 import tgrpo
-from support import distributed, families, lora, model_files, vision
+from support import distributed, families, lora, model_files
 from tools import plan_memory
 
 TINY = [f"tiny_{model_type}" for model_type in families.FAMILIES]
@@ -68,10 +68,7 @@ def random_model(config, cfg, dtype):
     with no_init_weights():
         model = model_files.empty_model(config, dtype)
     model.tie_weights()
-    if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    vision.set_attention(model, cfg.vision_attention)
-    return policy.Policy.of(model)
+    return policy.Policy.of(model_files.set_up(model, cfg))
 
 
 def make_models(config, cfg, accelerator):

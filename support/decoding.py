@@ -157,7 +157,28 @@ def decode_step(model, state, settings):
 @functools.cache
 def compiled_step(device):
     """decode_step, on a GPU compiled once per shape."""
-    return torch.compile(decode_step, mode="reduce-overhead", dynamic=False, disable=device.type != "cuda")
+    return CompiledStep(mode="reduce-overhead") if device.type == "cuda" else decode_step
+
+
+class CompiledStep:
+    """decode_step as one compiled graph. Where torch cannot compile it, this says so once, and the step runs as it is.
+
+    Compilation ends before anything is computed, so no token is sampled twice. `options` are torch.compile's.
+    """
+
+    def __init__(self, **options):
+        self.step = torch.compile(decode_step, dynamic=False, fullgraph=True, **options)
+
+    def __call__(self, *arguments):
+        dynamo = torch._dynamo.exc
+        try:
+            self.step(*arguments)
+        except (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit) as error:
+            # the error of the compiler itself may begin on the second line
+            reason = " ".join(str(error).split("\n")[:2])
+            print(f"rollout_compile: decoding cannot be compiled here, and continues without: {reason}")
+            self.step = decode_step
+            self.step(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ its attention

@@ -156,6 +156,11 @@ def load_weights(cfg, dtype, accelerator=None, device=None):
         for adapter in adapters:
             model = merge_adapter(model, adapter)
         refuse_bad_values(cfg.model, model)
+    return set_up(model, cfg)
+
+
+def set_up(model, cfg):
+    """`model` with the vision attention of `cfg` and, with `gradient_checkpointing`, activations computed twice."""
     vision.set_attention(model, cfg.vision_attention)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -90,9 +90,12 @@ def test_vision_window_lengths_are_on_the_cpu(family, monkeypatch):
 
 @both_families
 def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(family, monkeypatch):
-    """Guards: a new static cache per rollout, so that CUDA graphs are recorded again at every step."""
+    """Guards: a new static cache per rollout, so that CUDA graphs are recorded again at every step; a part of the step
+    that is not compiled.
+    """
     model = naive.tiny_policy(family=family)
     graphs = []
+    moving = []
     key_heads = set()
     addresses = {}
 
@@ -102,6 +105,8 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(family, 
         for node in graph.graph.nodes:
             if node.target is F.scaled_dot_product_attention:
                 key_heads.add(node.args[1].meta["example_value"].shape[1])
+            if node.op == "placeholder" and "_dynamo_static_input_type" not in node.meta["tensor_dict"]:
+                moving.append(node.name)
 
         def call(*args):
             for x in args:
@@ -111,7 +116,7 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(family, 
 
         return call
 
-    compiled_step = torch.compile(decoding.decode_step, backend=backend, dynamic=False)
+    compiled_step = decoding.CompiledStep(backend=backend)
     monkeypatch.setattr(decoding, "compiled_step", lambda device: compiled_step)
     for n_text in (3, 600, 9, 700):
         x = naive.prompt("video", (2, 2, 4), n_text, n_text, family=family)
@@ -128,8 +133,50 @@ def test_compiled_rollouts_compile_once_per_shape_and_reuse_their_cache(family, 
     found = {room: len(caches) for room, caches in addresses.items()}
     assert found == dict.fromkeys((512, 1024), layers * keys_and_values)
     assert len(graphs) == 2
+    # torch records no CUDA graph that writes to a tensor whose address may change
+    assert not moving
     # compiled, transformers' own attention would repeat keys and values for all query heads
     assert key_heads == {model.config.text_config.num_key_value_heads}
+
+
+def test_decoding_continues_without_compilation_where_it_fails(monkeypatch, capsys):
+    """Guards: a run that ends because a GPU, a driver or a missing C compiler does not suit torch.compile; a line for
+    every token; other tokens than those of plain decoding.
+    """
+
+    def backend(graph, inputs):
+        raise RuntimeError("no C compiler\nand many lines")
+
+    model = naive.tiny_policy()
+    x = naive.prompt("video", (2, 2, 4), 3, 1)
+    step = decoding.CompiledStep(backend=backend)
+    monkeypatch.setattr(decoding, "compiled_step", lambda device: step)
+    found = {}
+    for rows in (4, 0):
+        model.compiled_rows = rows
+        torch.manual_seed(0)
+        found[rows] = [c.tolist() for c in policy.rollout(model, [x], [4], naive.tokenizer, 1.0, 6)]
+    assert found[4] == found[0]
+    said = capsys.readouterr().out
+    assert said.count("rollout_compile: decoding cannot be compiled here") == said.count("\n") == 1
+    assert "no C compiler" in said
+
+
+def test_an_error_of_the_compiled_step_itself_ends_the_run(monkeypatch):
+    """Guards: a GPU out of memory in the middle of decoding that counts as a failed compilation."""
+
+    def backend(graph, inputs):
+        def call(*args):
+            raise torch.OutOfMemoryError("tried to allocate")
+
+        return call
+
+    model = naive.tiny_policy()
+    model.compiled_rows = 4
+    step = decoding.CompiledStep(backend=backend)
+    monkeypatch.setattr(decoding, "compiled_step", lambda device: step)
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.rollout(model, [naive.prompt("video", (2, 2, 4), 3, 1)], [4], naive.tokenizer, 1.0, 6)
 
 
 def prompts_of_kind(kind, family):
