@@ -7,15 +7,15 @@ from collections import Counter
 from support import parsing
 
 
-def edit_distance(a, b):
-    """Fewest insertions, deletions and substitutions that turn list a into list b (Levenshtein)."""
+def edit_distance(a, b, substitution=1):
+    """Least cost of the edits that turn list a into list b: an insertion or a deletion costs 1 (Levenshtein)."""
     # row[j]: the distance of the words of a so far from the first j words of b
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         new_row = [i]
         for j, y in enumerate(b, 1):
-            substitution = row[j - 1] if x == y else row[j - 1] + 1
-            new_row.append(min(row[j] + 1, new_row[j - 1] + 1, substitution))
+            replaced = row[j - 1] if x == y else row[j - 1] + substitution
+            new_row.append(min(row[j] + 1, new_row[j - 1] + 1, replaced))
         row = new_row
     return row[-1]
 
@@ -79,20 +79,10 @@ def rouge_n(reference, hypothesis, n):
     return f1((a & b).total(), a.total(), b.total())
 
 
-def common_subsequence(a, b):
-    """Length of the longest common subsequence of two lists."""
-    # row[j]: the length for the words of b so far and the first j words of a
-    row = [0] * (len(a) + 1)
-    for y in b:
-        new_row = [0]
-        for j, x in enumerate(a, 1):
-            new_row.append(row[j - 1] + 1 if x == y else max(row[j], new_row[j - 1]))
-        row = new_row
-    return row[-1]
-
-
 def rouge_l(reference, hypothesis):
     """F1 of the longest common subsequence of words, in [0, 1]; as in rouge_score."""
     a = rouge_words(reference)
     b = rouge_words(hypothesis)
-    return f1(common_subsequence(a, b), len(a), len(b))
+    # without substitutions, exactly the words outside of the common subsequence are deleted and inserted
+    n_edits = edit_distance(a, b, substitution=2)
+    return f1((len(a) + len(b) - n_edits) // 2, len(a), len(b))

@@ -21,7 +21,7 @@ from rewards import (
 )
 from support import parsing, text_scores
 from support.parsing import extract_answer, parse_letter, parse_number
-from support.text_scores import common_subsequence, edit_distance, rouge_l, rouge_n, word_error_rate
+from support.text_scores import edit_distance, rouge_l, rouge_n, word_error_rate
 
 
 def tagged(answer):
@@ -462,6 +462,12 @@ def test_word_error_rate_equals_jiwers():
 
 def test_edits_and_common_words_by_their_properties():
     """Guards: an asymmetry or a violated triangle inequality, which random sentences seldom show."""
+
+    def common_subsequence(a, b):
+        n_edits = edit_distance(a, b, substitution=2)
+        assert (len(a) + len(b) - n_edits) % 2 == 0
+        return (len(a) + len(b) - n_edits) // 2
+
     rng = random.Random(4)
     for _ in range(300):
         a, b, c = ([rng.choice("xyz") for _ in range(rng.randint(0, 12))] for _ in range(3))
