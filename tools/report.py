@@ -2,7 +2,7 @@
 
     python -m tools.report runs/toy/eval/tgrpo/predictions.jsonl --data_root runs/toy/world
     python -m tools.report SFT/predictions.jsonl TGRPO/predictions.jsonl --data_root DIR      # side by side
-    python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in orders.py
+    python -m tools.report predictions.jsonl --annotations DIR      # for rows without solutions, as in score.py
 
 Side by side are the orders of frames of one evaluation, or several evaluations, each in its first order (a second table
 has all orders). Differences are from the first column, paired by question, with a 95 % interval clustered by video; a
@@ -30,9 +30,8 @@ from rewards import CORRECT
 from support import parsing, record_files, settings, storage
 from tools import shared
 
-# the most that a page shows: questions of a gallery, characters of a text, and frames of a strip
+# the most that a page shows: questions of a gallery, and frames of a strip
 MAX_QUESTIONS = 300
-MAX_CHARACTERS = 20_000
 MAX_FRAMES = 16
 # in pixels; report.html has the same number
 FRAME_HEIGHT = 72
@@ -120,9 +119,9 @@ def card(record, group, kind, answers, result, changes):
         "group": group,
         "kind": kind or "",
         "id": str(record["id"]),
-        "problem": shorten(record.get("problem") or ""),
-        "options": [shorten(option) for option in parsing.lettered(record.get("options") or [])],
-        "solution": shorten(str(record.get("solution") or "")),
+        "problem": record.get("problem") or "",
+        "options": parsing.lettered(record.get("options") or []),
+        "solution": str(record.get("solution") or ""),
         "answers": answers,
         "result": result,
         "changes": changes,
@@ -147,7 +146,7 @@ def changes_of(answers):
 
 def answer_card(label, text, score, readable, rewards):
     """What the gallery shows of one completion. score: in 0..1, or None if the benchmark has no rule for it."""
-    reasoning, end, answer = shorten(text).rpartition("</think>")
+    reasoning, end, answer = text.rpartition("</think>")
     verdict = "wrong" if readable else "unread"
     if score is None:
         verdict = "not scored"
@@ -161,15 +160,6 @@ def answer_card(label, text, score, readable, rewards):
         "verdict": verdict,
         "rewards": {name: round(float(value), 3) for name, value in rewards.items()},
     }
-
-
-def shorten(text):
-    """The text without its middle if it has more than MAX_CHARACTERS characters."""
-    extra = len(text) - MAX_CHARACTERS
-    if extra <= 0:
-        return text
-    half = MAX_CHARACTERS // 2
-    return f"{text[:half]}\n[{extra} characters left out]\n{text[-half:]}"
 
 
 def film_strip(record, cfg):
