@@ -68,22 +68,11 @@ PUBLISHED = {
 
 
 def load_benchmark(name, root, clip_segments=True):
-    """Records of one benchmark, in the order of its files. Raises UserError with every bad row, its file and number.
+    """Records of one benchmark, in the order of its files, checked, with paths that are relative to `root`.
 
-    With `clip_segments` false, MVBench's five tasks on a part of a video get the whole video. VideoMMMU's question-only
-    records are there if their folder is.
+    With `clip_segments` false, MVBench's five tasks on a part of a video get the whole video. Raises UserError with
+    every bad row, its file and number.
     """
-    loaded = []
-    for record in read_benchmark(name, root):
-        if not clip_segments:
-            record = {key: value for key, value in record.items() if key not in ("start", "end")}
-        if record["task"] != "question_only" or Path(root, record["path"]).parent.is_dir():
-            loaded.append(record)
-    return loaded
-
-
-def read_benchmark(name, root):
-    """Every record in a benchmark's files, checked, with paths that are relative to `root`."""
     base, files, module = find_files(name, root)
     found = []
     problems = []
@@ -96,6 +85,8 @@ def read_benchmark(name, root):
                     raise ValueError(f"expected an object, got {row!r:.80}")
                 for record in module.records(row, number, file, base):
                     record |= {"benchmark": name, "problem_id": record["id"]}
+                    if not clip_segments:
+                        record = {key: value for key, value in record.items() if key not in ("start", "end")}
                     for key in record.keys() & {"path", "image_path"}:
                         record[key] = os.path.normpath(os.path.join(os.path.relpath(base, root), record[key]))
                     check_record(parse_solution, record, root, need_process=False)
@@ -186,7 +177,7 @@ def join_annotations(rows, root):
     """
     known = {}
     for name in sorted({str(row.get("benchmark")) for row in rows if is_bare(row)}):
-        known[name] = {record["id"]: record for record in read_benchmark(name, root)}
+        known[name] = {record["id"]: record for record in load_benchmark(name, root)}
     joined = []
     problems = []
     for row in rows:

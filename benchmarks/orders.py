@@ -66,7 +66,7 @@ def paired_difference(rows, other_rows):
 def paired_rows(rows, other_rows):
     """The rows of the questions that both have, with equal texts, clips and solutions; the score is the difference.
 
-    Unscored questions and stills (VideoMMMU's question_only) are left out. Rows are of one benchmark, one per question.
+    Unscored questions are left out. Rows are of one benchmark, one per question.
     """
     others = questions(other_rows)
     pairs = []
@@ -78,8 +78,8 @@ def paired_rows(rows, other_rows):
 
 
 def questions(rows):
-    """{id: row} of the scored questions on videos."""
-    return {str(row["id"]): row for row in rows if row["status"] == "scored" and row.get("task") != "question_only"}
+    """{id: row} of the scored questions."""
+    return {str(row["id"]): row for row in rows if row["status"] == "scored"}
 
 
 def clustered_mean(pairs):

@@ -1,19 +1,17 @@
 """VideoMMMU: lectures, and questions about them in three tracks. Score: the mean of the tracks.
 
     files    data/<track>_video.json or <Track>/test-*.parquet
-    videos   <Discipline>/<id>.mp4, and question_only/<id>_image.mp4 for the run without the lecture
+    videos   <Discipline>/<id>.mp4
 
 Letters are scored by equality, open answers by MMMU's lenient rule. In the Adaptation track the question's image is the
-last frame. If the folder question_only exists, the same questions are also asked about two seconds of that image alone:
-the knowledge gain compares the two.
+last frame. (The authors' knowledge gain, from a second run without the lecture, is not computed.)
 """
 
-import math
 import re
 from itertools import product
 from pathlib import Path
 
-from benchmarks.shared import make_record, mean_of_parts, mean_score, one_of, text_field, with_error
+from benchmarks.shared import make_record, mean_of_parts, one_of, text_field
 from support.parsing import extract_answer
 
 TRACKS = ("Perception", "Comprehension", "Adaptation")
@@ -42,18 +40,14 @@ def records(row, number, file, base):
     answer = text_field(row, "answer")
     options = row.get("options") or ()
     record = make_record(f"{track}/{name}", track, question, answer, f"{DISCIPLINE_OF[subject]}/{name}.mp4", options)
-    if track != "Adaptation":
-        yield record
-        return
-    # in a parquet file, an object with the path
-    image = row["image"].get("path") if isinstance(row.get("image"), dict) else row.get("image")
-    if image and Path(base, image).is_file():
-        record["image_path"] = image
-    else:
-        record["last_frame"] = True
+    if track == "Adaptation":
+        # in a parquet file, an object with the path
+        image = row["image"].get("path") if isinstance(row.get("image"), dict) else row.get("image")
+        if image and Path(base, image).is_file():
+            record["image_path"] = image
+        else:
+            record["last_frame"] = True
     yield record
-    path = f"question_only/{name}_image.mp4"
-    yield make_record(f"question_only/{name}", "question_only", question, answer, path, options)
 
 
 def score_answer(row, answer, truth):
@@ -136,23 +130,6 @@ def mmmu_open(answer, truth):
 
 
 def extra_scores(rows, by_task):
-    """Mean of the tracks (of all questions if a file names no tracks), and the knowledge gain."""
-    with_video = [row for row in rows if row.get("task") != "question_only"]
+    """Mean of the tracks; the plain mean of all questions if a row names no track."""
     tracks = [by_task[track] for track in TRACKS if track in by_task]
-    n = sum(track["n"] for track in tracks)
-    score = {**mean_of_parts(tracks), "n": n} if n == len(with_video) else mean_score(with_video)
-    if "Adaptation" in by_task and "question_only" in by_task:
-        score |= knowledge_gain(by_task["Adaptation"], by_task["question_only"])
-    return score
-
-
-def knowledge_gain(after, before):
-    """100 (after − before) / (100 − before) in percent, and its standard error (first order, independent runs)."""
-    gain = se = None
-    left_to_learn = 100 - before["score"]
-    if left_to_learn > 0:
-        gain = 100 * (after["score"] - before["score"]) / left_to_learn
-        if after["se"] is not None and before["se"] is not None:
-            se_before = before["se"] * (100 - after["score"]) / left_to_learn
-            se = 100 / left_to_learn * math.hypot(after["se"], se_before)
-    return {"delta_knowledge": gain, "se_delta_knowledge": se, "note": f"knowledge gain: {with_error(gain, se)}"}
+    return mean_of_parts(tracks) if sum(track["n"] for track in tracks) == len(rows) else {}

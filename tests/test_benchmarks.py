@@ -27,7 +27,7 @@ from support.settings import UserError
 
 ROOT = Path(__file__).parent.parent
 ANNOTATIONS = Path(__file__).parent / "annotations"
-# questions of each benchmark in annotations/, without VideoMMMU's question-only ones
+# questions of each benchmark in annotations/
 N_QUESTIONS = {
     "vsibench": 2,
     "videommmu": 4,
@@ -182,19 +182,13 @@ def test_mvbench_shows_whole_videos_if_asked():
 
 
 def test_videommmu_shows_the_image_of_the_question(root):
-    """Guards: a question without the lecture that is asked although its media are missing, or not asked although they
-    are there; an image file of the annotation that is not appended.
-    """
-    (root / "videommmu/question_only").mkdir()
+    """Guards: an image file of the annotation that is not appended."""
     touch(root / "videommmu/images/q.png")
     table = read("videommmu/data/adaptation_video.json")
     table["Adaptation"]["0"]["image"] = "images/q.png"
     write(root / "videommmu/data/adaptation_video.json", table)
     records = load_benchmark("videommmu", root)
     assert records[2]["image_path"] == "videommmu/images/q.png" and "last_frame" not in records[2]
-    only = [record["path"] for record in records if record["task"] == "question_only"]
-    names = ("validation_Art_Theory_7", "validation_Math_15")
-    assert only == [f"videommmu/question_only/{name}_image.mp4" for name in names]
 
 
 def test_videomme_finds_other_endings_and_missing_media_are_listed_once(root):
@@ -496,20 +490,13 @@ def test_tempcompass_is_pooled_over_three_formats():
     assert summary["by_task"]["yes_no"]["by_dim"]["speed"]["score"] == 0
 
 
-def test_videommmu_tracks_and_knowledge_gain():
-    """Guards: question-only answers in the score; a gain in points instead of a share of what was left; a gain of 33 %
-    without its error of 45.
-    """
+def test_videommmu_is_the_mean_of_its_tracks():
+    """Guards: the mean over questions, of which a track may have more; a track that a file does not name, left out."""
     plan = {"Perception": [1, 1], "Comprehension": [1, 0, 0, 0], "Adaptation": [1, 1, 0, 0]}
-    assert "delta_knowledge" not in benchmark_scores(rows_of("videommmu", plan))["videommmu"]
-    for before, gain in (([1, 0, 0, 0], 100 * 25 / 75), ([1, 1, 1, 0], -100), ([1], None)):
-        summary = benchmark_scores(rows_of("videommmu", plan | {"question_only": before}))["videommmu"]
-        assert (summary["score"], summary["n"]) == (pytest.approx((100 + 25 + 50) / 3), 10)
-        assert summary["delta_knowledge"] == pytest.approx(gain)
-        if gain and gain > 0:
-            # after 50 ± 28.87, before 25 ± 25
-            expected = 100 / 75 * math.hypot(28.8675, 25 * 50 / 75)
-            assert summary["se_delta_knowledge"] == pytest.approx(expected, abs=1e-3)
+    summary = benchmark_scores(rows_of("videommmu", plan))["videommmu"]
+    assert (summary["score"], summary["n"]) == (pytest.approx((100 + 25 + 50) / 3), 10)
+    summary = benchmark_scores(rows_of("videommmu", plan | {"lectures": [1, 1]}))["videommmu"]
+    assert (summary["score"], summary["n"]) == (pytest.approx(100 * 7 / 12), 12)
 
 
 def test_videomme_breakdowns():
@@ -598,7 +585,7 @@ def both_orders(benchmark, marks, **extra):
 
 
 def test_difference_between_orders_computed_by_hand():
-    """Guards: accuracies of different questions that are subtracted; open answers and stills that are counted."""
+    """Guards: accuracies of different questions that are subtracted; open answers that are counted."""
     marks = {("order", "a"): (1, 0), ("order", "b"): (1, 0), ("colour", "c"): (1, 1), ("colour", "d"): (0, 0)}
     # shown in order only: not in a pair
     alone = row("mvbench", "A", "B", task="order", row_id="alone", frames="ordered")
@@ -614,9 +601,7 @@ def test_difference_between_orders_computed_by_hand():
     assert difference["by_task"]["colour"]["mean"] == 0
     orders = ("ordered", "shuffled")
     open_ended = [row("mmvu", "heat", "heat", "free-form", "Physics", "o", frames=order) for order in orders]
-    summary = summarise(open_ended + both_orders("videommmu", {("question_only", "q"): (1, 0)}))
-    for name in ("mmvu", "videommmu"):
-        assert summary[name]["orders"]["shuffled"]["difference"] is None
+    assert summarise(open_ended)["mmvu"]["orders"]["shuffled"]["difference"] is None
 
 
 def test_the_table_of_orders_has_scores_and_differences(capsys):
