@@ -21,7 +21,7 @@ and, where its authors do something else than the rewards, any of
     extra_scores scores that replace the plain mean or are added to it, and a `note` to print below the table
     GROUPS       fields of its records by which scores are listed, too
 
-Annotation files and media are in root/<name>/ or root/. If no file is found, Video-R1's own eval_<name>.json is read.
+Annotation files and media are in root/<name>/ or root/.
 """
 
 import json
@@ -31,7 +31,6 @@ from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
-from benchmarks import video_r1
 from rewards import parse_solution
 from support.record_files import check_record, read_rows
 from support.settings import UserError
@@ -73,7 +72,8 @@ def load_benchmark(name, root, clip_segments=True):
     With `clip_segments` false, MVBench's five tasks on a part of a video get the whole video. Raises UserError with
     every bad row, its file and number.
     """
-    base, files, module = find_files(name, root)
+    base, files = find_files(name, root)
+    module = MODULES[name]
     found = []
     problems = []
     first_seen = {}
@@ -102,20 +102,18 @@ def load_benchmark(name, root, clip_segments=True):
 
 
 def find_files(name, root):
-    """(folder, annotation files in it, module that reads them). Raises UserError that names what was looked for."""
+    """(folder, annotation files in it). Raises UserError that names what was looked for."""
     if name not in MODULES:
         raise UserError(f"no benchmark {name!r}: {', '.join(NAMES)}")
-    alternatives = [(patterns, MODULES[name]) for patterns in MODULES[name].FILES]
-    alternatives.append(([f"eval_{name}.json"], video_r1))
-    for patterns, module in alternatives:
-        folder = getattr(module, "FOLDER", name)
-        for base in dict.fromkeys((Path(root, name), Path(root, folder), Path(root))):
+    module = MODULES[name]
+    for patterns in module.FILES:
+        for base in dict.fromkeys((Path(root, name), Path(root, getattr(module, "FOLDER", name)), Path(root))):
             files = []
             for pattern in patterns:
                 files += sorted(base.glob(pattern))
             if files:
-                return base, files, module
-    wanted = ", ".join(chain.from_iterable(patterns for patterns, _ in alternatives))
+                return base, files
+    wanted = ", ".join(chain.from_iterable(module.FILES))
     raise UserError(f"{name}: no annotation files in {Path(root, name)} or {root}; looked for {wanted}")
 
 

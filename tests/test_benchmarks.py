@@ -216,18 +216,6 @@ def test_parquet_gives_the_same_records(tmp_path):
         assert load_benchmark(name, other) == load_benchmark(name, ANNOTATIONS)
 
 
-def test_video_r1_eval_json_is_read_without_official_files(tmp_path):
-    """Guards: null options; paths without their folder."""
-    shared = {"problem": "Which?", "data_type": "frame", "path": "./Evaluation/MVBench/a", "process": ""}
-    letter = {"problem_type": "multiple choice", "original_question_type": "episodic_reasoning"}
-    letter |= {"problem_id": 1, "options": ["A. x", "B. y"], "solution": "<answer>B</answer>"}
-    number = {"problem_type": "numerical", "problem_id": 2, "options": None, "solution": "<answer>3.0</answer>"}
-    write(tmp_path / "eval_mvbench.json", [shared | letter, shared | number])
-    first, second = load_benchmark("mvbench", tmp_path)
-    assert (first["id"], first["task"], first["path"]) == ("1", "episodic_reasoning", "Evaluation/MVBench/a")
-    assert second["options"] == []
-
-
 @pytest.mark.parametrize(
     "name, file, change, message",
     [
@@ -304,7 +292,7 @@ def test_timeblind_counts_instances_with_four_right_answers():
 
 def test_without_files_the_message_names_them(tmp_path):
     """Guards: a traceback instead of what was looked for."""
-    with pytest.raises(UserError, match="looked for validation.json, eval_mmvu.json"):
+    with pytest.raises(UserError, match="looked for validation.json$"):
         load_benchmark("mmvu", tmp_path)
 
 
