@@ -220,7 +220,8 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
 
     The vision tower and the prompt run once per prompt; the cache is then repeated, and generate() continues from it.
     Positions are passed in, so the model's own `rope_deltas` (state of the last forward pass) are never used.
-    Returns a list of 1-D tensors of token ids, prompt by prompt, each up to and including its first end-of-turn token.
+    Returns a list of 1-D tensors of token ids on the CPU, prompt by prompt, each up to and including its first
+    end-of-turn token.
     """
     was_training = model.training
     # under gradient checkpointing, generate() in training mode would drop its cache
@@ -245,7 +246,7 @@ def rollout(model, prompts, counts, tokenizer, temperature, max_new_tokens, top_
         **decoding.how_to_decode(model),
     )
     model.train(was_training)
-    completions_NT = output[: sum(counts), prompt_BP.shape[1] :]
+    completions_NT = output[: sum(counts), prompt_BP.shape[1] :].cpu()
     lengths_N = completion_mask(completions_NT, eos_ids(model, tokenizer)).sum(1)
     return [row[:length] for row, length in zip(completions_NT, lengths_N)]
 
@@ -324,17 +325,17 @@ class Packed:
 
 
 def pack(model, prompts, completions, pad_id):
-    """Packed rows, on the model's device, of B prompts and a list of completions (1-D tensors) for each of them.
+    """Packed rows, on the model's device, of B prompts and a list of completions (1-D, on the CPU) for each of them.
 
     A completion attends to its prompt and to itself, and its positions continue from the prompt's.
     """
     rows = [pack_row(model, prompt, group) for prompt, group in zip(prompts, completions)]
-    targets = [completion.cpu() for completion in chain.from_iterable(completions)]
+    targets = list(chain.from_iterable(completions))
     L = max(len(row["ids"]) for row in rows)
     fields = dict(
         inputs={
             "input_ids": data.pad([row["ids"] for row in rows], pad_id, "right"),
-            "attention_mask": packed_mask(data.pad([row["segments"] for row in rows], -1, "right")),
+            "attention_mask": packed_mask(data.pad([row["segments"] for row in rows], -1, "right").to(model.device)),
             "position_ids": data.pad([row["positions"].T for row in rows], 0, "right").permute(2, 0, 1),
             **data.join_media(prompts),
         },
@@ -357,7 +358,7 @@ def pack_row(model, prompt, completions):
     start = P
     for number, completion in enumerate(completions, 1):
         offsets = torch.arange(len(completion))
-        ids.append(completion.cpu())
+        ids.append(completion)
         positions.append((first_position + offsets).expand(3, -1))
         segments.append(torch.full((len(completion),), number))
         # the first token of a completion is predicted from the prompt's last token
@@ -377,7 +378,7 @@ def packed_mask(segments_BL):
     Segment 0 is the prompt, i the i-th completion, −1 padding.
     """
     L = segments_BL.shape[1]
-    causal_LL = torch.ones(L, L, dtype=torch.bool).tril()
+    causal_LL = torch.ones(L, L, dtype=torch.bool, device=segments_BL.device).tril()
     same_segment_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
     prompt_B1L = segments_BL[:, None, :] == 0
     return (causal_LL & (same_segment_BLL | prompt_B1L))[:, None]

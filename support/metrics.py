@@ -27,7 +27,8 @@ class Means:
         """{name: mean}. Collective; a name may be missing on some of the ranks."""
         sums = Counter()
         weights = Counter()
-        for rank_sums, rank_weights in gather_object([(self.sums, self.weights)]):
+        mine = {name: float(value) for name, value in self.sums.items()}
+        for rank_sums, rank_weights in gather_object([(mine, self.weights)]):
             sums.update(rank_sums)
             weights.update(rank_weights)
         return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name]}
@@ -38,8 +39,8 @@ def mean(values):
 
 
 def averages(per_completion):
-    """{name: mean} of {name: (N,)}."""
-    return {name: mean(values_N) for name, values_N in per_completion.items()}
+    """{name: mean} of {name: (N,)}. The means stay on the GPU: to read them here would be to wait for it."""
+    return {name: values_N.detach().double().mean() for name, values_N in per_completion.items()}
 
 
 def of_groups(groups, cfg, eos, seconds):
