@@ -14,19 +14,43 @@ from support.tables import table
 from tools import shared
 
 COLUMNS = (*ORDERS, "conflict")
+# settings of an evaluation that differ from seed to seed
+OF_SEED = ("seed", "model", "weights", "records", "data_root")
+
+
+def read_json(path):
+    """The content of a file that toy.py has written. UserError if it is not there."""
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}: run python toy.py --seed N --out FOLDER")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def made_with(folder):
+    """{name: value} of what the results of a toy depend on besides its seed: model family and settings."""
+    parts = {"base": {"model_type": read_json(folder / "base/config.json")["model_type"]}}
+    for stage in toy.MODELS:
+        run = read_json(folder / stage / "run.json")
+        parts[stage] = run["settings"] | {"steps": run["schedule_steps"]}
+        parts[f"eval/{stage}"] = read_json(folder / "eval" / stage / "summary.json")["settings"]
+    made = {}
+    for part, values in parts.items():
+        made |= {f"{part}: {name}": value for name, value in values.items() if name not in OF_SEED}
+    return made
 
 
 def seeds_table(folders):
     """Markdown: test accuracy in percent, mean (lowest to highest seed), of the SFT model and of the trained policy.
 
-    Raises UserError for a folder without results, and for a repeated seed.
+    Raises UserError for a folder without results, for a repeated seed, and for another model family or setting.
     """
     summaries = {}
+    first = made_with(Path(folders[0]))
     for folder in folders:
-        path = Path(folder) / "summary.json"
-        if not path.is_file():
-            raise UserError(f"no summary.json in {folder}: run python toy.py --seed N --out {folder}")
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(Path(folder) / "summary.json")
+        made = made_with(Path(folder))
+        other = [f"{name} is {made.get(name)!r}" for name in first | made if made.get(name) != first.get(name)]
+        if other:
+            raise UserError(f"{folder}: not made like {folders[0]}: {', '.join(other)}")
         if summary["seed"] in summaries:
             raise UserError(f"{folder}: seed {summary['seed']} twice")
         summaries[summary["seed"]] = summary
