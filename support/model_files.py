@@ -280,7 +280,8 @@ def write_model(state, model, files, folder, dtype):
         state.pop(name, None)
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    # hidden: FOLDER.tmp may be somebody's
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with checkpoints.room_on_disk(folder):
         shell.save_pretrained(temporary, state_dict=state)

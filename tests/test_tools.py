@@ -135,8 +135,8 @@ def test_seeds_table_is_mean_and_range(tmp_path):
             write_json(
                 tmp_path / f"{seed}/{stage}/run.json", {"settings": {"seed": seed, "lr": 0.1}, "schedule_steps": 9}
             )
-            answers = {"test": {"settings": {"seed": seed, "temperature": 0.0, "model": f"{seed}/final"}}}
-            write_json(tmp_path / f"{seed}/eval/{stage}/summary.json", answers)
+            answered = {"settings": {"seed": seed, "temperature": 0.0, "model": f"{seed}/final"}}
+            write_json(tmp_path / f"{seed}/eval/{stage}/summary.json", answered)
     lines = toy_table.seeds_table([tmp_path / "0", tmp_path / "1"]).split("\n")
     cells = [cell.strip() for cell in lines[3].split("|")[1:-1]]
     assert cells[:4] == ["T-GRPO", "63.0 (60.0 to 66.0)", "50.0 (50.0 to 50.0)", "13.0 (10.0 to 16.0)"]
@@ -144,13 +144,12 @@ def test_seeds_table_is_mean_and_range(tmp_path):
     assert lines[-1] == "mean and range of seeds 0, 1"
     with pytest.raises(UserError, match="seed 0 twice"):
         toy_table.seeds_table([tmp_path / "0", tmp_path / "0"])
-    for change, line in (
-        (["base/config.json", {"model_type": "qwen3_vl"}], "model_type is 'qwen3_vl'"),
-        (["tgrpo/run.json", {"settings": {"lr": 0.2}, "schedule_steps": 9}], "tgrpo: lr is 0.2"),
-        (["sft/run.json", {"settings": {"lr": 0.1}, "schedule_steps": 8}], "sft: steps is 8"),
-        (["eval/sft/summary.json", {"test": {"settings": {"temperature": 1.0}}}], "eval/sft: temperature is 1.0"),
+    for name, content, line in (
+        ("base/config.json", {"model_type": "qwen3_vl"}, "base: model_type is 'qwen3_vl'"),
+        ("tgrpo/run.json", {"settings": {"lr": 0.2}, "schedule_steps": 9}, "tgrpo: lr is 0.2"),
+        ("sft/run.json", {"settings": {"lr": 0.1}, "schedule_steps": 8}, "sft: steps is 8"),
+        ("eval/sft/summary.json", {"settings": {"temperature": 1.0}}, "eval/sft: temperature is 1.0"),
     ):
-        name, content = change
         before = (tmp_path / "1" / name).read_text()
         write_json(tmp_path / "1" / name, content)
         with pytest.raises(UserError, match=f"1: not made like .*0: {line}$"):
