@@ -90,7 +90,7 @@ def test_a_step_without_finite_gradients_is_skipped_and_three_end_the_run(run, m
 def test_an_export_never_replaces_a_folder_nor_writes_half_a_model(world, run, tmp_path, lora_rank):
     """Guards: an export of the starting model or of the last step; a run folder replaced by the exported model; a
     folder lost for a slash at the end of its name, or for a .tmp; a model in a checkpoint, which the run deletes, or
-    with a checkpoint's name, which it takes for a damaged one; a "model" of whatever tensors a damaged checkpoint holds.
+    with a checkpoint's name, which it takes for damaged; a "model" of whatever tensors a damaged checkpoint holds.
     """
     out = run("sft", steps=2, save_every=1, lora_rank=lora_rank)
     for folder in (out, f"{out}/", out / "final"):
