@@ -42,8 +42,6 @@ class Qwen2_5_VL:
     # what a vision block saves per patch for its backward pass, in tensors as wide as its hidden state and as its
     # feed-forward part (counted with saved-tensor hooks)
     vision_widths = (13, 4)
-    # the field of the vision config with the numbers of the blocks that attend to whole frames
-    listed_blocks = "fullatt_block_indexes"
     # the published text models; the head of 3B is its embedding
     sizes = {"3b": (2048, 11008, 36, 16, 2, 151936), "7b": (3584, 18944, 28, 28, 4, 152064)}
 
@@ -92,8 +90,6 @@ class Qwen3VL:
     has_time_stamps = True
     has_head_norms = True
     vision_widths = (11, 2)
-    # the blocks whose outputs the text model gets, too
-    listed_blocks = "deepstack_visual_indexes"
     # the heads of 2B and 4B are their embeddings
     sizes = {
         "2b": (2048, 6144, 28, 16, 8, 151936),

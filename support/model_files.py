@@ -48,13 +48,9 @@ def model_config(model):
     # by default transformers asks on a terminal whether to run the repository's own code
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     families.check_type(config.model_type)
-    vision = config.vision_config
-    if any(getattr(part, "quantization_config", None) for part in (config, config.text_config, vision)):
+    parts = (config, config.text_config, config.vision_config)
+    if any(getattr(part, "quantization_config", None) for part in parts):
         raise ValueError("it is quantized, and such weights cannot be trained")
-    name = families.of(config).listed_blocks
-    beyond = set(getattr(vision, name)) - set(range(vision.depth))
-    if beyond:
-        raise ValueError(f"vision_config.{name} has {sorted(beyond)}, but depth is {vision.depth}")
     return config
 
 

@@ -145,10 +145,10 @@ def test_seeds_table_is_mean_and_range(tmp_path):
     with pytest.raises(UserError, match="seed 0 twice"):
         toy_table.seeds_table([tmp_path / "0", tmp_path / "0"])
     for name, content, line in (
-        ("base/config.json", {"model_type": "qwen3_vl"}, "base: model_type is 'qwen3_vl'"),
-        ("tgrpo/run.json", {"settings": {"lr": 0.2}, "schedule_steps": 9}, "tgrpo: lr is 0.2"),
-        ("sft/run.json", {"settings": {"lr": 0.1}, "schedule_steps": 8}, "sft: steps is 8"),
-        ("eval/sft/summary.json", {"settings": {"temperature": 1.0}}, "eval/sft: temperature is 1.0"),
+        ("base/config.json", {"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
+        ("tgrpo/run.json", {"settings": {"lr": 0.2}, "schedule_steps": 9}, "tgrpo/run.json: lr is 0.2"),
+        ("sft/run.json", {"settings": {"lr": 0.1}, "schedule_steps": 8}, "sft/run.json: steps is 8"),
+        ("eval/sft/summary.json", {"settings": {"temperature": 1.0}}, "eval/sft/summary.json: temperature is 1.0"),
     ):
         before = (tmp_path / "1" / name).read_text()
         write_json(tmp_path / "1" / name, content)

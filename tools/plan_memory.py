@@ -60,9 +60,7 @@ class UnknownModel(settings.UserError):
 
 
 def model_shape(name):
-    """Config of the checkpoint `name`, or the published one of the size in the name. UnknownModel if there is neither,
-    and UserError for a checkpoint that no stage can use.
-    """
+    """Config of the checkpoint `name`, or the published one of the size in the name; UnknownModel if neither exists."""
     name = storage.adapter_chain(name)[0]
     if (Path(name) / "config.json").is_file():
         check_model(settings.SharedConfig(model=name), "config")

@@ -14,7 +14,7 @@ from support.tables import table
 from tools import shared
 
 COLUMNS = (*ORDERS, "conflict")
-# settings of an evaluation that differ from seed to seed
+# settings that differ from seed to seed
 OF_SEED = ("seed", "model", "weights", "records", "data_root")
 
 
@@ -26,15 +26,13 @@ def read_json(path):
 
 
 def made_with(folder):
-    """{name: value} of what the results of a toy depend on besides its seed: model family and settings."""
-    parts = {"base": {"model_type": read_json(folder / "base/config.json")["model_type"]}}
+    """{name: value} of what a toy's results depend on besides its seed: model family, and settings of all stages."""
+    made = {"model_type": read_json(folder / "base/config.json")["model_type"]}
     for stage in toy.MODELS:
-        run = read_json(folder / stage / "run.json")
-        parts[stage] = run["settings"] | {"steps": run["schedule_steps"]}
-        parts[f"eval/{stage}"] = read_json(folder / "eval" / stage / "summary.json")["settings"]
-    made = {}
-    for part, values in parts.items():
-        made |= {f"{part}: {name}": value for name, value in values.items() if name not in OF_SEED}
+        for file in (f"{stage}/run.json", f"eval/{stage}/summary.json"):
+            found = read_json(folder / file)
+            values = found["settings"] | {"steps": found.get("schedule_steps")}
+            made |= {f"{file}: {name}": value for name, value in values.items() if name not in OF_SEED}
     return made
 
 
