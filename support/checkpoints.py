@@ -31,7 +31,7 @@ held_locks = {}
 def claim_folder(accelerator, cfg, stage):
     """Lock cfg.output_dir for this run. Returns [checkpoint to resume from or None, identity of this run]. Collective.
 
-    Raises UserError for a folder or a checkpoint it cannot use. What is in the folder stays as it is.
+    Raises UserError for a folder or a checkpoint it cannot use. Files that are in the folder stay as they are.
     """
     checkpoint = None
     now = None
@@ -45,6 +45,9 @@ def claim_folder(accelerator, cfg, stage):
             if checkpoint is not None:
                 check_resumable(accelerator, cfg, checkpoint, now)
             refuse_finished(cfg, folder, checkpoint)
+        # a folder without it is no run's, see check_lock
+        if not (folder / "run.json").exists():
+            storage.write_atomic(folder / "run.json", json.dumps(now, indent=1))
     return broadcast_object_list([checkpoint, now])
 
 
@@ -53,6 +56,7 @@ def take_folder(accelerator, cfg, checkpoint, now):
 
     Call it once everything is loaded, so that a run that cannot start moves nothing.
     """
+    check_lock(cfg.output_dir)
     folder = Path(cfg.output_dir)
     if checkpoint is not None:
         # the newer ones are damaged; `final` is the model of fewer steps

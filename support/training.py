@@ -46,8 +46,8 @@ class Run:
     """A training run in `cfg.output_dir`: its folder, batches, metrics, checkpoints, and how it stops. Collective.
 
     Create it before anything slow happens: it claims the folder, and raises UserError if the run cannot start there.
-    After prepare(), call resume(): only then does anything in the folder change. `bad_rows` {name: reason} are the rows
-    that load_records left out.
+    After prepare(), call resume(): only then are files of an earlier run moved or changed. `bad_rows` {name: reason}
+    are the rows that load_records left out.
     """
 
     def __init__(self, accelerator, cfg, stage, n_records, bad_rows):
@@ -93,6 +93,8 @@ class Run:
         if self.cfg.log_with == "wandb":
             name = {"wandb": {"name": self.cfg.output_dir}}
             self.accelerator.init_trackers("video-r1", config=asdict(self.cfg), init_kwargs=name)
+        # all ranks have loaded
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             checkpoints.take_folder(self.accelerator, self.cfg, self.checkpoint, self.identity)
             for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):

@@ -195,12 +195,14 @@ def test_output_that_nobody_can_read_is_dropped_and_nohup_holds(monkeypatch):
 
 def test_a_folder_that_was_moved_or_holds_a_users_config_is_refused(run, tmp_path):
     """Guards: two runs that write into one folder; a user's config that the run's own replaces."""
-    checkpoints.lock_folder(tmp_path / "a")
+    cfg = TrainConfig(output_dir=str(tmp_path / "a"))
+    checkpoints.lock_folder(cfg.output_dir)
     (tmp_path / "a/run.json").write_text("{}")
     checkpoints.check_lock(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    with pytest.raises(UserError, match="this folder was moved or replaced"):
-        checkpoints.check_lock(tmp_path / "a")
+    for check in (checkpoints.check_lock, lambda _: checkpoints.take_folder(None, cfg, None, {})):
+        with pytest.raises(UserError, match="this folder was moved or replaced"):
+            check(cfg.output_dir)
     config = tmp_path / "out/config.yaml"
     config.parent.mkdir()
     config.write_text("seed: 1\nsft:\n  steps: 2\n")
