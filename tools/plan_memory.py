@@ -194,7 +194,9 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
         backward = max(text_layer + backward, vision_layer)
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
-    activations += OUTER_WIDTHS * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
+    # with LoRA the embeddings have no gradient
+    outer_widths = OUTER_WIDTHS - (1 if cfg.lora_rank else 0)
+    activations += outer_widths * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
     logits = FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size
     return {
         # and a mask of one byte per pair of tokens
