@@ -158,9 +158,10 @@ def answer(cfg):
     if accelerator.is_main_process:
         checkpoints.lock_folder(folder)
     report_missing(accelerator, records, cfg)
-    answered = answer_files.start(accelerator, folder, records, made_with)
+    answered = answer_files.answered_before(accelerator, folder, records, made_with)
     processor = model_files.load_processor(cfg)
     model = policy.load_policy(cfg, distributed.compute_dtype(cfg), device=accelerator.device).eval()
+    answer_files.start(accelerator, folder, answered)
 
     questions = [index for index in by_length(records) if index not in answered]
     mine = questions[accelerator.process_index :: accelerator.num_processes]

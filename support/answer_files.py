@@ -21,7 +21,7 @@ def files(folder):
     return [file for file in found if re.fullmatch(r"predictions(\.\d+)?\.jsonl", file.name)]
 
 
-def start(accelerator, folder, records, made_with):
+def answered_before(accelerator, folder, records, made_with):
     """{index: rows} of the questions that were answered before. Those whose media could not be read are asked again."""
     answered = {}
     for index, rows in read_answers(folder, records, made_with).items():
@@ -29,12 +29,15 @@ def start(accelerator, folder, records, made_with):
             answered[index] = rows
     if answered:
         accelerator.print(f"{len(answered)} of {len(records)} questions were answered before, by the same weights")
-    # no process writes before all have read
+    return answered
+
+
+def start(accelerator, folder, answered):
+    """Collect the answers of earlier runs in one file. Collective: no process writes before all have read."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         merge_files(folder, "predictions.0.jsonl", answered)
     accelerator.wait_for_everyone()
-    return answered
 
 
 def finish(accelerator, folder, records, made_with, written):

@@ -29,28 +29,44 @@ held_locks = {}
 
 
 def claim_folder(accelerator, cfg, stage):
-    """Lock cfg.output_dir for this run. Returns the checkpoint to resume from, or None. Collective.
+    """Lock cfg.output_dir for this run. Returns [checkpoint to resume from or None, identity of this run]. Collective.
 
-    With `resume` false an earlier run is moved aside. Raises UserError for a folder or a checkpoint it cannot use.
+    Raises UserError for a folder or a checkpoint it cannot use. Files that are in the folder stay as they are.
     """
     checkpoint = None
+    now = None
     if accelerator.is_main_process:
         folder = Path(cfg.output_dir)
         lock_folder(folder)
         refuse_foreign_config(folder)
+        now = identity(cfg, stage)
         if cfg.resume:
             checkpoint = newest_whole_checkpoint(accelerator, folder)
-        else:
-            move_aside(accelerator, folder)
-        now = identity(cfg, stage)
-        if checkpoint is not None:
-            check_resumable(accelerator, cfg, checkpoint, now)
-        keep_finished(accelerator, cfg, folder, checkpoint)
-        # steps of a run that ended before its first checkpoint
-        if checkpoint is None and storage.read_jsonl(folder / "metrics.jsonl"):
-            move_aside(accelerator, folder)
-        storage.write_atomic(folder / "run.json", json.dumps(now, indent=1))
-    return broadcast_object_list([checkpoint])[0]
+            if checkpoint is not None:
+                check_resumable(accelerator, cfg, checkpoint, now)
+            refuse_finished(cfg, folder, checkpoint)
+        # a folder without it is no run's, see check_lock
+        if not (folder / "run.json").exists():
+            storage.write_atomic(folder / "run.json", json.dumps(now, indent=1))
+    return broadcast_object_list([checkpoint, now])
+
+
+def take_folder(accelerator, cfg, checkpoint, now):
+    """Move aside what this run does not continue, and write its identity `now` to run.json. For the main process.
+
+    Call it once everything is loaded, so that a run that cannot start moves nothing.
+    """
+    check_lock(cfg.output_dir)
+    folder = Path(cfg.output_dir)
+    if checkpoint is not None:
+        # the newer ones are damaged; `final` is the model of fewer steps
+        newer = [path for path in finished_checkpoints(folder) if step_of(path) > step_of(checkpoint)]
+        move_aside(accelerator, folder, [*newer, *folder.glob("final")])
+    # with `resume`: steps of a run that ended before its first checkpoint
+    elif not cfg.resume or storage.read_jsonl(folder / "metrics.jsonl"):
+        patterns = "*checkpoint-* final* metrics.jsonl rollouts.jsonl config.yaml run.json".split()
+        move_aside(accelerator, folder, [path for pattern in patterns for path in folder.glob(pattern)])
+    storage.write_atomic(folder / "run.json", json.dumps(now, indent=1))
 
 
 def lock_folder(folder):
@@ -96,25 +112,20 @@ def refuse_foreign_config(folder):
 
 
 def newest_whole_checkpoint(accelerator, folder):
-    """The newest whole checkpoint, or None if there is none. Damaged ones are renamed; UserError if all are damaged."""
+    """The newest whole checkpoint, or None if there is none. Damaged ones are named; UserError if all are damaged."""
     found = finished_checkpoints(folder)
     for checkpoint in reversed(found):
         wrong = damage(checkpoint)
         if wrong is None:
             return checkpoint
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(checkpoint, aside)
-        accelerator.print(f"{checkpoint} is damaged: {wrong}; renamed to {aside.name} and not used")
+        accelerator.print(f"{checkpoint} is damaged: {wrong}; not used")
     if found:
         raise settings.UserError(f"{folder}: none of its checkpoints is whole; {START_ANEW}")
     return None
 
 
-def move_aside(accelerator, folder):
-    """Move the files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
-    patterns = "*checkpoint-* final* metrics.jsonl rollouts.jsonl config.yaml run.json".split()
-    earlier = [path for pattern in patterns for path in folder.glob(pattern)]
+def move_aside(accelerator, folder, earlier):
+    """Move these files of an earlier run in `folder` into a new folder earlier-1, earlier-2, … inside it."""
     if not earlier:
         return
     number = 1
@@ -124,11 +135,12 @@ def move_aside(accelerator, folder):
     aside.mkdir()
     for path in earlier:
         os.replace(path, aside / path.name)
-    accelerator.print(f"the earlier run in {folder} is now in {aside}")
+    names = ", ".join(path.name for path in earlier)
+    accelerator.print(f"the earlier run in {folder} is now in {aside}: {names}")
 
 
-def keep_finished(accelerator, cfg, folder, checkpoint):
-    """Raise UserError if `folder` holds a finished run. If the run continues to more steps, keep its model aside."""
+def refuse_finished(cfg, folder, checkpoint):
+    """Raise UserError if `folder` holds a finished run, unless this run continues it to more steps."""
     if not (folder / "final").is_dir():
         return
     steps = len(storage.read_jsonl(folder / "metrics.jsonl"))
@@ -138,9 +150,6 @@ def keep_finished(accelerator, cfg, folder, checkpoint):
         finished = f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}"
         more = "" if checkpoint is None else ", or continue with more --steps"
         raise settings.UserError(f"{finished}; {START_ANEW}, choose another --output_dir{more}")
-    kept = folder / f"final-of-{steps}-steps"
-    storage.replace_folder(folder / "final", kept)
-    accelerator.print(f"continuing from {steps} to {cfg.steps} steps; the model after {steps} steps is now {kept}")
 
 
 def identity(cfg, stage):

@@ -47,15 +47,21 @@ def model_config(model):
     """The config of a checkpoint. ValueError if its model cannot be trained."""
     # by default transformers asks on a terminal whether to run the repository's own code
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    check_config(config.to_dict())
+    families.check_type(config.model_type)
+    parts = (config, config.text_config, config.vision_config)
+    if any(getattr(part, "quantization_config", None) for part in parts):
+        raise ValueError("it is quantized, and such weights cannot be trained")
     return config
 
 
-def check_config(config):
-    """Raise ValueError if the model of this config.json, as a dict, cannot be trained."""
-    families.check_type(config.get("model_type"))
-    if "quantization_config" in config:
-        raise ValueError("it is quantized, and such weights cannot be trained")
+def check_settings(cfg, config):
+    """Raise UserError for settings that the model of this config cannot follow."""
+    vision = config.vision_config
+    token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
+    if cfg.max_pixels < token_pixels:
+        raise settings.UserError(f"max_pixels: {cfg.max_pixels}, but a token of {cfg.model} is {token_pixels} pixels")
+    if cfg.shuffle_stamps and not families.of(config).has_time_stamps:
+        raise settings.UserError(f"shuffle_stamps: true: the prompts of {cfg.model} have no time stamps")
 
 
 def load_processor(cfg):
@@ -64,13 +70,12 @@ def load_processor(cfg):
     check_hub(base)
     with usable(cfg.model):
         config = model_config(base)
+    check_settings(cfg, config)
     with usable(f"{cfg.model}: its processor cannot be loaded"):
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
         # older folders have the template in the tokenizer's config only
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         end = generation_config(base, config).eos_token_id
-    if cfg.shuffle_stamps and not families.of(config).has_time_stamps:
-        raise settings.UserError(f"shuffle_stamps: true: the prompts of {cfg.model} have no time stamps")
     with usable(f"{cfg.model}: its chat template fails"):
         content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "?"}]
         question = [{"role": "user", "content": content}]
@@ -122,11 +127,14 @@ def try_processor(processor, config, prompt, ends):
     )
     vision_config = config.vision_config
     patch_pixels = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    # black and white, per channel, as the family is trained with
+    usual = type(processor.video_processor)
+    expected = (torch.tensor([[0.0], [1.0]]) - torch.tensor(usual.image_mean)) / torch.tensor(usual.image_std)
     for kind in ("pixel_values", "pixel_values_videos"):
         if inputs[kind].shape[1] != patch_pixels:
             raise ValueError(f"its patches have {inputs[kind].shape[1]} values, the model's have {patch_pixels}")
-        # black is about -2 or -1 in each channel, white about 2 or 1
-        if not (inputs[kind].min() < -0.5 and inputs[kind].max() < 10):
+        channels = inputs[kind].unflatten(1, (vision_config.in_channels, -1))
+        if not torch.allclose(torch.stack([channels.amin((0, 2)), channels.amax((0, 2))]), expected, atol=0.01):
             raise ValueError("image_mean, image_std or rescale_factor is wrong, or do_rescale or do_normalize is false")
 
 
@@ -268,7 +276,8 @@ def write_model(state, model, files, folder, dtype):
         state.pop(name, None)
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    # hidden: FOLDER.tmp may be somebody's
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with checkpoints.room_on_disk(folder):
         shell.save_pretrained(temporary, state_dict=state)
@@ -312,9 +321,8 @@ def check_model(cfg, stage, made_by=None):
         if path.suffix == ".json":
             with usable(f"{path}: not JSON with names and values"):
                 json.loads(path.read_text(encoding="utf-8")).keys()
-    described = json.loads(config.read_text(encoding="utf-8"))
     with usable(f"{stage}.model: {cfg.model}"):
-        check_config(described)
+        check_settings(cfg, model_config(cfg.model))
 
 
 def check_hub(model):

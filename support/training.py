@@ -46,7 +46,8 @@ class Run:
     """A training run in `cfg.output_dir`: its folder, batches, metrics, checkpoints, and how it stops. Collective.
 
     Create it before anything slow happens: it claims the folder, and raises UserError if the run cannot start there.
-    After prepare(), call resume(). `bad_rows` {name: reason} are the rows that load_records left out.
+    After prepare(), call resume(): only then are files of an earlier run moved or changed. `bad_rows` {name: reason}
+    are the rows that load_records left out.
     """
 
     def __init__(self, accelerator, cfg, stage, n_records, bad_rows):
@@ -61,7 +62,7 @@ class Run:
         self.n_readable = 0
         self.bad_steps = set()
         check_batch_size(cfg, accelerator.num_processes)
-        self.checkpoint = checkpoints.claim_folder(accelerator, cfg, stage)
+        self.checkpoint, self.identity = checkpoints.claim_folder(accelerator, cfg, stage)
         for name, reason in bad_rows.items():
             accelerator.print(f"skipped {name}: {reason}")
 
@@ -85,20 +86,23 @@ class Run:
         self.start_log()
 
     def start_log(self):
-        """Drop the logged rows of steps that will be repeated, and start a tracker if `log_with` names one."""
-        if self.accelerator.is_main_process:
-            for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
-                rows = [row for row in storage.read_jsonl(path) if row.get("step", math.inf) < self.first_step]
-                if path.exists():
-                    storage.write_atomic(path, "".join(map(storage.json_line, rows)))
-            config = {self.stage: asdict(self.cfg)}
-            storage.write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        """Start a tracker if `log_with` names one, take the folder, and drop the logged rows that will be repeated."""
         if self.cfg.log_with == "tensorboard":
             # the name of a folder in output_dir
             self.accelerator.init_trackers("tensorboard")
         if self.cfg.log_with == "wandb":
             name = {"wandb": {"name": self.cfg.output_dir}}
             self.accelerator.init_trackers("video-r1", config=asdict(self.cfg), init_kwargs=name)
+        # all ranks have loaded
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            checkpoints.take_folder(self.accelerator, self.cfg, self.checkpoint, self.identity)
+            for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
+                rows = [row for row in storage.read_jsonl(path) if row.get("step", math.inf) < self.first_step]
+                if path.exists():
+                    storage.write_atomic(path, "".join(map(storage.json_line, rows)))
+            config = {self.stage: asdict(self.cfg)}
+            storage.write_atomic(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def steps(self, batches):
         """Yields (step, readable samples) for this rank's `batches` (lists of Samples), with a progress bar."""

@@ -141,6 +141,16 @@ def test_all_benchmarks_in_one_command(whole, media):
     assert re.search(rf" {N}(\.0)?/{N}(\.0)? \[", progress) and "question/s" in progress
 
 
+def test_an_evaluation_that_cannot_start_leaves_the_answers(run, monkeypatch):
+    """Guards: predictions.jsonl, and which media could not be read, gone at a second start on a full GPU."""
+    out = run("evaluate", orders="ordered")
+    before = files(out)
+    monkeypatch.setattr(evaluate.policy, "load_policy", None)
+    with pytest.raises(TypeError):
+        run("evaluate", orders="ordered")
+    assert "predictions.jsonl" in before and files(out) == before
+
+
 def test_two_processes_continue_a_killed_one_to_the_same_files(world, media, whole, tmp_path):
     """Guards: questions that are answered twice or never; a resumed run that averages only the new answers."""
     folder = tmp_path / "killed"

@@ -215,6 +215,7 @@ QWEN2_5_PROCESSOR = {"processor_class": "Qwen2_5_VLProcessor"}
         ("config", {"model_type": "qwen4_exp"}, f"type qwen4_exp cannot .*{MIXED}"),
         ("config", {"model_type": "qwen2_vl"}, "type qwen2_vl cannot be used here, only qwen2_5_vl and qwen3_vl$"),
         ("config", {"quantization_config": {"quant_method": "fp8"}}, "it is quantized, and such weights cannot be"),
+        ("config", {"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "it is quantized"),
         ("preprocessor_config", QWEN2_5_PROCESSOR, "processor is a Qwen2_5_VLProcessor, not a Qwen3VLProcessor"),
         (
             "video_preprocessor_config",
@@ -226,12 +227,16 @@ QWEN2_5_PROCESSOR = {"processor_class": "Qwen2_5_VLProcessor"}
 def test_other_models_and_processors_are_one_clear_line_before_a_model_is_loaded(
     hub, run, monkeypatch, tmp_path, file, values, line
 ):
-    """Guards: hybrids whose packed completions would read one another; FP8 weights by their hub name; clips whose size
-    and time stamps are made as for the other family.
+    """Guards: hybrids whose packed completions would read one another; FP8 weights by their hub name, or of the text
+    model alone; clips whose size and time stamps are made as for the other family.
     """
     folder = shutil.copytree(hub / "qwen3_tied", tmp_path / "start")
     path = folder / f"{file}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    described = json.loads(path.read_text())
+    for name, value in values.items():
+        # some values of an inner config, all others as they are
+        described[name] = described[name] | value if isinstance(described.get(name), dict) else value
+    path.write_text(json.dumps(described))
     monkeypatch.setattr(model_files, "load_weights", None)
     with pytest.raises(UserError, match=f"start: .*{line}") as error:
         run("sft", model=folder)

@@ -216,9 +216,9 @@ def test_every_stage_trains_only_the_adapter_and_writes_a_merged_model(hub, worl
     assert rows[0]["policy/kl"] == 0 < rows[1]["policy/kl"]
 
     # the checkpoint before the last step as a model
-    export.export(out / "checkpoint-2", out / "exported")
-    assert other_files(out / "exported") == other_files(hub / layout)
-    moved = difference(weights(out / "exported"), weights(out / "final"))
+    export.export(out / "checkpoint-2", out.parent / "exported")
+    assert other_files(out.parent / "exported") == other_files(hub / layout)
+    moved = difference(weights(out.parent / "exported"), weights(out / "final"))
     assert 0 < moved < 0.1
     run("evaluate", "eval", model=out / "checkpoint-2", orders="ordered")
 

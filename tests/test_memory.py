@@ -17,7 +17,7 @@ from evaluate import EvalConfig
 from sft import SFTConfig
 from support import distributed, families, lora, model_files, settings
 from support.settings import load_config
-from tools import plan_memory
+from tools import check_data, plan_memory
 
 both_families = pytest.mark.parametrize("family", families.FAMILIES)
 
@@ -281,3 +281,19 @@ def test_a_batch_that_the_gpus_cannot_share_has_no_plan(monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan_memory", "--config", "configs/qwen3vl_4b_one_gpu.yaml"])
     with pytest.raises(settings.UserError, match="batch_size 2 does not divide over 8 processes"):
         plan_memory.main()
+
+
+@pytest.mark.parametrize(
+    "config, changed, line",
+    [
+        ("3b", ["--shuffle_stamps", "true"], "shuffle_stamps: true: the prompts of .* have no time stamps"),
+        ("qwen3vl_8b", ["--min_pixels", "784", "--max_pixels", "1023"], "max_pixels: 1023, but a token of .* is 1024"),
+        ("3b", ["--length_min", "900"], "length_min 900 is larger than length_max 512"),
+    ],
+)
+@pytest.mark.parametrize("tool", [plan_memory, check_data])
+def test_settings_that_a_stage_refuses_are_refused_by_the_tools(monkeypatch, tool, config, changed, line):
+    """Guards: records that are checked, and a plan that fits, for a run that does not start."""
+    monkeypatch.setattr("sys.argv", ["tool", "--config", f"configs/{config}.yaml", *changed])
+    with pytest.raises(settings.UserError, match=line):
+        tool.main()

@@ -131,7 +131,7 @@ def test_a_finished_run_is_not_overwritten(run, finished, has_checkpoints):
     assert (folder / "final/model.safetensors").read_bytes() == weights
     if has_checkpoints:
         run("tgrpo", **settings | {"steps": 4})
-        assert (folder / "final-of-3-steps/model.safetensors").read_bytes() == weights
+        assert (folder / "earlier-1/final/model.safetensors").read_bytes() == weights
         assert (folder / "final/model.safetensors").read_bytes() != weights
 
 
@@ -157,6 +157,27 @@ def test_resume_false_moves_the_earlier_run_aside(run, finished, capsys):
     assert (folder / "earlier-2/checkpoint-1").is_dir() and (folder / "earlier-1/checkpoint-1").is_dir()
 
 
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"resume_changed": "true", "steps": 4}, "checkpoint-1: cannot be loaded: .*size mismatch"),
+        ({"resume": "false"}, "model: its weights cannot be read"),
+    ],
+)
+def test_a_run_that_cannot_start_changes_nothing(run, finished, hub, tmp_path, change, line):
+    """Guards: a finished model, a damaged checkpoint or a whole run that is renamed for a run that fails to load."""
+    folder, settings = finished
+    (folder / "checkpoint-2/optimizer.bin").unlink()
+    model = shutil.copytree(hub / "qwen3_tied", tmp_path / "model")
+    if "resume" in change:
+        (model / "model.safetensors.index.json").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UserError, match=line):
+        run("tgrpo", **settings | {"model": model} | change)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(run, started, capsys):
     """Guards: a traceback from torch for a file that is incomplete after a full disk or an interrupted copy."""
     folder, settings = started
@@ -168,10 +189,13 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(run, started, cap
     assert "checkpoint-2 is damaged: model.safetensors is missing or not what was written" in said
     assert f"resumed from {folder / 'checkpoint-1'}" in said
     assert without_times(folder) == whole
+    assert (folder / "earlier-1/checkpoint-2/model.safetensors").exists()
     (folder / "checkpoint-2/state.json").write_text("{")
     (folder / "checkpoint-1/optimizer.bin").unlink()
-    with pytest.raises(UserError, match="none of its checkpoints is whole; start from scratch with --resume false"):
-        run("tgrpo", **settings)
+    # also when it is started again
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of its checkpoints is whole; start from scratch with --resume false"):
+            run("tgrpo", **settings)
     assert "checkpoint-1 is damaged: optimizer.bin is missing" in capsys.readouterr().out
 
 

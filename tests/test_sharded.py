@@ -191,8 +191,8 @@ def test_a_hub_checkpoint_passes_a_stage_sharded_in_bfloat16(hub, outputs, layou
     unstopped = checked_final(folder / "unstopped", hub / layout, torch.bfloat16)
     assert all(torch.equal(final[name], unstopped[name]) for name in final)
     assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [0, 1]
-    export.export(folder / "checkpoint-1", folder / "exported")
-    checked_final(folder / "exported", hub / layout, torch.bfloat16)
+    export.export(folder / "checkpoint-1", folder.parent / "exported")
+    checked_final(folder.parent / "exported", hub / layout, torch.bfloat16)
 
 
 def test_the_trained_hub_checkpoint_is_evaluated_by_two_processes(outputs):

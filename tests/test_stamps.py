@@ -243,6 +243,22 @@ def test_time_stamps_cannot_be_shuffled_where_there_are_none(world):
         model_files.load_processor(SharedConfig(model=str(world / "base"), shuffle_stamps=True))
 
 
+@pytest.mark.parametrize("layout, token", [("untied", 784), ("qwen3_tied", 1024)])
+def test_a_limit_below_one_token_is_refused(hub, run, monkeypatch, layout, token):
+    """Guards: frames of 1,024 pixels for max_pixels 800."""
+    model_files.load_processor(SharedConfig(model=str(hub / layout), min_pixels=784, max_pixels=token))
+    # of a hub name
+    cfg = SharedConfig(model=str(hub / layout), min_pixels=784)
+    cfg.max_pixels = token - 1
+    with pytest.raises(UserError, match=f"max_pixels: {token - 1}, but a token of .*{layout} is {token} pixels"):
+        model_files.load_processor(cfg)
+    if token > 784:
+        monkeypatch.setattr(model_files, "load_weights", None)
+        for stage in ("sft", "tgrpo", "evaluate"):
+            with pytest.raises(UserError, match="max_pixels: 1023, but a token of .* is 1024 pixels"):
+                run(stage, model=hub / layout, min_pixels=784, max_pixels=1023)
+
+
 # ------------------------------------------------------------------------------------------ templates that open <think>
 
 

@@ -195,12 +195,14 @@ def test_output_that_nobody_can_read_is_dropped_and_nohup_holds(monkeypatch):
 
 def test_a_folder_that_was_moved_or_holds_a_users_config_is_refused(run, tmp_path):
     """Guards: two runs that write into one folder; a user's config that the run's own replaces."""
-    checkpoints.lock_folder(tmp_path / "a")
+    cfg = TrainConfig(output_dir=str(tmp_path / "a"))
+    checkpoints.lock_folder(cfg.output_dir)
     (tmp_path / "a/run.json").write_text("{}")
     checkpoints.check_lock(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    with pytest.raises(UserError, match="this folder was moved or replaced"):
-        checkpoints.check_lock(tmp_path / "a")
+    for check in (checkpoints.check_lock, lambda _: checkpoints.take_folder(None, cfg, None, {})):
+        with pytest.raises(UserError, match="this folder was moved or replaced"):
+            check(cfg.output_dir)
     config = tmp_path / "out/config.yaml"
     config.parent.mkdir()
     config.write_text("seed: 1\nsft:\n  steps: 2\n")
@@ -232,10 +234,21 @@ def test_a_checkpoint_of_another_family_is_one_line(run, world, hub):
         run("sft", steps=3, model=hub / "qwen3_tied", resume_changed=True)
 
 
+OTHER_FAMILYS = {"untied": [0.5, 0.5, 0.5], "qwen3_tied": [0.48145466, 0.4578275, 0.40821073]}
+
+
 @pytest.mark.parametrize("layout", ["untied", "qwen3_tied"])
-@pytest.mark.parametrize("changed", [{"merge_size": 1}, {"do_rescale": False}, {"do_normalize": False}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [{"merge_size": 1}, {"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1 / 127}, "image_mean"],
+    ids=str,
+)
 def test_a_processor_that_makes_other_pixels_is_refused(hub, tmp_path, layout, changed):
-    """Guards: a traceback in the first step, and pixels from 0 to 255 without a word."""
+    """Guards: a traceback in the first step, and pixels from 0 to 255, too bright, or as of the other family without a
+    word, also where only those of clips are.
+    """
+    if changed == "image_mean":
+        changed = {"image_mean": OTHER_FAMILYS[layout]}
     shutil.copytree(hub / layout, tmp_path / "model")
     for path in (tmp_path / "model").glob("*preprocessor_config.json"):
         content = path.read_text()

@@ -120,7 +120,7 @@ def test_an_export_from_elsewhere_names_the_starting_model(world, run, tmp_path,
     for place in ("other", "out"):
         monkeypatch.chdir(tmp_path / place)
         with pytest.raises(UserError, match=f"start, seen from .*{place}, is not what its run started from"):
-            export.export(out / "checkpoint-1", "exported")
+            export.export(out / "checkpoint-1", tmp_path / "exported")
         storage.fingerprint.cache_clear()
     monkeypatch.chdir(tmp_path / "here")
     export.export(out / "checkpoint-1", "exported")

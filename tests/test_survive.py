@@ -89,17 +89,23 @@ def test_a_step_without_finite_gradients_is_skipped_and_three_end_the_run(run, m
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_an_export_never_replaces_a_folder_nor_writes_half_a_model(world, run, tmp_path, lora_rank):
     """Guards: an export of the starting model or of the last step; a run folder replaced by the exported model; a
-    folder lost for a slash at the end of its name; a "model" of whatever tensors a damaged checkpoint holds.
+    folder lost for a slash at the end of its name, or for a .tmp; a model in a checkpoint, which the run deletes, or
+    with a checkpoint's name, which it takes for damaged; a "model" of whatever tensors a damaged checkpoint holds.
     """
     out = run("sft", steps=2, save_every=1, lora_rank=lora_rank)
     for folder in (out, f"{out}/", out / "final"):
         with pytest.raises(settings.UserError, match="exists already"):
             export.export(out / "checkpoint-1", folder)
+    # of a run that goes on
+    for folder in (out / "checkpoint-1/plain", out / "checkpoint-7", out / "final/../later"):
+        with pytest.raises(settings.UserError, match="is inside the folder of a run"):
+            export.export(out / "checkpoint-1", folder)
+    (tmp_path / "plain.tmp").mkdir()
     export.export(out / "checkpoint-1", f"{tmp_path}/plain/")
     plain = load_file(tmp_path / "plain/model.safetensors")
     for other in (weights(out), load_file(world / "base/model.safetensors")):
         assert plain.keys() == other.keys() and difference(plain, other) > 0
-    assert [path.name for path in tmp_path.glob("*plain*")] == ["plain"]
+    assert sorted(path.name for path in tmp_path.glob("*plain*")) == ["plain", "plain.tmp"]
     with pytest.raises(settings.UserError, match="no such checkpoint"):
         export.export(out / "checkpoint-9", tmp_path / "other")
     name = "adapter_config.json" if lora_rank else "model.safetensors"

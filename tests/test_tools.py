@@ -16,6 +16,11 @@ def write_rows(path, rows):
     return path
 
 
+def write_json(path, tree):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree), encoding="utf-8")
+
+
 def rl_row(step, reward=1.0):
     return {
         "step": step,
@@ -117,13 +122,21 @@ def test_wrong_metrics_file_is_one_clear_line(tmp_path, text, line):
 
 
 def test_seeds_table_is_mean_and_range(tmp_path):
-    """Guards: a number of the README typed by hand; one seed counted twice; a folder without results."""
+    """Guards: a number of the README typed by hand; one seed counted twice; a folder without results; a mean over two
+    families, or over settings of training or of evaluation.
+    """
     for seed, shift in ((0, 0.0), (1, 0.06)):
         scores = {"ordered": 0.6 + shift, "shuffled": 0.5, "reversed": 0.1 + shift, "conflict": 0.2}
         scores |= {"single": 0.4, "blind": 0.3}
         summary = {"seed": seed, "sft": scores, "tgrpo": scores}
-        (tmp_path / f"{seed}").mkdir()
-        (tmp_path / f"{seed}/summary.json").write_text(json.dumps(summary))
+        write_json(tmp_path / f"{seed}/summary.json", summary)
+        write_json(tmp_path / f"{seed}/base/config.json", {"model_type": "qwen2_5_vl"})
+        for stage in ("sft", "tgrpo"):
+            write_json(
+                tmp_path / f"{seed}/{stage}/run.json", {"settings": {"seed": seed, "lr": 0.1}, "schedule_steps": 9}
+            )
+            answered = {"settings": {"seed": seed, "temperature": 0.0, "model": f"{seed}/final"}}
+            write_json(tmp_path / f"{seed}/eval/{stage}/summary.json", answered)
     lines = toy_table.seeds_table([tmp_path / "0", tmp_path / "1"]).split("\n")
     cells = [cell.strip() for cell in lines[3].split("|")[1:-1]]
     assert cells[:4] == ["T-GRPO", "63.0 (60.0 to 66.0)", "50.0 (50.0 to 50.0)", "13.0 (10.0 to 16.0)"]
@@ -131,5 +144,16 @@ def test_seeds_table_is_mean_and_range(tmp_path):
     assert lines[-1] == "mean and range of seeds 0, 1"
     with pytest.raises(UserError, match="seed 0 twice"):
         toy_table.seeds_table([tmp_path / "0", tmp_path / "0"])
-    with pytest.raises(UserError, match="no summary.json in"):
+    for name, content, line in (
+        ("base/config.json", {"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
+        ("tgrpo/run.json", {"settings": {"lr": 0.2}, "schedule_steps": 9}, "tgrpo/run.json: lr is 0.2"),
+        ("sft/run.json", {"settings": {"lr": 0.1}, "schedule_steps": 8}, "sft/run.json: steps is 8"),
+        ("eval/sft/summary.json", {"settings": {"temperature": 1.0}}, "eval/sft/summary.json: temperature is 1.0"),
+    ):
+        before = (tmp_path / "1" / name).read_text()
+        write_json(tmp_path / "1" / name, content)
+        with pytest.raises(UserError, match=f"1: not made like .*0: {line}$"):
+            toy_table.seeds_table([tmp_path / "0", tmp_path / "1"])
+        (tmp_path / "1" / name).write_text(before)
+    with pytest.raises(UserError, match="no config.json in"):
         toy_table.seeds_table([tmp_path])

@@ -10,13 +10,15 @@ import argparse
 import functools
 import json
 import sys
+from contextlib import suppress
 
 from tqdm import tqdm
 
 import data
 import rewards
-from support import record_files, settings, storage, workers
+from support import model_files, record_files, settings, storage, workers
 from support.settings import UserError
+from tools import plan_memory
 
 
 def read_media(record, cfg):
@@ -56,6 +58,9 @@ def check(cfg, stage, out):
     """Prints an example and the unusable rows, writes the others to `out` if it is given. Returns the exit status."""
     if out:
         storage.refuse_existing(out)
+    # the model of an earlier stage may not be made yet
+    with suppress(plan_memory.UnknownModel):
+        model_files.check_settings(cfg, plan_memory.model_shape(cfg.model))
     rows = record_files.read_rows(cfg.records)
     record_files.refuse_conversations(cfg.records, rows)
     usable, reasons = record_files.split_rows(rewards.parse_solution, rows, cfg.data_root, need_process=stage == "sft")
@@ -84,7 +89,7 @@ def main():
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     parser.add_argument("--out")
     args, rest = parser.parse_known_args()
-    cfg = settings.load_config(settings.SharedConfig, args.stage, rest, __doc__, partial=True, required=["records"])
+    cfg = settings.load_config(plan_memory.CONFIGS[args.stage], args.stage, rest, __doc__, required=["records"])
     sys.exit(check(cfg, args.stage, args.out))
 
 

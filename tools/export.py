@@ -21,10 +21,10 @@ def export(checkpoint, folder):
     """Write the policy of `checkpoint`, sharded, whole or an adapter, into `folder`.
 
     Config and tokenizer come from the model that the run started from. Raises UserError if that model is gone or has
-    changed, if the checkpoint is not whole, and if `folder` holds something.
+    changed, if the checkpoint is not whole, and if `folder` holds something or is inside the folder of a run.
     """
     checkpoint = Path(checkpoint)
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
     wrong = checkpoints.damage(checkpoint)
@@ -32,6 +32,8 @@ def export(checkpoint, folder):
         raise UserError(f"{checkpoint}: this checkpoint is damaged: {wrong}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists already; choose another folder")
+    if any((parent / "run.json").is_file() for parent in folder.parents):
+        raise UserError(f"{folder} is inside the folder of a run, which moves and deletes; choose another folder")
     (run_settings,) = settings.read_yaml(checkpoint.parent / "config.yaml").values()
     cfg = settings.SharedConfig(model=run_settings["model"], bf16=run_settings["bf16"])
     model_files.check_model(cfg, f"{checkpoint}, whose run started from: export")

@@ -20,7 +20,7 @@ from sft import SFTConfig
 from support import distributed, families, settings, storage, tables, training
 from support.decoding import compiled_length
 from support.lora import add_adapter
-from support.model_files import check_model, empty_model, model_config, usable
+from support.model_files import check_model, check_settings, empty_model, model_config
 from tgrpo import TGRPOConfig
 
 CONFIGS = {"sft": SFTConfig, "tgrpo": TGRPOConfig, "evaluate": EvalConfig}
@@ -55,13 +55,16 @@ FORWARD_WIDTHS = 6
 FORWARD_VISION_WIDTHS = 12
 
 
+class UnknownModel(settings.UserError):
+    """No checkpoint is at this path, and its name has no size."""
+
+
 def model_shape(name):
-    """Config of the checkpoint `name`, or the published one of the size in the name; UserError if there is neither."""
+    """Config of the checkpoint `name`, or the published one of the size in the name; UnknownModel if neither exists."""
     name = storage.adapter_chain(name)[0]
     if (Path(name) / "config.json").is_file():
-        check_model(settings.SharedConfig(model=name), "plan")
-        with usable(f"{name}: config.json cannot be used"):
-            return model_config(name)
+        check_model(settings.SharedConfig(model=name), "config")
+        return model_config(name)
     plain = re.sub("[^a-z0-9]", "", name.lower())
     known = []
     for model_type, family in families.FAMILIES.items():
@@ -71,7 +74,7 @@ def model_shape(name):
             known.append(f"{model_type} {size}")
             if is_family and re.search(rf"(?<![a-z0-9.]){size}(?![a-z0-9])", name.lower()):
                 return family.published_config(size)
-    raise settings.UserError(f"model: no checkpoint at {name}, and its name is of no known size: {', '.join(known)}")
+    raise UnknownModel(f"model: no checkpoint at {name}, and its name is of no known size: {', '.join(known)}")
 
 
 def longest_prompt(cfg, config):
@@ -191,7 +194,9 @@ def training_bytes(cfg, config, micro_prompts, prompt_tokens, patches):
         backward = max(text_layer + backward, vision_layer)
     else:
         activations = text.num_hidden_layers * text_layer + vision.depth * vision_layer
-    activations += OUTER_WIDTHS * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
+    # with LoRA the embeddings have no gradient
+    outer_widths = OUTER_WIDTHS - (1 if cfg.lora_rank else 0)
+    activations += outer_widths * packed_tokens * width + mergers * MERGER_WIDTHS * patches * vision.hidden_size
     logits = FLOAT32 * LOGITS_COPIES * LOGITS_CHUNK * text.vocab_size
     return {
         # and a mask of one byte per pair of tokens
@@ -241,6 +246,7 @@ def main():
     args, rest = parser.parse_known_args()
     cfg = settings.load_config(CONFIGS[args.stage], args.stage, rest, doc=__doc__, required=("model",))
     config = model_shape(cfg.model)
+    check_settings(cfg, config)
     if args.stage == "evaluate":
         parts, peak = evaluation_plan(cfg, config)
     else:

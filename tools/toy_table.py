@@ -14,19 +14,41 @@ from support.tables import table
 from tools import shared
 
 COLUMNS = (*ORDERS, "conflict")
+# settings that differ from seed to seed
+OF_SEED = ("seed", "model", "weights", "records", "data_root")
+
+
+def read_json(path):
+    """The content of a file that toy.py has written. UserError if it is not there."""
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}: run python toy.py --seed N --out FOLDER")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def made_with(folder):
+    """{name: value} of what a toy's results depend on besides its seed: model family, and settings of all stages."""
+    made = {"model_type": read_json(folder / "base/config.json")["model_type"]}
+    for stage in toy.MODELS:
+        for file in (f"{stage}/run.json", f"eval/{stage}/summary.json"):
+            found = read_json(folder / file)
+            values = found["settings"] | {"steps": found.get("schedule_steps")}
+            made |= {f"{file}: {name}": value for name, value in values.items() if name not in OF_SEED}
+    return made
 
 
 def seeds_table(folders):
     """Markdown: test accuracy in percent, mean (lowest to highest seed), of the SFT model and of the trained policy.
 
-    Raises UserError for a folder without results, and for a repeated seed.
+    Raises UserError for a folder without results, for a repeated seed, and for another model family or setting.
     """
     summaries = {}
+    first = made_with(Path(folders[0]))
     for folder in folders:
-        path = Path(folder) / "summary.json"
-        if not path.is_file():
-            raise UserError(f"no summary.json in {folder}: run python toy.py --seed N --out {folder}")
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(Path(folder) / "summary.json")
+        made = made_with(Path(folder))
+        other = [f"{name} is {made.get(name)!r}" for name in first | made if made.get(name) != first.get(name)]
+        if other:
+            raise UserError(f"{folder}: not made like {folders[0]}: {', '.join(other)}")
         if summary["seed"] in summaries:
             raise UserError(f"{folder}: seed {summary['seed']} twice")
         summaries[summary["seed"]] = summary
