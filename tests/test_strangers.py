@@ -328,7 +328,7 @@ def test_a_clip_whose_clock_jumps_is_named(tmp_path, jump):
     if jump:
         # also where the file has hardly more than twice as many frames as are shown
         for n in (8, 16):
-            with pytest.raises(ValueError, match="its clock jumps: one of 40 frames"):
+            with pytest.raises(ValueError, match="its clock jumps, .*: one of 40 frames"):
                 frames.read_clip(tmp_path / "clip.mkv", functools.partial(data.even_frames, n=n))
     else:
         assert len(np.unique(frames.read_clip(tmp_path / "clip.mkv", choose).frames_FHWC, axis=0)) == 8
