@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import av
@@ -19,6 +20,7 @@ import pytest
 import torch
 from av.stream import Disposition
 from PIL import Image
+from processes import free_port
 from safetensors.torch import load_file, save_file
 from test_media import write_clip
 
@@ -177,6 +179,18 @@ def test_world_size_without_a_launcher_is_one_line(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE is 2, but no launcher started this process"):
         distributed.make_accelerator(TrainConfig())
+
+
+@pytest.mark.parametrize("rank, reason", [("0", "1/2 clients joined"), ("1", "trying to connect")])
+def test_variables_left_over_from_a_launcher_are_one_line(monkeypatch, capfd, rank, reason):
+    """Guards: a process that waits silently for hours for ranks that nobody has started."""
+    variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (variables | {"MASTER_PORT": free_port()}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
+    with pytest.raises(UserError, match=f"not come .*{reason}.*: WORLD_SIZE is 2; if no launcher") as error:
+        distributed.make_accelerator(TrainConfig())
+    assert "\n" not in str(error.value) and "waiting for the other processes: WORLD_SIZE" in capfd.readouterr().out
 
 
 def test_a_launcher_is_known_by_its_program_and_not_by_a_word(tmp_path):
