@@ -222,11 +222,13 @@ def read_packets(path, deadline):
                 if packet.duration and packet.pts > last_tick:
                     last_tick = packet.pts
                     interval = packet.duration
+        # decoding times, as in a Matroska file made of an avi: the decoder moves frames, and no packet says so
+        are_of_decoding = stream.codec_context.has_b_frames and ticks == sorted(ticks)
         ticks.sort()
         if not all_have_times or len(set(ticks)) < len(ticks):
             ticks = []
         check_complete(container, stream, ticks, stream_ends)
-        is_timed = bool(TIMED & names)
+        is_timed = bool(TIMED & names) and not are_of_decoding
         has_one_clock = bool(SEEKABLE & names)
         return Packets(ticks, sorted(keys), interval, stream.time_base, is_timed, has_one_clock)
 

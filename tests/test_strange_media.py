@@ -121,6 +121,23 @@ def test_an_avi_that_leaves_out_frames_is_shown_by_time(tmp_path, codec, bframes
     assert metadata.timestamps == pytest.approx([ticks[i] / 25 for i in expected], abs=0.13)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts"])
+def test_decoding_times_are_not_taken_for_the_frames_own(tmp_path, name):
+    """Guards: frames out of order (0, 1, 3, 2, 4, 7, 5, 6), in a file made of an avi with B-frames."""
+    write_clip(tmp_path / "timed.mp4", range(60), options={"bf": "3", "crf": "10"})
+    with av.open(str(tmp_path / "timed.mp4")) as source, av.open(str(tmp_path / name), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        first = packets[0].dts
+        for packet in packets:
+            packet.pts = packet.dts = packet.dts - first
+            packet.stream = stream
+            copy.mux(packet)
+    for n in (6, 60):
+        shown, _ = data.load_media(record(name), config(tmp_path, max_frames=n))
+        assert [number_of(frame) for frame in shown] == [int((i + 0.5) * 60 / n) for i in range(n)]
+
+
 def test_a_still_recording_is_told_as_such(tmp_path):
     """Guards: "its clock jumps" for a recorded screen on which nothing moves for a minute."""
     write_clip(tmp_path / "a.mkv", [0, 1, *range(2000, 2040)])
