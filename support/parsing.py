@@ -146,7 +146,8 @@ def parse_letter(text):
 
     A lone letter in any punctuation or LaTeX, or a letter before the option's text ("B.left", "B - left") or before "is
     correct", "because", "选项"; "the answer is", "option", "答案：" may precede it. Else only a lone letter counts ("A
-    cat" has an article). The text after the letter may not name a second option, unless it begins with an initial.
+    cat" has an article). The text after the letter may not name a second option, unless it begins with an initial or is
+    a list of earlier options ("C. A and B").
 
     >>> texts = ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")
     >>> [parse_letter(text) for text in texts]
@@ -172,11 +173,10 @@ def parse_letter(text):
         return letter if others == sorted(set(others)) and others[-1] < letter else None
     # letters in the other case are the option's text, as in "A. x, y"
     named = set()
-    for i, (part, (other, mark, text)) in enumerate(zip(parts, labels)):
-        # "Both A and B" is an option's text, "A or B" names two
-        # nor does "A → B → C"
+    for i, (part, (other, mark, _)) in enumerate(zip(parts, labels)):
+        # an order, as in "B. C → A", names no second option
         is_order = mark.strip(" -–—→") == "" != mark
-        # nor does the last letter of "vitamins A and B", or the "I" of "he and I"
+        # nor does a list, as in "A. vitamins C, D", or a letter that is rarely an option's, as in "B. he and I"
         is_listed = i > 0 and not mark and (re.search(r"\b[A-Z]$", parts[i - 1]) or re.fullmatch("[IK-Z]", part))
         if part[0].isupper() == core[0].isupper() and not is_listed and not is_order:
             named.add(other)
