@@ -60,6 +60,8 @@ def is_launcher(process):
 ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "containerd-shim")
 # the process of the launcher; None without one, or if it has ended already
 LAUNCHER = os.getppid() if is_launcher(os.getppid()) else None
+# how long ranks without one wait for each other: the variables may be left over from an earlier launch
+MEETING = timedelta(minutes=10)
 
 
 def launcher_has_ended():
@@ -91,6 +93,14 @@ def make_accelerator(cfg, shard=True):
     sharded = shard and processes > 1 and (cfg.fsdp == "full_shard" or config_shards)
     if sharded and cfg.lora_rank:
         raise settings.UserError("lora_rank: the accelerate config requests FSDP, but LoRA needs whole weights per GPU")
+    if processes > 1 and LAUNCHER is None and not torch.distributed.is_initialized():
+        doubt = f"WORLD_SIZE is {processes}; if no launcher started this process, unset it"
+        print(f"waiting for the other processes: {doubt}", flush=True)
+        try:
+            # a variable, so that the store lasts until accelerate meets the others in it again
+            store = next(torch.distributed.rendezvous("env://", timeout=MEETING))  # noqa: F841
+        except (ValueError, torch.distributed.DistError) as error:
+            raise settings.UserError(f"the other processes have not come ({error!s:.200}): {doubt}") from None
     plugin = fsdp_plugin(cfg) if sharded else None
     on_cpu = not torch.cuda.is_available()
     # under FSDP the plugin's policy casts

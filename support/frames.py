@@ -32,6 +32,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 # A clip that takes longer than this is unusable. Checked between packets, each of which takes moments.
 READ_SECONDS = 300
@@ -122,7 +123,8 @@ def read_clip(path, choose, reader="exact"):
     check_sides(*frames_FHWC.shape[1:3])
     indices, total, fps, seconds = chosen
     if len(set(indices)) == 1 < len(indices) <= total / 2:
-        raise ValueError(f"its clock jumps: one of {total} frames is on display at all {len(indices)} moments")
+        shown = f"one of {total} frames is on display at all {len(indices)} moments"
+        raise ValueError(f"its clock jumps, or hardly anything moves: {shown}")
     return Shown(frames_FHWC, total, fps, seconds)
 
 
@@ -220,11 +222,13 @@ def read_packets(path, deadline):
                 if packet.duration and packet.pts > last_tick:
                     last_tick = packet.pts
                     interval = packet.duration
+        # decoding times, as in a Matroska file made of an avi: the decoder moves frames, and no packet says so
+        are_of_decoding = stream.codec_context.has_b_frames and ticks == sorted(ticks)
         ticks.sort()
         if not all_have_times or len(set(ticks)) < len(ticks):
             ticks = []
         check_complete(container, stream, ticks, stream_ends)
-        is_timed = bool(TIMED & names)
+        is_timed = bool(TIMED & names) and not are_of_decoding
         has_one_clock = bool(SEEKABLE & names)
         return Packets(ticks, sorted(keys), interval, stream.time_base, is_timed, has_one_clock)
 
@@ -307,8 +311,9 @@ def decoded_times(path, packets, deadline):
     if not ticks:
         raise ValueError("no frame can be decoded")
     if not are_times(ticks, packets):
-        # without times, the frames are taken for evenly spaced
-        ticks = [i * (packets.interval or 1) for i in range(len(ticks))]
+        # an avi stores times in decoding order; without times, the frames are taken for evenly spaced
+        even_ticks = [i * (packets.interval or 1) for i in range(len(ticks))]
+        ticks = packets.ticks if len(packets.ticks) == len(ticks) else even_ticks
     order = sorted(range(len(ticks)), key=ticks.__getitem__)
     if len(set(ticks)) < len(ticks):
         # where clips were joined without re-encoding, frames that come late are hidden frames of the next cut
@@ -474,6 +479,12 @@ def read_picture(path):
         # MPO: a phone's picture with its preview or depth
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"{image.n_frames} pictures in one file")
+        # with more than 8 bits, Pillow ignores which grey a TIFF calls white, and which one a PNG calls transparent
+        tags = getattr(image, "tag_v2", {})
+        bits = (image.mode, *tags.get(BITSPERSAMPLE, ()))
+        is_odd = bits in (("I;16", 12), ("I", 16)) or tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+        if image.mode.startswith(("I", "F")) and (is_odd or "transparency" in image.info):
+            raise ValueError("greys of 12 or 15 bits, with white as 0, or with transparency: save it with 8 bits")
         image = on_white(in_8_bits(ImageOps.exif_transpose(image)))
     check_sides(*image.size)
     return image

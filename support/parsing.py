@@ -111,12 +111,12 @@ def without_latex(text):
 
 DECORATION = " \t\r\n\xa0\u200b()[]{}<>.,:;!?*_`'\"“”‘’«»$-–•。、【】「」『』"
 LEAD = re.compile(
-    r"(?:(?:the|best|correct|final|answer|ans|option|choice|is|it['’]s|it)\b[\s:]*"
+    r"(?:(?:the|best|correct|final|answer|ans|option|choice|is|it['’]s|it|so|then|maybe)\b[\s:]*"
     r"|(?:正确|正確|答案|选项|選項|选择|選擇|故选|故選"
     r"|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
     re.IGNORECASE,
 )
-SEPARATOR = re.compile(r"[,;/&\n]|\b(?:or|and)\b|[或和]", re.IGNORECASE)
+SEPARATOR = re.compile(r"[,;/|&\n]|\b(?:or|and)\b|[或和]|\. ?(?=[A-J]$)", re.IGNORECASE)
 
 
 # a letter alone or "B) x", or an option's letter and what ends it; "e.g. this", "U.S. Navy", "A cat" have none
@@ -127,7 +127,9 @@ LABEL = re.compile(
 )
 # a label inside of the text after one, as in "A) left B) right"; after a dot only of the letters that options usually
 # have, as in "A. left B. right"
-INNER_LABEL = re.compile(r"(?<=\s)\(?(?:([A-Z])[):]|([A-J])\.)(?=\s)")
+INNER_LABEL = re.compile(r"(?<=\s)\(?(?:([A-Z])[):]|([A-J])\.)(?=\s)|(?i:answer is:? )\(?([A-Z])\b")
+# the text of an option about others, as in "C. A and B"
+COMBINATION = re.compile(r"(?:\(?[A-Z]\)?, ?)*\(?[A-Z]\)?(?:,? and | ?& ?| ?和 ?)\(?[A-Z]\)?(?: only)?")
 
 
 def split_label(text):
@@ -144,7 +146,8 @@ def parse_letter(text):
 
     A lone letter in any punctuation or LaTeX, or a letter before the option's text ("B.left", "B - left") or before "is
     correct", "because", "选项"; "the answer is", "option", "答案：" may precede it. Else only a lone letter counts ("A
-    cat" has an article). The text after the letter may not name a second option, unless it begins with an initial.
+    cat" has an article). The text after the letter may not name a second option, unless it begins with an initial or is
+    a list of earlier options ("C. A and B").
 
     >>> texts = ("b", "(B)", "**B.**", "B. 3", "(b) the cat", "Option B", "The answer is B.", "答案：B")
     >>> [parse_letter(text) for text in texts]
@@ -156,23 +159,28 @@ def parse_letter(text):
     """
     core = without_latex(text).replace("*", "").strip(DECORATION)
     core = core[LEAD.match(core).end() :]
-    letter, _, description = split_label(core)
+    letter, label_mark, description = split_label(core)
     parts = [part.strip(DECORATION) for part in SEPARATOR.split(description)]
-    parts = [part[LEAD.match(part).end() :] for part in parts]
+    parts = [part[LEAD.match(part).end() :].strip(DECORATION) for part in parts]
     parts = [part for part in parts if part]
     labels = [split_label(part) for part in parts]
-    # as in "B. E. coli"
-    if labels and labels[0][1] == "." and labels[0][2]:
+    # as in "B. E. coli" or "B. U.S.A", but not "A. B. C. D"
+    if labels and labels[0][1] == "." and re.search(r"[^\W\d_]{2}|^[^\W\d_]$", labels[0][2]):
         return letter
+    # of options before it; "A. B and C" and "C, A and B" name three
+    if COMBINATION.fullmatch(description.strip(DECORATION)) and label_mark not in ",、\n":
+        others = re.findall("[A-Z]", description)
+        return letter if others == sorted(set(others)) and others[-1] < letter else None
     # letters in the other case are the option's text, as in "A. x, y"
     named = set()
-    for i, (part, (other, mark, text)) in enumerate(zip(parts, labels)):
-        # "Both A and B" is an option's text, "A or B" names two
-        # nor does "A → B → C"
+    for i, (part, (other, mark, _)) in enumerate(zip(parts, labels)):
+        # an order, as in "B. C → A", names no second option
         is_order = mark.strip(" -–—→") == "" != mark
-        if part[0].isupper() == core[0].isupper() and (i == 0 or mark or text) and not is_order:
+        # nor does a list, as in "A. vitamins C, D", or a letter that is rarely an option's, as in "B. he and I"
+        is_listed = i > 0 and not mark and (re.search(r"\b[A-Z]$", parts[i - 1]) or re.fullmatch("[IK-Z]", part))
+        if part[0].isupper() == core[0].isupper() and not is_listed and not is_order:
             named.add(other)
-    named |= {first or second for first, second in INNER_LABEL.findall(description)}
+    named |= {"".join(groups) for groups in INNER_LABEL.findall(description)}
     return letter if named <= {letter, None} else None
 
 

@@ -16,7 +16,7 @@ import yaml
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from support import checkpoints, distributed, model_card, model_files, record_files, settings, storage
+from support import checkpoints, distributed, model_card, model_files, record_files, settings, storage, workers
 
 # of so many draws the unreadable ones are counted, and so many at the start must not all be unreadable
 RECENT_DRAWS = 500
@@ -110,7 +110,7 @@ class Run:
         self.bar = tqdm(batches, initial=self.first_step, total=self.cfg.steps, desc=self.stage, disable=hidden)
         self.seconds = {}
         self.last_lap = time.perf_counter()
-        for step, batch in enumerate(self.bar, self.first_step):
+        for step, batch in enumerate(workers.until_killed(self.bar), self.first_step):
             self.lap("data_wait")
             yield step, self.drop_unreadable(step, batch)
 
@@ -122,6 +122,8 @@ class Run:
             if error is None:
                 self.n_readable += 1
                 continue
+            if isinstance(error, settings.UserError):
+                self.end(step, error)
             if name not in self.skipped:
                 self.skipped[name] = error + missing_folder(record_files.media_path(path, self.cfg.data_root))
                 self.accelerator.print(f"skipped {name}: {self.skipped[name]}")
@@ -144,9 +146,13 @@ class Run:
             n_recent = min(n_drawn, n_steps * size)
             unusable = f"{len(recent)} of the last {n_recent} records drawn are unusable"
             advice = f"max_unreadable is {self.cfg.max_unreadable}; tools.check_data lists them"
-            if step > self.first_step:
-                self.save_checkpoint(step)
-            raise settings.UserError(f"{unusable}, {advice}; the last: {self.skipped[recent[-1]]}")
+            self.end(step, settings.UserError(f"{unusable}, {advice}; the last: {self.skipped[recent[-1]]}"))
+
+    def end(self, step, error):
+        """Save the finished steps, and raise the error. Collective."""
+        if step > self.first_step:
+            self.save_checkpoint(step)
+        raise error
 
     def micro_batches(self, items, dummy):
         """Yields (micro-batch, weight): this rank's items of a step, `micro_batch_size` at a time.

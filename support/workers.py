@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
+
+from support import settings
 
 
 def loader(samples, batches, cfg):
@@ -34,10 +37,36 @@ def convert_arrays(sample, kind, function):
 
 
 def with_workers(dataset, cfg, **arguments):
-    """A DataLoader whose worker processes ignore signals, and end when this process ends for any reason."""
+    """Yields the results of worker processes that ignore signals, and end when this process ends for any reason.
+
+    Raises UserError if one of them was killed: where its result is awaited, not in the middle of an update.
+    """
     # nothing else would end them if this process fails
     atexit.register(kill_workers)
-    return DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=start_worker, **arguments)
+    results = iter(DataLoader(dataset, num_workers=cfg.num_workers, worker_init_fn=start_worker, **arguments))
+    # torch's, which raises if a worker was killed
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        for result in results:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield result
+            signal.signal(signal.SIGCHLD, handler)
+            if callable(handler):
+                handler(signal.SIGCHLD, None)
+    except RuntimeError as error:
+        reason = str(error).strip(" .\n")
+        if not reason.startswith("DataLoader worker (pid"):
+            raise
+        advice = "most often for lack of memory: lower num_workers, and start the same command again"
+        raise settings.UserError(f"{reason}, {advice}") from None
+
+
+def until_killed(batches):
+    """Yields the batches; in place of a UserError one last batch with it, so that the ranks of a run end together."""
+    try:
+        yield from batches
+    except settings.UserError as error:
+        yield [SimpleNamespace(record={"problem_id": "", "path": ""}, error=error)]
 
 
 def start_worker(_):

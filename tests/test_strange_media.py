@@ -1,6 +1,7 @@
 """Media and records as strangers have them (issue 27): shown as they are, or named in one line."""
 
 import functools
+import struct
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from test_media import config, edit_list_hides, number_of, painted, record, write_clip
+from test_media import config, edit_list_hides, number_of, on_display, painted, ramp, record, write_clip
 
 import data
 from support import frames
@@ -106,6 +107,45 @@ def test_joined_clips_are_shown_by_time(tmp_path, name, step, bframes):
     assert [number_of(frame) for frame in shown] == [seen[int((i + 0.5) * len(seen) / 9)] for i in range(9)]
 
 
+@pytest.mark.parametrize("codec, bframes", [("libx264", "2"), ("libx264", "0"), ("mpeg4", "2")])
+def test_an_avi_that_leaves_out_frames_is_shown_by_time(tmp_path, codec, bframes):
+    """Guards: "damaged: 4.0 s of 9.6 s can be decoded" for H.264 with B-frames, whose decoder gives times out of order;
+    moments that are counted in frames.
+    """
+    ticks = [*range(0, 100, 3), *range(100, 240)]
+    write_clip(tmp_path / "a.avi", ticks, codec=codec, options={"g": "24", "bf": bframes, "b": "2M"})
+    shown, metadata = data.load_media(record("a.avi"), config(tmp_path, max_frames=5))
+    expected = on_display([tick / 25 for tick in ticks], 5)
+    # an avi stores the times of packets, which are some frames early
+    assert np.abs(np.subtract([number_of(frame) for frame in shown], expected)).max() <= 2
+    assert metadata.timestamps == pytest.approx([ticks[i] / 25 for i in expected], abs=0.13)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts"])
+def test_decoding_times_are_not_taken_for_the_frames_own(tmp_path, name):
+    """Guards: frames out of order (0, 1, 3, 2, 4, 7, 5, 6), in a file made of an avi with B-frames."""
+    write_clip(tmp_path / "timed.mp4", range(60), options={"bf": "3", "crf": "10"})
+    with av.open(str(tmp_path / "timed.mp4")) as source, av.open(str(tmp_path / name), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        first = packets[0].dts
+        for packet in packets:
+            packet.pts = packet.dts = packet.dts - first
+            packet.stream = stream
+            copy.mux(packet)
+    for n in (6, 60):
+        shown, _ = data.load_media(record(name), config(tmp_path, max_frames=n))
+        assert [number_of(frame) for frame in shown] == [int((i + 0.5) * 60 / n) for i in range(n)]
+
+
+def test_a_still_recording_is_told_as_such(tmp_path):
+    """Guards: "its clock jumps" for a recorded screen on which nothing moves for a minute."""
+    write_clip(tmp_path / "a.mkv", [0, 1, *range(2000, 2040)])
+    with pytest.raises(data.Unusable, match="jumps, or hardly anything moves: one of 42 frames .* all 16 moments"):
+        data.load_media(record("a.mkv"), config(tmp_path))
+    assert number_of(data.load_media(record("a.mkv"), config(tmp_path, max_frames=64))[0][-1]) == 41
+
+
 @pytest.mark.parametrize("second_start", [100, 101, 60, 20])
 def test_a_clock_that_jumps_back_neither_loses_nor_moves_frames(tmp_path, second_start):
     """Guards: the first of two segments that disappears, because its frames share their moments with the second's; the
@@ -149,6 +189,42 @@ def test_a_part_behind_the_end_is_named(tmp_path, data_type):
     # benchmarks round times
     shown, _ = data.load_media(record(path, data_type, start=2.9, end=4), config(tmp_path))
     assert [number_of(frame) for frame in shown] == [49 if data_type == "video" else 5]
+
+
+def write_tiff(path, packed, bits, photometric, sample_format=1):
+    """An uncompressed grey TIFF of 64 x 32 pixels from its packed bytes."""
+    values = {256: 64, 257: 32, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 32, 279: len(packed)}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (values | {339: sample_format}).items())
+    path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 10) + tags + bytes(4) + packed)
+
+
+@pytest.mark.parametrize(
+    "bits, photometric, sample_format, greys",
+    [
+        (16, 0, 1, ramp(np.uint16, 65535)),
+        (32, 0, 3, ramp(np.float32, 1)),
+        (16, 1, 2, ramp(np.int16, 32767)),
+        (12, 1, 1, np.full((32, 48), 255, np.uint16)),
+        (8, 0, 1, ramp(np.uint8, 255)),
+        (16, 1, 1, ramp(np.uint16, 65535)),
+    ],
+)
+def test_greys_whose_white_pillow_ignores_are_named(tmp_path, bits, photometric, sample_format, greys):
+    """Guards: a negative, or a picture that is half or 16 times too dark, for a TIFF of more than 8 bits."""
+    write_tiff(tmp_path / "a.tif", greys.tobytes(), bits, photometric, sample_format)
+    if (photometric, bits) == (0, 8) or (photometric, bits, sample_format) == (1, 16, 1):
+        pixels = np.asarray(data.load_media(record("a.tif", "image"), config(tmp_path))[0])[0, :, 0].astype(int)
+        assert np.abs(pixels - np.linspace(0, 255, 64)[:: 1 if photometric else -1]).max() <= 1
+        return
+    with pytest.raises(data.Unusable, match="a.tif: greys of 12 or 15 bits, with white as 0"):
+        data.load_media(record("a.tif", "image"), config(tmp_path))
+
+
+def test_a_transparent_grey_of_16_bits_is_named(tmp_path):
+    """Guards: a black ground where the drawing was transparent."""
+    Image.fromarray(ramp(np.uint16, 65535)).save(tmp_path / "a.png", transparency=0)
+    with pytest.raises(data.Unusable, match="a.png: greys of .* or with transparency: save it with 8 bits"):
+        data.load_media(record("a.png", "image"), config(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

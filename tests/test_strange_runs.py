@@ -81,6 +81,44 @@ def test_a_resumed_run_forgets_what_it_could_not_read_before(tmp_path):
     assert stops_at(resumed, set(), 200) is None
 
 
+def test_a_killed_worker_ends_a_step_in_one_line(forker, tmp_path):
+    """Guards: torch's traceback in the middle of an update; a step without its last samples."""
+    code = """
+import multiprocessing, time
+from types import SimpleNamespace
+from support import workers
+results = workers.with_workers(list(range(99)), SimpleNamespace(num_workers=1), batch_size=1)
+next(results)
+multiprocessing.active_children()[0].kill()
+time.sleep(0.3)
+print("this step is finished", flush=True)
+next(results)
+"""
+    (tmp_path / "script.py").write_text(code)
+    assert forker.wait(forker.start(tmp_path / "said", str(tmp_path / "script.py"))) == 1
+    said = (tmp_path / "said").read_text().strip().splitlines()
+    assert len(said) == 2 and said[0] == "this step is finished"
+    assert "is killed by signal: Killed, most often for lack of memory: lower num_workers" in said[1]
+
+
+def test_a_killed_worker_loses_no_finished_step(tmp_path):
+    """Guards: the steps since the last checkpoint that are lost with a worker; other ranks that wait for this one."""
+    run = made_run(tmp_path, 9, steps=9)
+    run.accelerator.is_main_process = False
+    run.stage = "sft"
+
+    def batches():
+        for number in range(3):
+            yield [data.Sample({"problem_id": number, "path": f"{number}.mp4"})]
+        raise UserError("killed")
+
+    steps = run.steps(batches())
+    assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="killed"):
+        next(steps)
+    assert run.saved == [3]
+
+
 def test_an_endless_target_and_a_prompt_that_never_fits_are_one_line(run, world, tmp_path, capsys):
     """Guards: 12.8 GB for one chain of thought of 20,000 words; the traceback of the empty prompt."""
     rows = json.loads((world / "world/sft.json").read_text())

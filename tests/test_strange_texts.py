@@ -31,6 +31,17 @@ NO_LETTER = [
     "B left", "A cat", "e.g. this", "U.S. Navy", "A.B", "A - B", "A is wrong", "A is not correct", "A选项错误", "X-ray",
     "A is correct, B is correct", "A选项和B选项", "A.cat, B.dog", "A>B>C", "<A> or <B>", "a.m. x", "A because B",
 ]
+OF_OTHERS = [
+    "C. A and B", "(C) A and B", "C) A and B", "C: A & B", "C - A and B", "C. (A) and (B)", "C. A and B only",
+    "C. A和B", "C. Both A and B", "C. Neither A nor B", "C. None of A, B", "C. All of the above", "It is C. A and B.",
+    "C. Vitamin D", "C. Vitamins A, B and D", "C. vitamin E, d", "C. He and I", "C. Python and R", "C. U.S.A",
+]
+SEVERAL = [
+    "C, A and B", "C: A", "C. A", "C. A or B", "C. A, B", "C. A and D", "C. B and A", "A. A and B", "C. A and A",
+    "C. A and B or D", "C\nA and B", "C and A", "C. Red or B", "C. Red, B", "C. Red and B", "C. Red|B", "C. Red. B",
+    "C. None of the above, A", "C. Red, B, A", "C. Red or option (B)", "C. Red, so the answer is B", "A. B. C. D.",
+    "C. Red. So the answer is B", "C. Red, so B", "C, maybe B", "C. Red; then B", "C. Red or maybe B", "C、A和B",
+]
 FIT = "model: its files do not fit together: "
 INDEX = "model.safetensors.index.json"
 DAMAGES = [
@@ -67,6 +78,12 @@ def test_labels_of_options_are_read_in_answers():
     own_text = ["B. x, y", "B. a, b", "B. C → A", "B. C - A - D", "B, because C is not", "B\nleft", "B (left)", "B?"]
     assert {text: parse_letter(text) for text in own_text} == dict.fromkeys(own_text, "B")
     assert lettered(["A、left", " B. right"]) == ["A、left", " B. right"]
+
+
+def test_an_option_may_speak_of_other_options():
+    """Guards: 0 for "C. A and B", which is what the prompt shows; 1 for an answer that names a second option."""
+    assert {text: parse_letter(text) for text in OF_OTHERS} == dict.fromkeys(OF_OTHERS, "C")
+    assert {text: parse_letter(text) for text in SEVERAL} == dict.fromkeys(SEVERAL)
 
 
 @pytest.mark.parametrize("mark", ["[video]", "[image 1]", "<vid>", "<IMG>"])
