@@ -269,6 +269,21 @@ def test_a_run_with_all_settings_for_a_gpu_trains_and_saves(run):
     run("tgrpo", "whole", bf16="true", steps=1, **fast)
 
 
+def test_a_step_on_another_device_mixes_no_devices_and_hardly_waits(forker, tmp_path):
+    """Guards: a tensor that was left on the CPU, which ends a run on a GPU only; a wait for the device per token, per
+    completion or per layer in our own code (transformers' waits are not counted).
+    """
+    status = forker.wait(forker.start(tmp_path / "said", "tests/made_up_device.py"))
+    said = (tmp_path / "said").read_text()
+    assert status == 0, said[-2000:]
+    steps = [json.loads(line) for line in said.split("\n") if line.startswith("{")]
+    assert len(steps) == 3
+    for step in steps:
+        assert step["same_completions"] and step["difference"] < 1e-5
+        # each of two rollouts: a prefill, completions to the CPU; compiled decoding: 20 tokens; reference and policy
+        assert step["waits"] == {"lengths": 2 + 2, "rollout": 2, "decode": 1}
+
+
 # of Qwen3-VL-4B, Qwen3-VL-8B and Qwen2.5-VL
 @pytest.mark.parametrize("size", [64, 72, 80])
 def test_fused_vision_attention_fits_torchs_packed_attention(size):
