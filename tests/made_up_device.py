@@ -6,6 +6,7 @@ Other tests see neither a tensor that was left on the CPU nor a value that is re
 waits. This registers torch's PrivateUse1 device for the whole process, so it is a program of its own.
 """
 
+import functools
 import json
 import sys
 import traceback
@@ -47,9 +48,6 @@ waits = Counter()
 class Module(_DummyBackendModule):
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
-
-
-_setup_privateuseone_for_python_backend("chip", backend_module=Module())
 
 
 class OnChip(torch.Tensor):
@@ -113,13 +111,9 @@ def compute(operator, *args, **kwargs):
     return return_and_correct_aliasing(operator, args, kwargs, result) if any(on_chip) else result
 
 
+# these last as long as the process
 everything = torch.library.Library("_", "IMPL")
-everything.fallback(compute, "PrivateUse1")
-# operators that would resize a tensor, which a wrapper cannot
 makers = torch.library.Library("aten", "IMPL")
-for overload in ("default", "start", "start_step"):
-    arange = getattr(torch.ops.aten.arange, overload)
-    makers.impl(arange.name(), lambda *args, _arange=arange, **kwargs: compute(_arange, *args, **kwargs), "PrivateUse1")
 cpu_tensor = torch.tensor
 
 
@@ -128,7 +122,15 @@ def tensor(data, device=None, **kwargs):
     return cpu_tensor(data, **kwargs).to(device) if is_chip(device) else cpu_tensor(data, device=device, **kwargs)
 
 
-torch.tensor = tensor
+def register():
+    """Make the device known to torch."""
+    _setup_privateuseone_for_python_backend("chip", backend_module=Module())
+    everything.fallback(compute, "PrivateUse1")
+    # operators that would resize a tensor, which a wrapper cannot
+    for overload in ("default", "start", "start_step"):
+        operator = getattr(torch.ops.aten.arange, overload)
+        makers.impl(operator.name(), functools.partial(compute, operator), "PrivateUse1")
+    torch.tensor = tensor
 
 
 def one_step(model, prompts, lora_rollout):
@@ -175,6 +177,7 @@ def compare(family, vision_attention, lora_rollout):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    register()
     # on a GPU it is compiled
     decoding.compiled_step = lambda device: decoding.decode_step
     for case in CASES:
