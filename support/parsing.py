@@ -116,7 +116,7 @@ LEAD = re.compile(
     r"|选|選|是|为|為|答え|正解|は|정답)[\s:]*)*",
     re.IGNORECASE,
 )
-SEPARATOR = re.compile(r"[,;/|&\n]|\b(?:or|and)\b|[或和]|\. ?(?=[A-J]$)", re.IGNORECASE)
+SEPARATOR = re.compile(r"[,;/|&\n]|\b(?:or|and)\b|[或和]|(?<!\bMr|\bMs|\bDr)\. (?=[A-J]$)", re.IGNORECASE)
 
 
 # a letter alone or "B) x", or an option's letter and what ends it; "e.g. this", "U.S. Navy", "A cat" have none
@@ -168,16 +168,18 @@ def parse_letter(text):
     if labels and labels[0][1] == "." and re.search(r"[^\W\d_]{2}|^[^\W\d_]$", labels[0][2]):
         return letter
     # of options before it; "A. B and C" and "C, A and B" name three
-    if COMBINATION.fullmatch(description.strip(DECORATION)) and label_mark not in ",、\n":
-        others = re.findall("[A-Z]", description)
-        return letter if others == sorted(set(others)) and others[-1] < letter else None
+    others = re.findall("[A-Z]", description)
+    is_of_earlier = others == sorted({*others, letter})[:-1]
+    if is_of_earlier and COMBINATION.fullmatch(description.strip(DECORATION)) and label_mark not in ",、\n":
+        return letter
     # letters in the other case are the option's text, as in "A. x, y"
     named = set()
     for i, (part, (other, mark, _)) in enumerate(zip(parts, labels)):
         # an order, as in "B. C → A", names no second option
         is_order = mark.strip(" -–—→") == "" != mark
         # nor does a list, as in "A. vitamins C, D", or a letter that is rarely an option's, as in "B. he and I"
-        is_listed = i > 0 and not mark and (re.search(r"\b[A-Z]$", parts[i - 1]) or re.fullmatch("[IK-Z]", part))
+        follows_letter = i > 0 and re.search(r"(?<![A-Za-z])[A-Z]\d*$", parts[i - 1])
+        is_listed = i > 0 and not mark and (follows_letter or re.fullmatch("[IK-Z]", part))
         if part[0].isupper() == core[0].isupper() and not is_listed and not is_order:
             named.add(other)
     named |= {"".join(groups) for groups in INNER_LABEL.findall(description)}

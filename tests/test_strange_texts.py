@@ -37,7 +37,7 @@ OF_OTHERS = [
     "C. Vitamin D", "C. Vitamins A, B and D", "C. vitamin E, d", "C. He and I", "C. Python and R", "C. U.S.A",
 ]
 SEVERAL = [
-    "C, A and B", "C: A", "C. A", "C. A or B", "C. A, B", "C. A and D", "C. B and A", "A. A and B", "C. A and A",
+    "C, A and B", "C: A", "C. A", "C. A or B", "C. A, B", "C. A and D", "C. B and A", "A. B and C", "C. A and A",
     "C. A and B or D", "C\nA and B", "C and A", "C. Red or B", "C. Red, B", "C. Red and B", "C. Red|B", "C. Red. B",
     "C. None of the above, A", "C. Red, B, A", "C. Red or option (B)", "C. Red, so the answer is B", "A. B. C. D.",
     "C. Red. So the answer is B", "C. Red, so B", "C, maybe B", "C. Red; then B", "C. Red or maybe B", "C、A和B",
@@ -70,12 +70,15 @@ def test_only_known_units_may_follow_a_number():
 
 
 def test_labels_of_options_are_read_in_answers():
-    """Guards: 0 for "B.left" though the prompt shows that label; a letter read in an article or a denial."""
+    """Guards: 0 for "B.left" though the prompt shows that label; a letter read in an article or a denial; 0 for an
+    option whose text has other letters (a pair of persons, a title, a chord).
+    """
     assert {text: parse_letter(text) for text in LETTER_B} == dict.fromkeys(LETTER_B, "B")
     assert {text: parse_letter(text) for text in NO_LETTER} == dict.fromkeys(NO_LETTER)
     two = ["B) left C) right", "(B) left (C) right", "B. left C. right D. up", "B. It is C", "B. The answer is C"]
     assert {text: parse_letter(text) for text in two} == dict.fromkeys(two)
     own_text = ["B. x, y", "B. a, b", "B. C → A", "B. C - A - D", "B, because C is not", "B\nleft", "B (left)", "B?"]
+    own_text += ["B. B and C", "B. B&B", "b. R&B", "B. Mr. A", "B. Ph.D.", "B. A.C.", "B. B12 and C", "B. 维生素C和D"]
     assert {text: parse_letter(text) for text in own_text} == dict.fromkeys(own_text, "B")
     assert lettered(["A、left", " B. right"]) == ["A、left", " B. right"]
 
