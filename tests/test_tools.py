@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from support.settings import UserError
-from tools import plot, toy_table
+from tools import check_data, plot, toy_table
 
 
 def write_rows(path, rows):
@@ -157,3 +157,14 @@ def test_seeds_table_is_mean_and_range(tmp_path):
         (tmp_path / "1" / name).write_text(before)
     with pytest.raises(UserError, match="no config.json in"):
         toy_table.seeds_table([tmp_path])
+
+
+@pytest.mark.parametrize("config, stage, records", [("3b", "evaluate", "test"), ("credit", "tgrpo", "rl")])
+def test_records_are_checked_with_every_shipped_config(world, monkeypatch, config, stage, records):
+    """Guards: records that are sought in the folder of the config's benchmarks; an experiment's setting refused."""
+    paths = ["--records", f"{world}/world/{records}.json", "--data_root", f"{world}/world"]
+    argv = ["check_data", "--config", f"configs/{config}.yaml", "--stage", stage, "--num_workers", "0", *paths]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as end:
+        check_data.main()
+    assert end.value.code == 0

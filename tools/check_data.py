@@ -89,7 +89,12 @@ def main():
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     parser.add_argument("--out")
     args, rest = parser.parse_known_args()
-    cfg = settings.load_config(plan_memory.CONFIGS[args.stage], args.stage, rest, __doc__, required=["records"])
+    if args.stage == "evaluate":
+        # none: the records are checked, and benchmarks have a folder of their own
+        rest.append("--benchmarks")
+    config = plan_memory.CONFIGS[args.stage]
+    # partial: a config of experiments has more settings
+    cfg = settings.load_config(config, args.stage, rest, __doc__, partial=True, required=["records"])
     sys.exit(check(cfg, args.stage, args.out))
 
 
