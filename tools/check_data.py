@@ -89,10 +89,8 @@ def main():
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     parser.add_argument("--out")
     args, rest = parser.parse_known_args()
-    if args.stage == "evaluate":
-        # none: the records are checked, and benchmarks have a folder of their own
-        rest.append("--benchmarks")
-    config = plan_memory.CONFIGS[args.stage]
+    # not EvalConfig: its benchmarks have a folder of their own, which is not that of the records
+    config = settings.SharedConfig if args.stage == "evaluate" else plan_memory.CONFIGS[args.stage]
     # partial: a config of experiments has more settings
     cfg = settings.load_config(config, args.stage, rest, __doc__, partial=True, required=["records"])
     sys.exit(check(cfg, args.stage, args.out))
