@@ -256,7 +256,10 @@ def main():
     cfg = settings.load_config(EvalConfig, "evaluate", doc=__doc__, required=("model", "output_dir"))
     if not cfg.benchmarks:
         settings.require(cfg, "evaluate", "records")
-    rows = answer(cfg)
+    try:
+        rows = answer(cfg)
+    except KeyboardInterrupt:
+        raise settings.UserError("stopped; the same command continues after the answers that are saved") from None
     # None: not the main process
     if rows is not None:
         score.write_summary(rows, Path(cfg.output_dir) / answer_files.MERGED)

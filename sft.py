@@ -36,7 +36,7 @@ def main():
     accelerator = distributed.make_accelerator(cfg)
     rank = accelerator.process_index
     ranks = accelerator.num_processes
-    run = training.Run(accelerator, cfg, "sft", len(records), bad_rows)
+    run = training.Run(accelerator, cfg, "sft", records, bad_rows)
 
     # `model` is called, and backward runs through it; `unwrapped` has its weights and config
     processor = model_files.load_processor(cfg)

@@ -254,7 +254,7 @@ def main():
     accelerator = distributed.make_accelerator(cfg)
     rank = accelerator.process_index
     ranks = accelerator.num_processes
-    run = training.Run(accelerator, cfg, "tgrpo", len(records), bad_rows)
+    run = training.Run(accelerator, cfg, "tgrpo", records, bad_rows)
 
     # the policy: `model` is called, and backward runs through it; `unwrapped` has its weights and config
     processor = model_files.load_processor(cfg)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ RESUMABLE_SETTINGS = (
 ).split()
 START_ANEW = "start from scratch with --resume false (the earlier run is moved aside)"
 held_locks = {}
+# at every checkpoint accelerate prints that tied weights are stored once, which is right
+logging.getLogger("accelerate.utils.other").addFilter(lambda line: "Removed shared tensor" not in line.getMessage())
 
 
 def claim_folder(accelerator, cfg, stage):
@@ -148,7 +151,10 @@ def refuse_finished(cfg, folder, checkpoint):
         steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["schedule_steps"]
     if checkpoint is None or cfg.steps <= steps:
         finished = f"{folder}: a run of {steps} steps is finished here, its model is {folder / 'final'}"
-        more = "" if checkpoint is None else ", or continue with more --steps"
+        more = "" if checkpoint is None else f", or continue from {checkpoint.name} with more --steps"
+        # the rates of the earlier steps were those of a shorter run
+        if checkpoint is not None and cfg.lr_schedule != "constant":
+            more += " and --resume_changed true"
         raise settings.UserError(f"{finished}; {START_ANEW}, choose another --output_dir{more}")
 
 

@@ -130,6 +130,6 @@ def print_rollouts(step, group):
     record = group.sample.record
     options = " ".join(record.get("options") or [])
     tqdm.write(f"step {step}: {record['problem']} {options}  solution {record['solution']}")
-    tqdm.write(f"  in order (A = {group.advantages_G[0]:+.2f}): {group.texts[0]}")
+    tqdm.write(f"  in order (advantage {group.advantages_G[0]:+.2f}): {group.texts[0]}")
     if group.shuffled_texts:
         tqdm.write(f"  shuffled: {group.shuffled_texts[0]}")

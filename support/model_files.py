@@ -293,6 +293,9 @@ def write_model(state, model, files, folder, dtype):
         if has_adapter:
             # not beside the weights, where transformers would find it and add it to them again
             lora.save_adapter(model, temporary / "adapter")
+        # safetensors writes files that nobody else may read
+        for weights in temporary.rglob("*.safetensors"):
+            weights.chmod((temporary / "config.json").stat().st_mode)
         storage.replace_folder(temporary, folder)
 
 

@@ -193,6 +193,13 @@ def media_path(path, data_root):
     return absolute
 
 
+def check_data_root(records, data_root):
+    """Raise UserError if the media of no record exist: `data_root` is probably another folder than this one."""
+    if not any(os.path.lexists(media_path(record["path"], data_root)) for record in records):
+        missing = f"none of the media is in {data_root}; for example, {records[0]['path']} is missing"
+        raise settings.UserError(f"data_root: {missing}")
+
+
 def existing_path(path, data_root):
     """The absolute path of media that exist. Raises ValueError, if possible with the name that is meant."""
     absolute = media_path(path, data_root)

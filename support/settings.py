@@ -182,7 +182,7 @@ def yaml_settings(path, stage, known, partial):
     for name, value in shared.items():
         if name in known and name not in shared_names:
             raise UserError(f"{path}: {name}: no such setting here; put it into the section '{stage}:'")
-        check_name(f"{path}: {name}", name, shared_names)
+        check_name(f"{path}: {name}", name, [*shared_names, *STAGES])
         found.append((f"{path}: ", name, value))
     for name, value in section.items():
         check_name(f"{path}: {stage}.{name}", name, known)

@@ -50,18 +50,19 @@ class Run:
     are the rows that load_records left out.
     """
 
-    def __init__(self, accelerator, cfg, stage, n_records, bad_rows):
+    def __init__(self, accelerator, cfg, stage, records, bad_rows):
         self.accelerator = accelerator
         self.cfg = cfg
         self.stage = stage
         self.folder = Path(cfg.output_dir)
-        self.n_rows = n_records + len(bad_rows)
+        self.n_rows = len(records) + len(bad_rows)
         # {name: reason} of every row that was skipped, and {name: last step} of those whose media could not be read
         self.skipped = dict(bad_rows)
         self.unreadable = {}
         self.n_readable = 0
         self.bad_steps = set()
         check_batch_size(cfg, accelerator.num_processes)
+        record_files.check_data_root(records, cfg.data_root)
         self.checkpoint, self.identity = checkpoints.claim_folder(accelerator, cfg, stage)
         for name, reason in bad_rows.items():
             accelerator.print(f"skipped {name}: {reason}")

@@ -46,7 +46,8 @@ def check_media(records, cfg):
     results = tqdm(results, total=len(first_records), desc="reading media", unit="clip")
     reasons = {}
     stills = []
-    for numbers, (reason, is_still) in zip(groups.values(), results):
+    # results first, or its bar would miss the last one
+    for (reason, is_still), numbers in zip(results, groups.values()):
         reasons |= dict.fromkeys(numbers, reason)
         stills += numbers if is_still else []
     if stills:

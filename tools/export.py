@@ -75,6 +75,7 @@ def main():
     parser.add_argument("folder")
     arguments = parser.parse_args()
     export(arguments.checkpoint, arguments.folder)
+    print(f"model: {arguments.folder}")
 
 
 if __name__ == "__main__":

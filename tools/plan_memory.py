@@ -254,7 +254,7 @@ def main():
         plan = sft_plan if args.stage == "sft" else memory_plan
         parts, peak = plan(cfg, config, args.gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in [*parts.items(), ("peak", peak)]]
-    print(tables.table([f"{args.stage}, {args.gpus} GPUs, fsdp {cfg.fsdp}", "GB per GPU"], rows))
+    print(tables.table([f"{args.stage}, GPUs: {args.gpus}, fsdp {cfg.fsdp}", "GB per GPU"], rows))
     if args.stage != "evaluate":
         print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
     # a tenth is left to CUDA and fragmentation
