@@ -299,3 +299,14 @@ def test_incomplete_commands_are_one_clear_error(monkeypatch, words, message):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
     with pytest.raises(UserError, match=message):
         evaluate.main()
+
+
+def test_ctrl_c_of_an_evaluation_is_one_line(monkeypatch, run):
+    """Guards: a traceback through torch, after which nobody knows whether answers were lost."""
+
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "answer", interrupted)
+    with pytest.raises(UserError, match="^stopped; the same command continues"):
+        run("evaluate")

@@ -46,14 +46,30 @@ def stops_at(run, broken, steps=1000):
 
 
 @pytest.mark.parametrize("stage", ["sft", "tgrpo"])
-def test_a_wrong_data_root_ends_the_run_at_once_and_names_the_folder(run, tmp_path, stage):
-    """Guards: status 0 and a `final` of a run that has not read one clip."""
+def test_a_wrong_data_root_is_one_line_before_the_model_is_loaded(run, tmp_path, stage):
+    """Guards: 7B loaded for minutes, and then one line per clip."""
+    root = tmp_path / "gone/below"
     with pytest.raises(UserError) as error:
-        run(stage, data_root=tmp_path / "gone/below", max_unreadable=1.0, steps=2)
+        run(stage, data_root=root, max_unreadable=1.0, steps=2)
     line = str(error.value)
-    assert "8 of the last 8 records drawn are unusable, max_unreadable is 1.0" in line and "\n" not in line
-    assert line.endswith(f"there is no folder {tmp_path / 'gone'}")
-    assert not (tmp_path / "out/final").exists()
+    assert line.startswith(f"data_root: none of the media is in {root}; for example, ./media/") and "\n" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_reads_nothing_ends_in_its_first_step(tmp_path):
+    """Guards: status 0 and a `final` of a run that has not read one clip; a missing folder that is not named."""
+    run = made_run(tmp_path / "gone", 40, batch_size=8, max_unreadable=1.0)
+    assert stops_at(run, set(range(40))) == 0
+    assert all(reason.endswith(f"there is no folder {tmp_path / 'gone'}") for reason in run.skipped.values())
+
+
+def test_a_saved_model_can_be_read_by_others_and_is_saved_quietly(run, capfd, caplog):
+    """Guards: weights that only their owner can read, beside a config for all; a line of accelerate about tied weights
+    at every checkpoint, which sounds like damage.
+    """
+    final = run("sft", steps=2, save_every=1) / "final"
+    assert (final / "model.safetensors").stat().st_mode == (final / "config.json").stat().st_mode
+    assert "shared tensor" not in caplog.text + "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("share, earliest, latest", [(1 / 3, 2, 6), (0.1, 5, 25), (0.005, None, None)])

@@ -1,6 +1,7 @@
 """tools/: the curves of any run and the table of the toy; each test names the bug it guards."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -160,11 +161,14 @@ def test_seeds_table_is_mean_and_range(tmp_path):
 
 
 @pytest.mark.parametrize("config, stage, records", [("3b", "evaluate", "test"), ("credit", "tgrpo", "rl")])
-def test_records_are_checked_with_every_shipped_config(world, monkeypatch, config, stage, records):
-    """Guards: records that are sought in the folder of the config's benchmarks; an experiment's setting refused."""
+def test_records_are_checked_with_every_shipped_config(world, monkeypatch, capsys, config, stage, records):
+    """Guards: records that are sought in the folder of the config's benchmarks; an experiment's setting refused; a bar
+    that ends one clip before its end.
+    """
     paths = ["--records", f"{world}/world/{records}.json", "--data_root", f"{world}/world"]
     argv = ["check_data", "--config", f"configs/{config}.yaml", "--stage", stage, "--num_workers", "0", *paths]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as end:
         check_data.main()
     assert end.value.code == 0
+    assert re.search(r"reading media: 100%.* (\d+)/\1 ", capsys.readouterr().err)
