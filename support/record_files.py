@@ -195,9 +195,14 @@ def media_path(path, data_root):
 
 def check_data_root(records, data_root):
     """Raise UserError if the media of no record exist: `data_root` is probably another folder than this one."""
-    if not any(os.path.lexists(media_path(record["path"], data_root)) for record in records):
-        missing = f"none of the media is in {data_root}; for example, {records[0]['path']} is missing"
-        raise settings.UserError(f"data_root: {missing}")
+    if any(os.path.lexists(media_path(record["path"], data_root)) for record in records):
+        return
+    path = records[0]["path"]
+    try:
+        existing_path(path, data_root)
+    except ValueError as error:
+        missing = f"none of the media is in {data_root}; for example, {path}: {error}"
+        raise settings.UserError(f"data_root: {missing}") from None
 
 
 def existing_path(path, data_root):

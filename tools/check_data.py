@@ -65,6 +65,8 @@ def check(cfg, stage, out):
     rows = record_files.read_rows(cfg.records)
     record_files.refuse_conversations(cfg.records, rows)
     usable, reasons = record_files.split_rows(rewards.parse_solution, rows, cfg.data_root, need_process=stage == "sft")
+    if usable:
+        record_files.check_data_root(list(usable.values()), cfg.data_root)
     for record in list(usable.values())[:1]:
         print(json.dumps(record, indent=2, ensure_ascii=False))
         print("\nprompt:\n" + data.messages(record, cfg)[0]["content"][1]["text"] + "\n")
