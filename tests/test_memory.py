@@ -278,9 +278,17 @@ def test_the_plan_of_sft_has_neither_reference_nor_rollout():
 
 def test_a_batch_that_the_gpus_cannot_share_has_no_plan(monkeypatch):
     """Guards: "it fits" for a run that does not start."""
-    monkeypatch.setattr("sys.argv", ["plan_memory", "--config", "configs/qwen3vl_4b_one_gpu.yaml"])
+    monkeypatch.setattr("sys.argv", ["plan_memory", "--config", "configs/qwen3vl_4b_one_gpu.yaml", "--gpus", "8"])
     with pytest.raises(settings.UserError, match="batch_size 2 does not divide over 8 processes"):
         plan_memory.main()
+
+
+@pytest.mark.parametrize("config, gpus", [("3b_one_gpu", 1), ("7b", 8)])
+def test_a_plan_is_for_the_gpus_that_a_config_is_made_for(config, gpus, monkeypatch, capsys):
+    """Guards: the plan of a config for one GPU that divides its prompts over eight, and so is too low."""
+    monkeypatch.setattr("sys.argv", ["plan_memory", "--config", f"configs/{config}.yaml"])
+    plan_memory.main()
+    assert f"tgrpo, GPUs: {gpus}, fsdp" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,11 @@ def test_a_chain_of_thought_without_one_think_block_is_named(process):
         record_files.check_record(parse_solution, row, ROOT / "examples", need_process=True)
     record_files.check_record(parse_solution, row, ROOT / "examples", need_process=False)
     record_files.check_record(parse_solution, EXAMPLES[0], ROOT / "examples", need_process=True)
+
+
+def test_answers_of_which_none_can_be_kept_are_no_records(tmp_path):
+    """Guards: an empty file of records and status 0, after which SFT fails."""
+    (tmp_path / "predictions.jsonl").write_text(json.dumps({"error": "no such file"}) + "\n")
+    with pytest.raises(UserError, match="no answer can be kept"):
+        distill.main([str(tmp_path / "predictions.jsonl"), "--out", str(tmp_path / "cot.json")])
+    assert not (tmp_path / "cot.json").exists()

@@ -136,6 +136,17 @@ def in_browser(path, script, width=1200):
     return result
 
 
+def test_media_are_sought_where_the_evaluation_found_them(root, tmp_path, monkeypatch):
+    """Guards: a page without frames and without a word, because it is made in another folder than the evaluation."""
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps({"settings": {"data_root": str(root)}}) + "\n")
+    asked = []
+    monkeypatch.setattr(report, "write_report", lambda out, runs, cfg: asked.append(cfg.data_root))
+    report.main([str(path)])
+    report.main([str(path), "--data_root", "other"])
+    assert asked == [str(root), "other"]
+
+
 def test_page_loads_nothing_else(gallery):
     """Guards: a page that is empty without its folder or network."""
     text = gallery[0].read_text()

@@ -66,9 +66,11 @@ def main(argv=None):
     storage.refuse_existing(args.out)
     rows = record_files.read_rows(args.predictions)
     records, dropped = distill(rows, args.data_root)
-    storage.write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))
     for reason, count in dropped.most_common():
         print(f"{count} dropped: {reason}")
+    if not records:
+        raise UserError(f"{args.predictions}: no answer can be kept, {args.out} is not written")
+    storage.write_atomic(args.out, json.dumps(records, indent=1, ensure_ascii=False))
     print(f"{len(records)} of {len(rows)} answers kept: {args.out}")
 
 

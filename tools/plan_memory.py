@@ -1,7 +1,7 @@
 """Estimates the memory of one GPU in a step of a stage, without a GPU and without the weights.
 
-    python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24   # by default 8 and 80
-    python -m tools.plan_memory --config configs/7b.yaml --stage evaluate                # or sft; by default tgrpo
+    python -m tools.plan_memory --config configs/3b_one_gpu.yaml --gpus 1 --card_gb 24  # or 80 GB, and 8 GPUs with fsdp
+    python -m tools.plan_memory --config configs/7b.yaml --stage evaluate               # or sft; by default tgrpo
 
 Weights and caches are exact. Activations are estimated from the tensors that a layer saves for its backward pass, which
 were counted with saved-tensor hooks; tests/test_memory.py compares the estimate with a measured step.
@@ -240,21 +240,22 @@ def evaluation_plan(cfg, config, prompt=None):
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpus", type=partial(settings.convert, kind=int, low=1), default=8)
+    parser.add_argument("--gpus", type=partial(settings.convert, kind=int, low=1))
     parser.add_argument("--card_gb", type=partial(settings.convert, kind=float, low=1), default=80)
     parser.add_argument("--stage", choices=settings.STAGES, default="tgrpo")
     args, rest = parser.parse_known_args()
     cfg = settings.load_config(CONFIGS[args.stage], args.stage, rest, doc=__doc__, required=("model",))
     config = model_shape(cfg.model)
     check_settings(cfg, config)
+    gpus = args.gpus or (8 if cfg.fsdp == "full_shard" else 1)
     if args.stage == "evaluate":
         parts, peak = evaluation_plan(cfg, config)
     else:
-        training.check_batch_size(cfg, args.gpus)
+        training.check_batch_size(cfg, gpus)
         plan = sft_plan if args.stage == "sft" else memory_plan
-        parts, peak = plan(cfg, config, args.gpus)
+        parts, peak = plan(cfg, config, gpus)
     rows = [[name, f"{size / 1e9:.1f}"] for name, size in [*parts.items(), ("peak", peak)]]
-    print(tables.table([f"{args.stage}, GPUs: {args.gpus}, fsdp {cfg.fsdp}", "GB per GPU"], rows))
+    print(tables.table([f"{args.stage}, GPUs: {gpus}, fsdp {cfg.fsdp}", "GB per GPU"], rows))
     if args.stage != "evaluate":
         print("The peak counts only the largest of: KV caches, activations and logits, optimizer step.")
     # a tenth is left to CUDA and fragmentation

@@ -248,16 +248,18 @@ def score_cells(parts, differences, task=None):
 def main(argv=None):
     parser = shared.parser(__doc__)
     parser.add_argument("predictions", nargs="+", help="predictions.jsonl of an evaluation, or of several to compare")
-    parser.add_argument("--data_root", default=".", help="folder of the media; default: the current folder")
+    parser.add_argument("--data_root", help="folder of the media; default: that of the last evaluation")
     parser.add_argument("--annotations", help="folder of the benchmarks' files, for rows without a solution")
     parser.add_argument("--out", help="page to write; default: report.html beside the last predictions")
     args = parser.parse_args(argv)
     # the page calls a run by its folder
     runs = {path.removesuffix("/predictions.jsonl"): record_files.read_rows(path) for path in args.predictions}
+    last_row = list(runs.values())[-1][0]
+    data_root = args.data_root or last_row.get("settings", {}).get("data_root", ".")
     if args.annotations:
         runs = {label: join_annotations(rows, args.annotations) for label, rows in runs.items()}
     out = args.out or Path(args.predictions[-1]).with_name("report.html")
-    write_report(out, runs, settings.SharedConfig(data_root=args.data_root))
+    write_report(out, runs, settings.SharedConfig(data_root=data_root))
     print(f"page: {out}")
 
 
