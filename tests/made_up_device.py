@@ -26,7 +26,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 import policy
 import tgrpo
-from support import decoding, lora, model_files
+from support import decoding, lora, metrics, model_files
 
 # operators that may have tensors of both devices, besides numbers (0-d)
 COPIES = ("_to_copy", "copy_", "_copy_from")
@@ -150,6 +150,8 @@ def one_step(model, prompts, lora_rollout):
     logps_NT, _ = policy.completion_logps(model, packed, 1.0, banned)
     advantages_N = torch.linspace(-1, 1, sum(counts)).to(model.device)
     loss_N, _, _ = tgrpo.grpo_loss(logps_NT, logps_NT.detach(), ref_logps_NT, advantages_N, packed.mask_NT, 0.2, 0.04)
+    # what the update logs of a micro-batch
+    metrics.averages({"loss": loss_N})
     loss_N.mean().backward()
     found = dict(waits)
     gradients = [parameter.grad.cpu().flatten() for parameter in model.parameters() if parameter.grad is not None]
